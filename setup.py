@@ -1,0 +1,79 @@
+"""The extension modules: one build of the kernels per SIMD level, and the processor check."""
+
+import os
+import sysconfig
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+platform = sysconfig.get_platform()
+ON_X86_64 = platform.endswith(("x86_64", "amd64")) and not platform.startswith("macosx")
+DEBUG = os.environ.get("MOE_FAST_BUILD_DEBUG") == "1"
+SANITIZE = os.environ.get("MOE_FAST_BUILD_SANITIZE") == "1"
+
+LEVEL_FLAGS = {
+    "unix": {
+        "_baseline": [],
+        "_x86_64_v3": ["-march=x86-64-v3"],
+        "_x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    },
+    "msvc": {
+        "_baseline": [],
+        "_x86_64_v3": ["/arch:AVX2"],
+        "_x86_64_v4": ["/arch:AVX512"],
+    },
+}
+
+
+class BuildKernels(build_ext):
+    """Flags by compiler; the compiler is known only here."""
+
+    def build_extensions(self):
+        for extension in self.extensions:
+            level = extension.name.rpartition(".")[2]
+            if self.compiler.compiler_type == "msvc":
+                extension.extra_compile_args = ["/O2", "/fp:precise"]
+                level_flags = LEVEL_FLAGS["msvc"]
+            else:
+                # GCC fuses a*b+c by default, which would change the last bit of a weight.
+                extension.extra_compile_args = ["-O3", "-ffp-contract=off"]
+                if SANITIZE:
+                    sanitizers = [
+                        "-fsanitize=address,undefined",
+                        "-fno-sanitize-recover=undefined",
+                        "-fno-omit-frame-pointer",
+                        "-g",
+                    ]
+                    extension.extra_compile_args += sanitizers
+                    extension.extra_link_args = sanitizers
+                else:
+                    extension.extra_compile_args.append("-g0")
+                level_flags = LEVEL_FLAGS["unix"]
+            extension.extra_compile_args += level_flags.get(level, [])
+        super().build_extensions()
+
+
+def extension(name):
+    path = os.path.join("src", *name.split(".")) + ".pyx"
+    definitions = [os.path.join(os.path.dirname(path), f) for f in ("kernels.pxi",)]
+    return Extension(name, [path], depends=definitions)
+
+
+levels = ["_baseline", "_x86_64_v3", "_x86_64_v4"] if ON_X86_64 else ["_baseline"]
+
+setup(
+    ext_modules=cythonize(
+        [extension(f"moe_fast.kernels.{name}") for name in ["_processor", *levels]],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": DEBUG,
+            "cdivision": not DEBUG,
+            "nonecheck": DEBUG,
+            "freethreading_compatible": True,
+        },
+    ),
+    cmdclass={"build_ext": BuildKernels},
+)

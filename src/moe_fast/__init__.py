@@ -1,0 +1,56 @@
+"""Turn dense language models on disk into Mixture-of-Experts checkpoints, at the speed of memory.
+
+See the README for what the package does and CONTRIBUTING.md for how its data flows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe_fast.config import MoeConfig, RouterInit, RoutingMethod
+from moe_fast.errors import CheckpointError, MoeConfigError, MoeFastError
+from moe_fast.gates import compute_gate_weights
+from moe_fast.plan import (
+    ExpertAssignment,
+    MoeConstructionPlan,
+    MoeReport,
+    compute_expert_load_balance,
+    plan_moe_construction,
+)
+
+if TYPE_CHECKING:
+    from moe_fast.checkpoint.build import build_moe as build_moe
+
+# What needs more than NumPy, or time to import, is fetched when first used.
+LATER = {"build_moe": "moe_fast.checkpoint.build"}
+
+__all__ = [
+    "CheckpointError",
+    "ExpertAssignment",
+    "MoeConfig",
+    "MoeConfigError",
+    "MoeConstructionPlan",
+    "MoeFastError",
+    "MoeReport",
+    "RouterInit",
+    "RoutingMethod",
+    "build_moe",
+    "compute_expert_load_balance",
+    "compute_gate_weights",
+    "plan_moe_construction",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moe-fast")
+    if name in LATER:
+        return getattr(importlib.import_module(LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *LATER, "__version__"])

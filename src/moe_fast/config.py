@@ -1,0 +1,107 @@
+"""What is to be built: the number of experts, how tokens are routed, how routers start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from moe_fast.errors import MoeConfigError, as_index
+
+__all__ = ["MoeConfig", "RouterInit", "RoutingMethod"]
+
+
+class RoutingMethod(StrEnum):
+    """How tokens find experts."""
+
+    TOP_K = "top_k"
+    """Each token takes its k best experts (Shazeer et al. 2017)."""
+    SWITCH_TRANSFORMER = "switch_transformer"
+    """Each token takes one expert, up to the expert's capacity (Fedus et al. 2022)."""
+    EXPERT_CHOICE = "expert_choice"
+    """Each expert takes its best tokens (Zhou et al. 2022)."""
+
+
+class RouterInit(StrEnum):
+    """How router weights start, before any training."""
+
+    RANDOM = "random"
+    """Draws in `[-scale, 0]` with `scale = 1 / sqrt(hidden_dim)`."""
+    UNIFORM = "uniform"
+    """`1 / num_experts` everywhere: every logit of a token ties."""
+    BALANCED = "balanced"
+    """`1 / num_experts` plus noise of at most `0.01 / sqrt(hidden_dim)`."""
+
+
+Choice = TypeVar("Choice", RoutingMethod, RouterInit)
+
+
+def as_member(value: Any, kind: type[Choice], name: str) -> Choice:
+    """`value`, a member of `kind` or its string, as the member."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a {kind.__name__} or its string, got {value!r}")
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(repr(str(member)) for member in kind)
+        raise MoeConfigError(f"{name} must be one of {allowed}, got {value!r}") from None
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Shape of the Mixture-of-Experts layers to construct. Immutable and hashable.
+
+    Parameters
+    ----------
+    num_experts : int
+        Experts per layer, at least 1.
+    num_experts_per_tok : int
+        Experts that each token is sent to, from 1 to `num_experts`.
+    routing_method : RoutingMethod or str
+        `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
+    gate_hidden_dim : int, optional
+        Width of the router's input where it differs from the model's hidden size.
+
+    Raises
+    ------
+    TypeError
+        On creation: an argument that is not an integer, or a method that is not a string.
+    MoeConfigError
+        On creation for an unknown method; in `validate` for numbers out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig
+    >>> MoeConfig(num_experts=4).validate()
+    >>> MoeConfig(num_experts=1).validate()
+    Traceback (most recent call last):
+        ...
+    moe_fast.errors.MoeConfigError: num_experts_per_tok (2) must not exceed num_experts (1)
+    """
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    routing_method: RoutingMethod = RoutingMethod.TOP_K
+    gate_hidden_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ["num_experts", "num_experts_per_tok"]
+        if self.gate_hidden_dim is not None:
+            sizes.append("gate_hidden_dim")
+        for name in sizes:
+            size = as_index(getattr(self, name), name, minimum=None)
+            object.__setattr__(self, name, size)
+        method = as_member(self.routing_method, RoutingMethod, "routing_method")
+        object.__setattr__(self, "routing_method", method)
+
+    def validate(self) -> None:
+        """Raise `MoeConfigError` for the first number that is out of range."""
+        as_index(self.num_experts, "num_experts", minimum=1)
+        as_index(self.num_experts_per_tok, "num_experts_per_tok", minimum=1)
+        if self.num_experts_per_tok > self.num_experts:
+            raise MoeConfigError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) "
+                f"must not exceed num_experts ({self.num_experts})"
+            )
+        if self.gate_hidden_dim is not None:
+            as_index(self.gate_hidden_dim, "gate_hidden_dim", minimum=1)

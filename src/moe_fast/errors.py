@@ -1,0 +1,50 @@
+"""The errors this package raises on purpose, and the one check every argument goes through."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError"]
+
+
+class MoeFastError(Exception):
+    """Base of every error that `moe_fast` defines."""
+
+
+class MoeConfigError(MoeFastError, ValueError):
+    """A configuration or a plan that cannot be: the message names the argument and its value."""
+
+
+class CheckpointError(MoeFastError, ValueError):
+    """A checkpoint that cannot be read, combined or written.
+
+    `problems` holds every reason found, one string each; the message shows all of them.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+
+
+def as_index(value: Any, name: str, *, minimum: int | None = 0) -> int:
+    """`value` as a Python int of at least `minimum` (`None`: any); NumPy integers pass, bools and floats do not.
+
+    Raises `TypeError` where `value` is no integer and `MoeConfigError` where it is too small.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type(value).__name__}"
+        ) from None
+    if minimum is not None and index < minimum:
+        raise MoeConfigError(f"{name} must be at least {minimum}, got {index}")
+    return index
