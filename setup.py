@@ -54,9 +54,15 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
+DEFINITIONS = ["kernels.pxi", "generator.pxi", "counting.pxi"]
+
+
 def extension(name):
     path = os.path.join("src", *name.split(".")) + ".pyx"
-    definitions = [os.path.join(os.path.dirname(path), f) for f in ("kernels.pxi",)]
+    definitions = [
+        os.path.join(os.path.dirname(path), f)
+        for f in ("kernels.pxi", "generator.pxi", "counting.pxi")
+    ]
     return Extension(name, [path], depends=definitions)
 
 

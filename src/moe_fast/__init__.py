@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_fast.config import MoeConfig, RouterInit, RoutingMethod
 from moe_fast.errors import CheckpointError, MoeConfigError, MoeFastError
-from moe_fast.gates import compute_gate_weights
+from moe_fast.gates import compute_gate_weights, compute_router_weights
 from moe_fast.plan import (
     ExpertAssignment,
     MoeConstructionPlan,
@@ -38,6 +38,7 @@ __all__ = [
     "build_moe",
     "compute_expert_load_balance",
     "compute_gate_weights",
+    "compute_router_weights",
     "plan_moe_construction",
 ]
 

@@ -3,35 +3,252 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast import kernels
 from moe_fast.config import RouterInit, as_member
-from moe_fast.errors import as_index
-from moe_fast.kernels import compiled
+from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.threads import as_threads, share
 
-__all__ = ["compute_gate_weights"]
+__all__ = ["compute_gate_weights", "compute_router_weights"]
 
-SEEDS = {RouterInit.RANDOM: 0x5DEECE66D1A4F681, RouterInit.BALANCED: 0xCAFEBABEDEADBEEF}
+LARGEST_INDEX = 2**63 - 1
+# The stream repeats after this many draws, so positions in it are taken modulo this.
+PERIOD = 2**64
+# Waking a thread takes about as long as drawing a quarter of this.
+VALUES_PER_THREAD = 2**17
+# First state and spread of the draws. "uniform" draws nothing: a spread of 0 leaves the base.
+DRAWS = {
+    RouterInit.RANDOM: (0x5DEECE66D1A4F681, 1.0),
+    RouterInit.BALANCED: (0xCAFEBABEDEADBEEF, 0.01),
+    RouterInit.UNIFORM: (0, 0.0),
+}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def compute_gate_weights(
-    hidden_dim: int, num_experts: int, init: RouterInit | str = RouterInit.BALANCED
-) -> npt.NDArray[np.float64]:
-    """Router weights of shape `(hidden_dim, num_experts)`."""
+    hidden_dim: int,
+    num_experts: int,
+    init: RouterInit | str = RouterInit.BALANCED,
+    *,
+    dtype: npt.DTypeLike | None = None,
+    layer: int = 0,
+    rows: tuple[int, int] | None = None,
+    out: npt.NDArray[Any] | None = None,
+    threads: int | None = None,
+    full_range: bool = False,
+    remove_base: bool = False,
+    transpose: bool = False,
+) -> npt.NDArray[Any]:
+    """Router weights of one layer, shape `(hidden_dim, num_experts)`.
+
+    Parameters
+    ----------
+    hidden_dim, num_experts : int
+        Width of the router's input and number of its outputs. Where one is 0, so is the result.
+    init : RouterInit or str
+        `"random"`: draws in `[-scale, 0]`, `scale = 1 / sqrt(hidden_dim)`. `"balanced"`:
+        `1 / num_experts` plus draws in `[-p, 0]`, `p = 0.01 / sqrt(hidden_dim)`. `"uniform"`:
+        `1 / num_experts` everywhere.
+    dtype : dtype, optional
+        float64, float32, float16 or bfloat16 (`ml_dtypes.bfloat16` or `"bfloat16"`): the float64
+        value rounded once, to nearest, ties to even. By default that of `out`, or float64.
+    layer : int
+        Layers take consecutive stretches of one stream of draws; layer 0 is the reference's.
+    rows : (int, int), optional
+        `(start, stop)`: only `result[start:stop]`, without making the rest.
+    out : ndarray, optional
+        Written to and returned: C-contiguous, writable, of the result's shape and dtype.
+    threads : int, optional
+        By default `MOE_FAST_NUM_THREADS`, or 1. The result does not depend on it.
+    full_range : bool
+        Draws fill `[-scale, scale]`, or `[-p, p]`, where the reference's fill the lower half.
+    remove_base : bool
+        Leave out the `1 / num_experts`, which no softmax over the experts sees.
+    transpose : bool
+        Shape `(num_experts, hidden_dim)`, as checkpoints store it.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        An argument of the wrong type or out of range, or an `out` that does not fit.
+    ImportError
+        `"bfloat16"` where `ml_dtypes` is not installed.
+    MemoryError
+        A result that does not fit into memory.
+
+    Examples
+    --------
+    >>> from moe_fast import compute_gate_weights
+    >>> weights = compute_gate_weights(4096, 8)
+    >>> weights.shape, weights.dtype
+    ((4096, 8), dtype('float64'))
+    >>> shard = compute_gate_weights(4096, 8, rows=(1024, 2048))
+    >>> bool((shard == weights[1024:2048]).all())
+    True
+    """
+    hidden_dim, num_experts, layer = as_sizes(hidden_dim, num_experts, layer)
+    start, stop = as_rows(rows, num_experts if transpose else hidden_dim)
+    shape = (stop - start, hidden_dim if transpose else num_experts)
+    out = as_output(out, shape, dtype)
+    fill(
+        out, hidden_dim, num_experts, as_member(init, RouterInit, "init"), layer, start,
+        as_threads(threads), full_range, remove_base, transpose,
+    )  # fmt: skip
+    return out
+
+
+def compute_router_weights(
+    num_layers: int,
+    hidden_dim: int,
+    num_experts: int,
+    init: RouterInit | str = RouterInit.BALANCED,
+    *,
+    dtype: npt.DTypeLike | None = None,
+    layer: int = 0,
+    rows: tuple[int, int] | None = None,
+    out: npt.NDArray[Any] | None = None,
+    threads: int | None = None,
+    full_range: bool = False,
+    remove_base: bool = False,
+    transpose: bool = False,
+) -> npt.NDArray[Any]:
+    """Router weights of layers `layer` to `layer + num_layers`, stacked along a new first axis.
+
+    `result[i]` is `compute_gate_weights(..., layer=layer + i)`, whose arguments these are.
+
+    Examples
+    --------
+    >>> from moe_fast import compute_gate_weights, compute_router_weights
+    >>> routers = compute_router_weights(32, 4096, 8, dtype="float32", transpose=True)
+    >>> routers.shape
+    (32, 8, 4096)
+    >>> last = compute_gate_weights(4096, 8, dtype="float32", transpose=True, layer=31)
+    >>> bool((routers[31] == last).all())
+    True
+    """
+    num_layers = as_index(num_layers, "num_layers")
+    hidden_dim, num_experts, layer = as_sizes(hidden_dim, num_experts, layer)
+    init = as_member(init, RouterInit, "init")
+    start, stop = as_rows(rows, num_experts if transpose else hidden_dim)
+    shape = (num_layers, stop - start, hidden_dim if transpose else num_experts)
+    out = as_output(out, shape, dtype)
+    threads = as_threads(threads)
+    options = (threads, full_range, remove_base, transpose)
+    if rows is None and not transpose:
+        # Whole layers follow one another in the stream: one tall matrix.
+        tall = out.reshape(num_layers * hidden_dim, num_experts)
+        fill(tall, hidden_dim, num_experts, init, layer, 0, *options)
+    else:
+        for i in range(num_layers):
+            fill(out[i], hidden_dim, num_experts, init, layer + i, start, *options)
+    return out
+
+
+def fill(
+    out: npt.NDArray[Any],
+    hidden_dim: int,
+    num_experts: int,
+    init: RouterInit,
+    layer: int,
+    start: int,
+    threads: int,
+    full_range: bool,
+    remove_base: bool,
+    transpose: bool,
+) -> None:
+    """Write the rows of `layer` from `start` on into `out`."""
+    if out.size == 0:
+        return
+    seed, spread = DRAWS[init]
+    base = 0.0 if remove_base or init is RouterInit.RANDOM else 1.0 / num_experts
+    scale = spread / math.sqrt(hidden_dim)
+    first = layer * hidden_dim * num_experts
+    if transpose:  # Row by row a stretch of the stream in equal steps, or one such row in all.
+        first, row_length, row_step, step = first + start, hidden_dim, 1, num_experts
+    else:
+        first, row_length, row_step, step = first + start * num_experts, out.size, 0, 1
+    flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
+    kernel = getattr(kernels.compiled, f"fill_{out.dtype.name}")
+
+    def work(begin: int, end: int) -> None:
+        kernel(
+            flat, begin, end, row_length, seed, first % PERIOD, row_step, step,
+            full_range, base, scale,
+        )  # fmt: skip
+
+    if init is RouterInit.UNIFORM:
+        work(0, 1)
+        flat.fill(flat[0])
+    else:
+        share(work, out.size, threads, grain=VALUES_PER_THREAD)
+
+
+def as_sizes(hidden_dim: Any, num_experts: Any, layer: Any) -> tuple[int, int, int]:
     hidden_dim = as_index(hidden_dim, "hidden_dim")
     num_experts = as_index(num_experts, "num_experts")
-    init = as_member(init, RouterInit, "init")
-    weights = np.empty((hidden_dim, num_experts))
-    if weights.size == 0:
-        return weights
-    if init is RouterInit.UNIFORM:
-        weights.fill(1.0 / num_experts)
-    elif init is RouterInit.RANDOM:
-        compiled.fill(weights.reshape(-1), SEEDS[init], 0.0, 1.0 / math.sqrt(hidden_dim))
-    else:
-        compiled.fill(
-            weights.reshape(-1), SEEDS[init], 1.0 / num_experts, 0.01 / math.sqrt(hidden_dim)
+    layer = as_index(layer, "layer")
+    for name, size in (("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+        if size > LARGEST_INDEX:
+            raise MoeConfigError(f"{name} must be at most {LARGEST_INDEX}, got {size}")
+    return hidden_dim, num_experts, layer
+
+
+def as_rows(rows: Any, size: int) -> tuple[int, int]:
+    """The argument `rows` as `(start, stop)` within `range(size)`; `None` is all of them."""
+    if rows is None:
+        return 0, size
+    try:
+        start, stop = rows
+    except (TypeError, ValueError):
+        raise TypeError(f"rows must be a pair (start, stop), got {rows!r}") from None
+    start, stop = as_index(start, "rows[0]"), as_index(stop, "rows[1]")
+    if not start <= stop <= size:
+        raise MoeConfigError(
+            f"rows must be (start, stop) with start <= stop <= {size}, got {(start, stop)}"
         )
-    return weights
+    return start, stop
+
+
+def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
+    """The argument `dtype` as one of the dtypes that the kernels write."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            from ml_dtypes import bfloat16
+        except ImportError:
+            raise ImportError(
+                "dtype 'bfloat16' needs ml_dtypes: pip install 'moe-fast[checkpoint]'"
+            ) from None
+        dtype = bfloat16
+    try:
+        found: np.dtype[Any] | None = np.dtype(np.float64 if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in FLOATS or not found.isnative:
+        raise MoeConfigError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    return found
+
+
+def as_output(
+    out: npt.NDArray[Any] | None, shape: tuple[int, ...], dtype: npt.DTypeLike | None
+) -> npt.NDArray[Any]:
+    """The argument `out`, checked, or a new array."""
+    if out is None:
+        wanted = as_dtype(dtype)
+        try:
+            return np.empty(shape, wanted)
+        except (MemoryError, ValueError):
+            raise MemoryError(f"no memory for weights of shape {shape} and {wanted}") from None
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    wanted = as_dtype(out.dtype if dtype is None else dtype)
+    if out.shape != shape or out.dtype != wanted:
+        raise MoeConfigError(
+            f"out must have the shape {shape} and dtype {wanted}, got {out.shape} and {out.dtype}"
+        )
+    if not out.flags.carray:
+        raise MoeConfigError("out must be C-contiguous, aligned, writable")
+    return out

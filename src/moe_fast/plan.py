@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, SupportsIndex, overload
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast import kernels
 from moe_fast.config import MoeConfig, RouterInit, as_member
 from moe_fast.errors import MoeConfigError, as_index
-from moe_fast.kernels import compiled
 
 __all__ = [
     "Assignments",
@@ -427,9 +427,9 @@ def compute_expert_load_balance(assignments: Any) -> float:
             f"at most {MOST_MODELS} models can be counted"
         )
     counts = np.zeros(num_models, dtype=np.uint64)
-    compiled.count(np.ascontiguousarray(models).reshape(-1), counts)
+    kernels.compiled.count(np.ascontiguousarray(models).reshape(-1), counts)
     counts *= np.uint64(repeats)
-    return float(compiled.coefficient_of_variation(counts))
+    return float(kernels.compiled.coefficient_of_variation(counts))
 
 
 def source_models(assignments: Any) -> npt.NDArray[np.int64]:

@@ -1,7 +1,8 @@
 # The kernels, included once per SIMD level. They neither check nor raise: callers do.
 
-from libc.math cimport sqrt
-from libc.stdint cimport int64_t, uint64_t
+from libc.math cimport fabs, frexp, ldexp, signbit, sqrt
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 include "generator.pxi"
 include "counting.pxi"

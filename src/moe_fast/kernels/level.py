@@ -12,7 +12,7 @@ import importlib.util
 import os
 from types import ModuleType
 
-from moe_fast.kernels import _processor
+from moe_fast.kernels._processor import supports
 
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 ENVIRONMENT_VARIABLE = "MOE_FAST_LEVEL"
@@ -29,7 +29,7 @@ def levels_built() -> tuple[str, ...]:
 
 def levels_available() -> tuple[str, ...]:
     """The levels built in that this processor runs, slowest first."""
-    return tuple(level for level in levels_built() if _processor.supports(level))
+    return tuple(level for level in levels_built() if supports(level))
 
 
 def load(level: str) -> ModuleType:

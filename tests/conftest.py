@@ -1,0 +1,15 @@
+"""Fixtures that more than one test file uses."""
+
+import pytest
+
+from moe_fast import kernels
+from moe_fast.kernels.level import levels_available, load
+
+
+@pytest.fixture(scope="module", params=levels_available())
+def level(request):
+    """Each SIMD level in turn that this processor runs, in use while the test runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", load(request.param))
+        patch.setattr(kernels, "level", request.param)
+        yield request.param
