@@ -1,0 +1,1 @@
+"""Dense checkpoints on disk become one Mixture-of-Experts checkpoint on disk."""

@@ -1,0 +1,247 @@
+"""`build_moe`: the order of the steps, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.source import DenseModel, open_dense_model
+from moe_fast.checkpoint.table import Shard, index_json, into_shards
+from moe_fast.checkpoint.targets import TARGETS, Mixtral
+from moe_fast.checkpoint.writer import appearing, write_shard
+from moe_fast.config import MoeConfig, RouterInit, as_member
+from moe_fast.errors import CheckpointError, as_index
+from moe_fast.plan import plan_moe_construction
+
+__all__ = ["BuildReport", "build_moe"]
+
+ModelPath = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+MANIFEST = "moe_fast.json"
+# What belongs to the base model besides its weights and is copied as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built; `load_balance` and `unused_models` are those of the plan's report."""
+
+    output: Path
+    target: str
+    num_experts: int
+    num_experts_per_tok: int
+    num_layers: int
+    num_parameters: int
+    load_balance: float
+    unused_models: Sequence[int]
+    num_bytes: int
+    num_files: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+def build_moe(
+    models: ModelPath | Sequence[ModelPath],
+    output: ModelPath,
+    config: MoeConfig | None = None,
+    *,
+    base: ModelPath | None = None,
+    router_init: RouterInit | str = RouterInit.BALANCED,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build a Mixture-of-Experts checkpoint from dense models, streaming from disk to disk.
+
+    Expert `e` of layer `l` is the feed-forward network of layer `l` of model `e % len(models)`
+    (see `plan_moe_construction`); everything else comes from `base`. With one model, the result
+    computes what the model computes, whatever its routers choose (sparse upcycling,
+    Komatsuzaki et al. 2023).
+
+    Parameters
+    ----------
+    models : path or sequence of paths
+        Folders of Llama or Mistral models in the Hugging Face layout, safetensors, of one shape.
+    output : path
+        The folder to create.
+    config : MoeConfig, optional
+        By default 8 experts, 2 per token.
+    base : path, optional
+        The model that gives attention, embeddings, norms and tokenizer; by default the first.
+    router_init : RouterInit or str
+        How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
+        which rounding would merge with the noise; a softmax router does not see the difference.
+    max_shard_size : int
+        Bytes of weights per file, at most, unless a single tensor is larger.
+    overwrite : bool
+        Whether an existing `output` may be replaced.
+    progress : callable, optional
+        Called many times with the bytes written so far and the bytes to write in all.
+
+    Returns
+    -------
+    BuildReport
+
+    Raises
+    ------
+    CheckpointError
+        With every reason why the models cannot be combined; nothing has been written then.
+    TypeError, MoeConfigError
+        An argument of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, build_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> report = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
+    >>> report.num_experts, report.num_layers, report.load_balance
+    (4, 2, 0.0)
+    """
+    started = time.perf_counter()
+    config = MoeConfig() if config is None else config
+    if not isinstance(config, MoeConfig):
+        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+    config.validate()
+    router_init = as_member(router_init, RouterInit, "router_init")
+    max_shard_size = as_index(max_shard_size, "max_shard_size", minimum=1)
+    paths = [models] if isinstance(models, (str, os.PathLike)) else list(models)
+    if not paths:
+        raise CheckpointError("models must name at least one model folder")
+    output = Path(output)
+
+    sources, base_model = open_sources(paths, base)
+    target = TARGETS["mixtral"]
+    plan = plan_moe_construction(len(sources), base_model.sizes.num_hidden_layers, config)
+    construction = Construction(base_model, sources, plan, config, router_init)
+    problems = construction.problems() + target.problems(construction)
+    if problems:
+        raise CheckpointError(*problems)
+    tensors = list(target.tensors(construction))
+    shards = into_shards(tensors, max_shard_size)
+
+    with appearing(output, overwrite=overwrite) as folder:
+        written = WrittenBytes(sum(shard.nbytes for shard in shards), progress)
+        for shard in shards:
+            write_shard(shard, folder, written.add)
+        texts = {
+            "config.json": json_text(target.config(construction)),
+            MANIFEST: json_text(manifest(target, construction, shards)),
+            **index_json(shards),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        copy_companions(base_model.path, folder)
+
+    sizes = base_model.sizes
+    report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
+    return BuildReport(
+        output=output,
+        target=target.name,
+        num_experts=plan.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        num_layers=plan.num_layers,
+        num_parameters=sum(t.weight.num_parameters for t in tensors),
+        load_balance=report.load_balance,
+        unused_models=report.unused_models,
+        num_bytes=written.count,
+        num_files=len(shards),
+        seconds=time.perf_counter() - started,
+        warnings=tuple(warnings_for(paths, report.unused_models, router_init)),
+    )
+
+
+class WrittenBytes:
+    """Adds up what the shards report and passes it on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.count = 0
+        self.total = total
+        self.progress = progress
+
+    def add(self, count: int) -> None:
+        self.count += count
+        if self.progress is not None:
+            self.progress(self.count, self.total)
+
+
+def open_sources(
+    paths: Sequence[ModelPath], base: ModelPath | None
+) -> tuple[list[DenseModel], DenseModel]:
+    """The source models and the base, each folder opened once; all their problems at once."""
+    opened: dict[Path, DenseModel] = {}
+    problems: list[str] = []
+    base = paths[0] if base is None else base
+    for path in dict.fromkeys(Path(p).absolute() for p in (*paths, base)):
+        try:
+            opened[path] = open_dense_model(path)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return [opened[Path(p).absolute()] for p in paths], opened[Path(base).absolute()]
+
+
+def warnings_for(
+    paths: Sequence[ModelPath], unused_models: Sequence[int], router_init: RouterInit
+) -> list[str]:
+    warnings = [
+        f"{os.fspath(paths[model])}: gives no expert; there are more models than experts"
+        for model in unused_models
+    ]
+    if router_init is RouterInit.UNIFORM:
+        warnings.append(
+            "router_init 'uniform' makes all logits tie: every token goes to the same experts "
+            "until training moves the routers"
+        )
+    return warnings
+
+
+def manifest(
+    target: Mixtral, construction: Construction, shards: Sequence[Shard]
+) -> dict[str, Any]:
+    """What `check_moe` needs to know: which expert came from where, and what was written."""
+    return {
+        "moe_fast": version("moe-fast"),
+        "target": target.name,
+        "sources": [str(source.path) for source in construction.sources],
+        "base": str(construction.base.path),
+        "source_model": construction.plan.source_model.tolist(),
+        "source_layer": construction.plan.source_layer.tolist(),
+        "router_init": str(construction.router_init),
+        "files": {shard.file_name: shard.nbytes for shard in shards},
+    }
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def copy_companions(model: Path, folder: Path) -> None:
+    """Copy tokenizer and generation settings, unchanged; links are followed."""
+    for pattern in COMPANIONS:
+        for file in sorted(model.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

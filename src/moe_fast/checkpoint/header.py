@@ -1,0 +1,262 @@
+"""Safetensors headers and indexes, trusted only after checking every number in them.
+
+The format: 8 bytes of little-endian header length, a JSON header that names each tensor's dtype,
+shape and byte range, then the tensors' bytes, without holes.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_fast.errors import CheckpointError
+
+ITEM_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+LONGEST_HEADER = 100_000_000  # the limit of the format's own library
+LONGEST_INDEX = 500_000_000
+LARGEST_SIZE = 2**63 - 1
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SourceFile(NamedTuple):
+    """A file as it was when its header was read; a different one later is another file."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Tensor(NamedTuple):
+    """Where one tensor's bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a Hugging Face model folder, by name.
+
+    Raises
+    ------
+    CheckpointError
+        For a folder without safetensors, and for every header or index that does not hold.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return read_header(folder / SINGLE_FILE)
+    if (folder / INDEX_FILE).exists():
+        return read_shards(folder)
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt*")
+    )
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: holds {pickles[0]}, a pickle file, which can run code when opened and is "
+            "never read; save the model as safetensors (save_pretrained does)"
+        )
+    raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """The tensors of every shard that the folder's index names, index and shards agreeing."""
+    path = folder / INDEX_FILE
+    index = read_json(path, limit=LONGEST_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: {file!r} must be the name of a file in the same folder"
+            )
+    for file in sorted(set(weight_map.values())):
+        try:
+            shard = read_header(folder / file)
+        except CheckpointError as error:
+            problems += error.problems
+            continue
+        for name, tensor in shard.items():
+            if weight_map.get(name) == file:
+                tensors[name] = tensor
+            else:
+                problems.append(
+                    f"{folder / file}: tensor {name!r}: the index places it in "
+                    f"{weight_map.get(name)!r}"
+                )
+        problems += [
+            f"{folder / file}: tensor {name!r}: named by the index, missing in the file"
+            for name, its_file in weight_map.items()
+            if its_file == file and name not in shard
+        ]
+    if problems:
+        raise CheckpointError(*problems)
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, by name, in the order of their bytes."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file and the free text of its `__metadata__`."""
+    with open_regular(path) as stream:
+        status = os.fstat(stream.fileno())
+        file = SourceFile(str(path), status.st_size, status.st_mtime_ns)
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= status.st_size - 8:
+            raise CheckpointError(
+                f"{path}: the header's length is {length} bytes in a file of {status.st_size} "
+                "bytes; the file is truncated or no safetensors file"
+            )
+        if length > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: the header's length is {length} bytes, more than {LONGEST_HEADER}"
+            )
+        text = stream.read(length)
+    header = parse_json(text, path)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header must be a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    data_start = 8 + length
+    tensors = [checked_entry(name, e, file, data_start) for name, e in header.items()]
+    tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            fault = "overlaps the one before" if tensor.offset < position else "leaves a hole"
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r}: starts at byte {tensor.offset - data_start} of "
+                f"the data, {fault}, which ends at {position - data_start}"
+            )
+        position += tensor.nbytes
+    if position != status.st_size:
+        raise CheckpointError(
+            f"{path}: the tensors end at byte {position}, the file at {status.st_size}"
+        )
+    return {t.name: t for t in tensors}, metadata
+
+
+def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
+    where = f"{file.path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}"
+        )
+    if not isinstance(shape, list) or not all(is_size(n) for n in shape):
+        raise CheckpointError(f"{where}: shape must list sizes of at least 0, got {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
+        raise CheckpointError(f"{where}: data_offsets must be [begin, end], got {offsets!r}")
+    begin, end = offsets
+    if not begin <= end <= file.size - data_start:
+        raise CheckpointError(
+            f"{where}: data_offsets {offsets} do not lie in the file's "
+            f"{file.size - data_start} bytes of data"
+        )
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    if nbytes != end - begin:
+        raise CheckpointError(
+            f"{where}: shape {shape} of {dtype} takes {nbytes} bytes, "
+            f"data_offsets hold {end - begin}"
+        )
+    return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_SIZE
+
+
+def is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+
+
+def read_json(path: Path, limit: int = 10_000_000) -> Any:
+    """The JSON of a file of at most `limit` bytes; duplicate keys and NaN are refused."""
+    with open_regular(path) as stream:
+        text = stream.read(limit + 1)
+    if len(text) > limit:
+        raise CheckpointError(f"{path}: is longer than {limit} bytes")
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    def refuse_constant(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise ValueError(f"the key {twice!r} stands twice")
+        return keys
+
+    try:
+        return json.loads(
+            text.decode(), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+
+
+def open_regular(path: Path) -> Any:
+    """The file opened for reading bytes; a FIFO or a device, which could block, is refused."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def header_bytes(
+    entries: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]
+) -> bytes:
+    """The header of a file that holds `(name, dtype, shape, nbytes)` in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape, nbytes in entries:
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,97 @@
+"""The output checkpoint as a table of tensors, and how the table falls into files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from moe_fast.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, Tensor, header_bytes
+from moe_fast.checkpoint.pieces import FileRange, Piece
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The dtype, the shape and the bytes of a tensor: its pieces, one after the other."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        if sum(piece.nbytes for piece in self.pieces) != self.nbytes:
+            raise AssertionError(f"the pieces do not fill the shape {self.shape} of {self.dtype}")
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_parameters * ITEM_SIZES[self.dtype]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Weight:
+        """A tensor of a source file, as it is."""
+        piece = FileRange(tensor.file, tensor.offset, tensor.nbytes)
+        return cls(tensor.dtype, tensor.shape, (piece,))
+
+
+class OutputTensor(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output."""
+
+    file_name: str
+    tensors: tuple[OutputTensor, ...]
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+
+    @cached_property
+    def header(self) -> bytes:
+        entries = [(name, w.dtype, w.shape, w.nbytes) for name, w in self.tensors]
+        return header_bytes(entries, dict(self.metadata))
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(t.weight.nbytes for t in self.tensors)
+
+
+def into_shards(tensors: Iterable[OutputTensor], max_shard_size: int) -> list[Shard]:
+    """The tensors in order, in files of at most `max_shard_size` bytes of data.
+
+    A tensor larger than that gets a file to itself.
+    """
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.weight.nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.weight.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+    return [
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def index_json(shards: Sequence[Shard]) -> dict[str, str]:
+    """The index file beside the shards, by name; nothing where one file holds everything."""
+    if len(shards) == 1:
+        return {}
+    index = {
+        "metadata": {"total_size": sum(t.weight.nbytes for s in shards for t in s.tensors)},
+        "weight_map": {t.name: s.file_name for s in shards for t in s.tensors},
+    }
+    return {INDEX_FILE: json.dumps(index, indent=2) + "\n"}

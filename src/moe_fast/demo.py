@@ -1,0 +1,102 @@
+"""Small dense models to try things on: random weights, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["make_dense_model"]
+
+
+def make_dense_model(
+    folder: str | os.PathLike[str],
+    *,
+    seed: int,
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+    num_hidden_layers: int = 2,
+) -> None:
+    """Write a Llama model with seeded random float32 weights and a tokenizer of single bytes.
+
+    It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without safetensors: `pip install "moe-fast[checkpoint]"`.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.Generator(np.random.PCG64(seed))
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(scale=0.05, size=shape).astype(np.float32)
+
+    keys = hidden_size // 2
+    tensors = {
+        "model.embed_tokens.weight": normal(256, hidden_size),
+        "model.norm.weight": np.ones(hidden_size, np.float32),
+    }
+    for layer in range(num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        tensors |= {
+            f"{prefix}.input_layernorm.weight": np.ones(hidden_size, np.float32),
+            f"{prefix}.self_attn.q_proj.weight": normal(hidden_size, hidden_size),
+            f"{prefix}.self_attn.k_proj.weight": normal(keys, hidden_size),
+            f"{prefix}.self_attn.v_proj.weight": normal(keys, hidden_size),
+            f"{prefix}.self_attn.o_proj.weight": normal(hidden_size, hidden_size),
+            f"{prefix}.post_attention_layernorm.weight": np.ones(hidden_size, np.float32),
+            f"{prefix}.mlp.gate_proj.weight": normal(intermediate_size, hidden_size),
+            f"{prefix}.mlp.up_proj.weight": normal(intermediate_size, hidden_size),
+            f"{prefix}.mlp.down_proj.weight": normal(hidden_size, intermediate_size),
+        }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+    }
+    files = {
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0},
+        "tokenizer.json": byte_tokenizer(),
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def byte_tokenizer() -> dict[str, object]:
+    """A tokenizer.json whose 256 tokens are the bytes, in the byte-level alphabet of GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(shifted)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "pre_tokenizer": {**byte_level, "trim_offsets": True},
+        "decoder": {**byte_level, "trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {letters[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
