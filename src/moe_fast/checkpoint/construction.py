@@ -74,8 +74,7 @@ def misfits(source: DenseModel, base: DenseModel) -> Iterator[str]:
     for key in ("model_type", "hidden_act", "mlp_bias"):
         if source.config[key] != base.config[key]:
             yield (
-                f"{where}: {key} is {source.config[key]!r}, "
-                f"the base model has {base.config[key]!r}"
+                f"{where}: {key} is {source.config[key]!r}, the base model has {base.config[key]!r}"
             )
     for layer in range(source.sizes.num_hidden_layers):
         for role in FFN:

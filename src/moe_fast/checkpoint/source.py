@@ -236,13 +236,12 @@ def check_tensors(
 ) -> None:
     """Every expected tensor is there with its shape, and no other is; raise all problems."""
     per_layer = family.layer_shapes(sizes, config) | family.ffn_shapes(sizes, config)
+    present = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     # Before looping over a number from a file: that many layers must be able to be there.
-    if sizes.num_hidden_layers * len(per_layer) > len(tensors):
-        present = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if sizes.num_hidden_layers > len(present):
         raise CheckpointError(
             f"{folder}: config.json has num_hidden_layers {sizes.num_hidden_layers}, "
-            f"the safetensors hold tensors of {len(present)} layers "
-            f"({len(tensors)} tensors; each layer has {len(per_layer)})"
+            f"the safetensors hold tensors of {len(present)} layers"
         )
     expected = {
         "model.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
