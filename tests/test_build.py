@@ -433,3 +433,9 @@ def test_a_changed_byte_is_found(two_models, tmp_path):
     report = check_moe(tmp_path / "moe")
     assert not report.passed
     assert "experts.3.w2.weight" in report.problems[0]
+
+
+def test_demo(tmp_path):
+    done = run("demo", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    assert "16 experts compared with their sources: all equal" in done.stdout

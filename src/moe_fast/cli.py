@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from moe_fast.checkpoint.build import BuildReport, build_moe
-from moe_fast.checkpoint.check import check_moe
+from moe_fast.checkpoint.check import CheckReport, check_moe
 from moe_fast.config import MoeConfig, RouterInit
 from moe_fast.errors import MoeFastError
 
@@ -89,6 +89,30 @@ def check(output: Annotated[Path, typer.Argument(help="A folder that build wrote
     """Compare every expert with its source, byte for byte."""
     with reported_errors():
         report = check_moe(output)
+    print_check(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="A folder to create.")] = Path("demo"),
+) -> None:
+    """Make two small dense models, build an MoE from them, check it."""
+    from moe_fast.demo import make_dense_model
+
+    with reported_errors():
+        models = [folder / "dense-a", folder / "dense-b"]
+        for seed, model in enumerate(models):
+            make_dense_model(model, seed=seed)
+        print_build(build_moe(models, folder / "moe", overwrite=True))
+        report = check_moe(folder / "moe")
+    print_check(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def print_check(report: CheckReport) -> None:
     for problem in report.problems:
         error_console.print(problem, style="red", markup=False, soft_wrap=True)
     output_console.print(
@@ -96,8 +120,6 @@ def check(output: Annotated[Path, typer.Argument(help="A folder that build wrote
         f"sources: {'all equal' if report.passed else f'{len(report.problems)} problems'}",
         soft_wrap=True,
     )
-    if not report.passed:
-        raise typer.Exit(1)
 
 
 def print_build(report: BuildReport) -> None:

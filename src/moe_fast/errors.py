@@ -35,7 +35,9 @@ class CheckpointError(MoeFastError, ValueError):
 def as_index(value: Any, name: str, *, minimum: int | None = 0) -> int:
     """`value` as a Python int of at least `minimum` (`None`: any).
 
-    NumPy integers pass, bools and floats do not. Raises `TypeError` where `value` is no integer and `MoeConfigError` where it is too small.
+    NumPy integers pass, bools and floats do not.
+
+    Raises `TypeError` where `value` is no integer and `MoeConfigError` where it is too small.
     """
     try:
         if isinstance(value, bool):
