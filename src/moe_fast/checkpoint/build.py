@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.request import BuildRequest
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
-from moe_fast.checkpoint.table import Shard, index_json, into_shards
+from moe_fast.checkpoint.table import OutputTensor, Shard, index_json, into_shards
 from moe_fast.checkpoint.targets import TARGETS, Mixtral
 from moe_fast.checkpoint.writer import appearing, write_shard
 from moe_fast.config import MoeConfig, RouterInit, as_member
@@ -130,16 +131,19 @@ def build_moe(
     paths = [models] if isinstance(models, (str, os.PathLike)) else list(models)
     if not paths:
         raise CheckpointError("models must name at least one model folder")
+    folders = tuple(str(Path(path).absolute()) for path in paths)
+    request = BuildRequest(
+        models=folders,
+        base=folders[0] if base is None else str(Path(base).absolute()),
+        config=config,
+        router_init=router_init,
+        max_shard_size=max_shard_size,
+    )
     output = Path(output)
 
-    sources, base_model = open_sources(paths, base)
-    target = TARGETS["mixtral"]
-    plan = plan_moe_construction(len(sources), base_model.sizes.num_hidden_layers, config)
-    construction = Construction(base_model, sources, plan, config, router_init)
-    problems = construction.problems() + target.problems(construction)
-    if problems:
-        raise CheckpointError(*problems)
-    tensors = list(target.tensors(construction))
+    blueprint = prepare(request)
+    target, construction = blueprint.target, blueprint.construction
+    tensors, plan = blueprint.tensors, construction.plan
     shards = into_shards(tensors, max_shard_size)
 
     with appearing(output, overwrite=overwrite) as folder:
@@ -148,14 +152,14 @@ def build_moe(
             write_shard(shard, folder, written.add)
         texts = {
             "config.json": json_text(target.config(construction)),
-            MANIFEST: json_text(manifest(target, construction, shards)),
+            MANIFEST: json_text(manifest(request, blueprint, shards)),
             **index_json(shards),
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        copy_companions(base_model.path, folder)
+        copy_companions(construction.base.path, folder)
 
-    sizes = base_model.sizes
+    sizes = construction.base.sizes
     report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
     return BuildReport(
         output=output,
@@ -187,21 +191,39 @@ class WrittenBytes:
             self.progress(self.count, self.total)
 
 
-def open_sources(
-    paths: Sequence[ModelPath], base: ModelPath | None
-) -> tuple[list[DenseModel], DenseModel]:
+@dataclass(frozen=True)
+class Blueprint:
+    """What a request comes to: every tensor of the output, nothing written."""
+
+    target: Mixtral
+    construction: Construction
+    tensors: tuple[OutputTensor, ...]
+
+
+def prepare(request: BuildRequest) -> Blueprint:
+    """Open the sources of a request and lay out its output, from headers alone."""
+    sources, base = open_sources(request.models, request.base)
+    target = TARGETS["mixtral"]
+    plan = plan_moe_construction(len(sources), base.sizes.num_hidden_layers, request.config)
+    construction = Construction(base, sources, plan, request.config, request.router_init)
+    problems = construction.problems() + target.problems(construction)
+    if problems:
+        raise CheckpointError(*problems)
+    return Blueprint(target, construction, tuple(target.tensors(construction)))
+
+
+def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
     """The source models and the base, each folder opened once; all their problems at once."""
-    opened: dict[Path, DenseModel] = {}
+    opened: dict[str, DenseModel] = {}
     problems: list[str] = []
-    base = paths[0] if base is None else base
-    for path in dict.fromkeys(Path(p).absolute() for p in (*paths, base)):
+    for folder in dict.fromkeys((*models, base)):
         try:
-            opened[path] = open_dense_model(path)
+            opened[folder] = open_dense_model(folder)
         except CheckpointError as error:
             problems += error.problems
     if problems:
         raise CheckpointError(*problems)
-    return [opened[Path(p).absolute()] for p in paths], opened[Path(base).absolute()]
+    return [opened[model] for model in models], opened[base]
 
 
 def warnings_for(
@@ -220,17 +242,16 @@ def warnings_for(
 
 
 def manifest(
-    target: Mixtral, construction: Construction, shards: Sequence[Shard]
+    request: BuildRequest, blueprint: Blueprint, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """What `check_moe` needs to know: which expert came from where, and what was written."""
+    """What `check_moe` needs to know: what was asked for, what came of it, what was written."""
+    plan = blueprint.construction.plan
     return {
         "moe_fast": version("moe-fast"),
-        "target": target.name,
-        "sources": [str(source.path) for source in construction.sources],
-        "base": str(construction.base.path),
-        "source_model": construction.plan.source_model.tolist(),
-        "source_layer": construction.plan.source_layer.tolist(),
-        "router_init": str(construction.router_init),
+        "request": request.to_dict(),
+        "target": blueprint.target.name,
+        "source_model": plan.source_model.tolist(),
+        "source_layer": plan.source_layer.tolist(),
         "files": {shard.file_name: shard.nbytes for shard in shards},
     }
 

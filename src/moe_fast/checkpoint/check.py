@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from moe_fast.checkpoint.build import MANIFEST
+from moe_fast.checkpoint.build import MANIFEST, prepare
 from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_json
-from moe_fast.checkpoint.source import open_dense_model
-from moe_fast.checkpoint.targets import TARGETS
+from moe_fast.checkpoint.pieces import FileRange, Piece
+from moe_fast.checkpoint.request import BuildRequest
+from moe_fast.checkpoint.table import Weight
 from moe_fast.errors import CheckpointError
 
 __all__ = ["CheckReport", "check_moe"]
 
-CHUNK = 8 * 1024 * 1024
+CHUNK = 1024 * 1024  # two of these stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CheckReport:
 
 
 def check_moe(output: str | os.PathLike[str]) -> CheckReport:
-    """Compare every expert of a checkpoint that `build_moe` wrote with its source, byte for byte.
+    """Compare a checkpoint that `build_moe` wrote with what its sources give, byte for byte.
 
     Raises
     ------
@@ -41,43 +43,65 @@ def check_moe(output: str | os.PathLike[str]) -> CheckReport:
     """
     folder = Path(output)
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("target") not in TARGETS:
-        raise CheckpointError(f"{folder / MANIFEST}: names no known target")
-    target = TARGETS[manifest["target"]]
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: must be a JSON object")
+    request = BuildRequest.from_dict(manifest.get("request"), f"{folder / MANIFEST}: request")
+    blueprint = prepare(request)
     tensors = read_checkpoint(folder)
-    opened = {path: open_dense_model(path) for path in set(manifest["sources"])}
-    sources = [opened[path] for path in manifest["sources"]]
-    problems = []
-    compared = 0
-    layers = zip(manifest["source_model"], manifest["source_layer"], strict=True)
-    for layer, (models, source_layers) in enumerate(layers):
-        for expert, (model, source_layer) in enumerate(zip(models, source_layers, strict=True)):
-            for name, role in target.expert_tensor_names(layer, expert):
-                source = sources[model].ffn(source_layer, role)
-                if name not in tensors:
-                    problems.append(f"{folder}: tensor {name!r} is missing")
-                elif not same_bytes(tensors[name], source):
-                    problems.append(
-                        f"{tensors[name].file.path}: tensor {name!r} differs from {source.name!r} "
-                        f"of {source.file.path}"
-                    )
-            compared += 1
-    return CheckReport(len(tensors), compared, tuple(problems))
+    expected = dict(blueprint.tensors)
+    problems = [f"{folder}: tensor {name!r} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        where = f"{tensor.file.path}: tensor {name!r}"
+        if name not in expected:
+            problems.append(f"{where} is none that was asked for")
+        elif (difference := first_difference(tensor, expected[name])) is not None:
+            problems.append(f"{where}: {difference}")
+    plan = blueprint.construction.plan
+    return CheckReport(len(tensors), plan.num_layers * plan.num_experts, tuple(problems))
 
 
-def same_bytes(left: Tensor, right: Tensor) -> bool:
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    return all(a == b for a, b in zip(chunks(left), chunks(right), strict=True))
-
-
-def chunks(tensor: Tensor) -> Iterator[bytes]:
-    with Path(tensor.file.path).open("rb") as stream:
+def first_difference(tensor: Tensor, weight: Weight) -> str | None:
+    """How a written tensor differs from the pieces it was made of; `None` where it does not."""
+    if (tensor.dtype, tensor.shape) != (weight.dtype, weight.shape):
+        return (
+            f"{tensor.dtype} of shape {list(tensor.shape)} where "
+            f"{weight.dtype} of shape {list(weight.shape)} was asked for"
+        )
+    position = 0
+    with Path(tensor.file.path).open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
-        left = tensor.nbytes
+        for piece in weight.pieces:
+            for chunk in chunks(piece):
+                written = read_exactly(stream, len(chunk), tensor.file.path)
+                if written != chunk:  # a bytearray on the left compares with anything by memcmp
+                    pairs = enumerate(zip(written, chunk, strict=True), start=position)
+                    byte = next(i for i, (left, right) in pairs if left != right)
+                    origin = piece.file.path if isinstance(piece, FileRange) else "what was made"
+                    return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
+                position += len(chunk)
+    return None
+
+
+def chunks(piece: Piece) -> Iterator[bytearray | memoryview]:
+    """The bytes of any piece, bounded chunks at a time."""
+    if not isinstance(piece, FileRange):
+        yield from piece.chunks()
+        return
+    with Path(piece.file.path).open("rb", buffering=0) as stream:
+        stream.seek(piece.offset)
+        left = piece.nbytes
         while left:
-            chunk = stream.read(min(left, CHUNK))
-            if not chunk:
-                raise CheckpointError(f"{tensor.file.path}: ended inside tensor {tensor.name!r}")
+            chunk = read_exactly(stream, min(left, CHUNK), piece.file.path)
             left -= len(chunk)
             yield chunk
+
+
+def read_exactly(stream: BinaryIO, count: int, path: str) -> bytearray:
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        read = stream.readinto(view)  # type: ignore[attr-defined]
+        if not read:
+            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
+        view = view[read:]
+    return data

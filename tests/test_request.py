@@ -1,0 +1,76 @@
+"""A request survives its trip through JSON, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from moe_fast import CheckpointError, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.checkpoint.request import BuildRequest, typed
+
+REQUEST = BuildRequest(
+    models=("/models/a", "/models/b"),
+    base="/models/a",
+    config=MoeConfig(num_experts=4, num_experts_per_tok=1, routing_method="expert_choice"),
+    router_init=RouterInit.RANDOM,
+    max_shard_size=1000,
+)
+
+
+def changed(**changes):
+    return json.loads(json.dumps(REQUEST.to_dict())) | changes
+
+
+def test_a_request_comes_back_from_json_equal():
+    read = BuildRequest.from_dict(changed(), "manifest")
+    assert read == REQUEST
+    assert read.config.routing_method is RoutingMethod.EXPERT_CHOICE
+    assert read.router_init is RouterInit.RANDOM
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"^m: None is not an object$"),
+        ([], r"^m: \[\] is not an object$"),
+        (changed(models="a"), r"^m\.models: 'a' is not tuple\[str, \.\.\.\]$"),
+        (changed(models=["a", 3]), r"^m\.models\[1\]: 3 is not str$"),
+        (changed(base=None), r"^m\.base: None is not str$"),
+        (changed(max_shard_size=True), r"^m\.max_shard_size: True is not int$"),
+        (changed(max_shard_size=1.0), r"^m\.max_shard_size: 1\.0 is not int$"),
+        (changed(router_init="zero"), r"^m\.router_init: 'zero' is none of random, uniform, "),
+        (changed(router_init=1), r"^m\.router_init: 1 is not RouterInit$"),
+        (changed(surprise=1), r"^m: unknown key 'surprise'; known are models, base, config"),
+        ({"models": []}, r"^m: the key 'base' is missing$"),
+        (
+            changed(config={"num_experts": 1, "num_experts_per_tok": 2}),
+            r"^m\.config: num_experts_per_tok \(2\) must not exceed num_experts \(1\)$",
+        ),
+        (
+            changed(config={"num_experts": 2, "top_k": 2}),
+            r"^m\.config: unknown key 'top_k'; known are num_experts, ",
+        ),
+    ],
+)
+def test_what_is_no_request_is_refused_by_name(value, message):
+    with pytest.raises(CheckpointError, match=message):
+        BuildRequest.from_dict(value, "m")
+
+
+@dataclass(frozen=True)
+class Nested:
+    scale: float
+    names: dict[str, tuple[int, ...]]
+    note: str | None = None
+
+
+def test_every_kind_of_field_is_read():
+    read = typed({"scale": 1, "names": {"a": [1, 2]}, "note": None}, Nested, "n")
+    assert read == Nested(1, {"a": (1, 2)}, None)
+    assert typed({"scale": 0.5, "names": {}, "note": "x"}, Nested, "n").note == "x"
+    with pytest.raises(CheckpointError, match=r"^n\.names\.a\[0\]: '1' is not int$"):
+        typed({"scale": 1, "names": {"a": ["1"]}}, Nested, "n")
+    with pytest.raises(CheckpointError, match=r"^n\.note: 3 is not str$"):
+        typed({"scale": 1, "names": {}, "note": 3}, Nested, "n")
