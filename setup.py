@@ -54,15 +54,12 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
-DEFINITIONS = ["kernels.pxi", "generator.pxi", "counting.pxi"]
+DEFINITIONS = ["kernels.pxi", "generator.pxi", "counting.pxi", "normal.pxi"]
 
 
 def extension(name):
     path = os.path.join("src", *name.split(".")) + ".pyx"
-    definitions = [
-        os.path.join(os.path.dirname(path), f)
-        for f in ("kernels.pxi", "generator.pxi", "counting.pxi")
-    ]
+    definitions = [os.path.join(os.path.dirname(path), file) for file in DEFINITIONS]
     return Extension(name, [path], depends=definitions)
 
 

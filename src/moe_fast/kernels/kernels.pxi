@@ -6,3 +6,4 @@ from libc.string cimport memcpy
 
 include "generator.pxi"
 include "counting.pxi"
+include "normal.pxi"
