@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import pytest
 
 from moe_fast import CheckpointError, MoeConfig, RouterInit, RoutingMethod
-from moe_fast.checkpoint.request import BuildRequest, typed
+from moe_fast.checkpoint.request import BuildRequest, ExpertSource, typed
 
 REQUEST = BuildRequest(
-    models=("/models/a", "/models/b"),
+    models=(
+        ExpertSource("/models/a"),
+        ExpertSource("/models/b", noise_scale=0.1, residual_scale=-2.5, source_layers=(1, 0)),
+    ),
     base="/models/a",
     config=MoeConfig(num_experts=4, num_experts_per_tok=1, routing_method="expert_choice"),
     router_init=RouterInit.RANDOM,
+    seed=7,
     max_shard_size=1000,
 )
 
@@ -35,8 +39,12 @@ def test_a_request_comes_back_from_json_equal():
     [
         (None, r"^m: None is not an object$"),
         ([], r"^m: \[\] is not an object$"),
-        (changed(models="a"), r"^m\.models: 'a' is not tuple\[str, \.\.\.\]$"),
-        (changed(models=["a", 3]), r"^m\.models\[1\]: 3 is not str$"),
+        (changed(models="a"), r"^m\.models: 'a' is not tuple\[.*ExpertSource, \.\.\.\]$"),
+        (changed(models=[{"model": 3}]), r"^m\.models\[0\]\.model: 3 is not str$"),
+        (
+            changed(models=[{"model": "a", "noise_scale": -1}]),
+            r"^m\.models\[0\]: noise_scale must be at least 0, got -1\.0$",
+        ),
         (changed(base=None), r"^m\.base: None is not str$"),
         (changed(max_shard_size=True), r"^m\.max_shard_size: True is not int$"),
         (changed(max_shard_size=1.0), r"^m\.max_shard_size: 1\.0 is not int$"),

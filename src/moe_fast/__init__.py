@@ -21,13 +21,15 @@ from moe_fast.plan import (
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import build_moe as build_moe
+    from moe_fast.checkpoint.request import ExpertSource as ExpertSource
 
 # What needs more than NumPy, or time to import, is fetched when first used.
-LATER = {"build_moe": "moe_fast.checkpoint.build"}
+LATER = {"build_moe": "moe_fast.checkpoint.build", "ExpertSource": "moe_fast.checkpoint.request"}
 
 __all__ = [
     "CheckpointError",
     "ExpertAssignment",
+    "ExpertSource",
     "MoeConfig",
     "MoeConfigError",
     "MoeConstructionPlan",

@@ -7,20 +7,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.request import BuildRequest
+from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, Shard, index_json, into_shards
 from moe_fast.checkpoint.targets import TARGETS, Mixtral
 from moe_fast.checkpoint.writer import appearing, write_shard
 from moe_fast.config import MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
-from moe_fast.plan import plan_moe_construction
+from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 
 __all__ = ["BuildReport", "build_moe"]
 
@@ -62,12 +64,13 @@ class BuildReport:
 
 
 def build_moe(
-    models: ModelPath | Sequence[ModelPath],
+    models: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     output: ModelPath,
     config: MoeConfig | None = None,
     *,
     base: ModelPath | None = None,
     router_init: RouterInit | str = RouterInit.BALANCED,
+    seed: int = 0,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -81,8 +84,9 @@ def build_moe(
 
     Parameters
     ----------
-    models : path or sequence of paths
-        Folders of Llama or Mistral models in the Hugging Face layout, safetensors, of one shape.
+    models : path, ExpertSource, or sequence of them
+        Folders of Llama or Mistral models in the Hugging Face layout, safetensors, of one shape. An
+        `ExpertSource` is a folder and what happens to its weights on the way.
     output : path
         The folder to create.
     config : MoeConfig, optional
@@ -92,6 +96,8 @@ def build_moe(
     router_init : RouterInit or str
         How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
+    seed : int
+        Of the noise that an `ExpertSource` asks for.
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite : bool
@@ -128,15 +134,13 @@ def build_moe(
     config.validate()
     router_init = as_member(router_init, RouterInit, "router_init")
     max_shard_size = as_index(max_shard_size, "max_shard_size", minimum=1)
-    paths = [models] if isinstance(models, (str, os.PathLike)) else list(models)
-    if not paths:
-        raise CheckpointError("models must name at least one model folder")
-    folders = tuple(str(Path(path).absolute()) for path in paths)
+    experts = as_expert_sources(models)
     request = BuildRequest(
-        models=folders,
-        base=folders[0] if base is None else str(Path(base).absolute()),
+        models=experts,
+        base=experts[0].model if base is None else str(Path(base).absolute()),
         config=config,
         router_init=router_init,
+        seed=as_index(seed, "seed"),
         max_shard_size=max_shard_size,
     )
     output = Path(output)
@@ -173,8 +177,21 @@ def build_moe(
         num_bytes=written.count,
         num_files=len(shards),
         seconds=time.perf_counter() - started,
-        warnings=tuple(warnings_for(paths, report.unused_models, router_init)),
+        warnings=(
+            *construction.warnings(),
+            *warnings_for(request.models, report.unused_models, router_init),
+        ),
     )
+
+
+def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
+    """The argument `models`, its folders absolute."""
+    if isinstance(models, (str, os.PathLike, ExpertSource)):
+        models = [models]
+    experts = [m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models]
+    if not experts:
+        raise CheckpointError("models must name at least one model folder")
+    return tuple(replace(e, model=str(Path(e.model).absolute())) for e in experts)
 
 
 class WrittenBytes:
@@ -202,14 +219,35 @@ class Blueprint:
 
 def prepare(request: BuildRequest) -> Blueprint:
     """Open the sources of a request and lay out its output, from headers alone."""
-    sources, base = open_sources(request.models, request.base)
+    sources, base = open_sources([m.model for m in request.models], request.base)
     target = TARGETS["mixtral"]
-    plan = plan_moe_construction(len(sources), base.sizes.num_hidden_layers, request.config)
-    construction = Construction(base, sources, plan, request.config, request.router_init)
+    plan = plan_for(request, base.sizes.num_hidden_layers)
+    construction = Construction(
+        base, sources, request.models, plan, request.config, request.router_init, request.seed
+    )
     problems = construction.problems() + target.problems(construction)
     if problems:
         raise CheckpointError(*problems)
     return Blueprint(target, construction, tuple(target.tensors(construction)))
+
+
+def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
+    """Round robin over the models, each from its own source layers."""
+    plan = plan_moe_construction(len(request.models), num_layers, request.config)
+    if all(model.source_layers is None for model in request.models):
+        return plan
+    problems = [
+        f"source_layers of {m.model}: lists {len(m.source_layers)} layers, the output has "
+        f"{num_layers}; list one for each"
+        for m in request.models
+        if m.source_layers is not None and len(m.source_layers) != num_layers
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+    layers = np.array([m.source_layers or range(num_layers) for m in request.models])
+    return MoeConstructionPlan(
+        plan.source_model, layers[plan.source_model[0]].T, num_models=plan.num_models
+    )
 
 
 def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
@@ -227,10 +265,10 @@ def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], De
 
 
 def warnings_for(
-    paths: Sequence[ModelPath], unused_models: Sequence[int], router_init: RouterInit
+    models: Sequence[ExpertSource], unused_models: Sequence[int], router_init: RouterInit
 ) -> list[str]:
     warnings = [
-        f"{os.fspath(paths[model])}: gives no expert; there are more models than experts"
+        f"{models[model].model}: gives no expert; there are more models than experts"
         for model in unused_models
     ]
     if router_init is RouterInit.UNIFORM:

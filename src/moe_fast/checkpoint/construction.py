@@ -1,7 +1,6 @@
 """What a target is built from: the base, the sources and the plan, as weights by role.
 
-Whatever happens to a weight on its way (nothing, so far) happens here, so that a target only gives
-names and shapes.
+Whatever happens to a weight on its way happens here, so that a target only gives names and shapes.
 """
 
 from __future__ import annotations
@@ -9,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_fast.checkpoint.pieces import Router
+from moe_fast.checkpoint.header import Tensor
+from moe_fast.checkpoint.noise import Perturbed, noise_stream
+from moe_fast.checkpoint.pieces import FileRange, Router
+from moe_fast.checkpoint.request import ExpertSource
 from moe_fast.checkpoint.source import FFN, DenseModel
 from moe_fast.checkpoint.table import OutputTensor, Weight
 from moe_fast.config import MoeConfig, RouterInit
@@ -22,9 +24,12 @@ class Construction:
 
     base: DenseModel
     sources: Sequence[DenseModel]
+    models: Sequence[ExpertSource]
+    """What was asked of each of the sources."""
     plan: MoeConstructionPlan
     config: MoeConfig
     router_init: RouterInit
+    seed: int
 
     @property
     def dtype(self) -> str:
@@ -48,8 +53,21 @@ class Construction:
 
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
-        source = self.sources[self.plan.source_model[layer, expert]]
-        return Weight.of(source.ffn(int(self.plan.source_layer[layer, expert]), role))
+        model = self.plan.source_model[layer, expert]
+        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
+        return self.perturbed(tensor, self.models[model], f"{layer} {expert} {role}")
+
+    def perturbed(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
+        """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
+        weight = Weight.of(tensor)
+        scale = model.residual_scale if name.endswith("down_proj") else 1.0
+        if model.noise_scale == 0 and scale == 1:
+            return weight
+        (source,) = weight.pieces
+        assert isinstance(source, FileRange)
+        stream = noise_stream(self.seed, name)
+        piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
+        return Weight(weight.dtype, weight.shape, (piece,))
 
     def router(self, layer: int) -> Weight:
         """The router of a layer, `(num_experts, hidden_size)`."""
@@ -60,17 +78,36 @@ class Construction:
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = []
-        for source in {source.path: source for source in self.sources}.values():
-            problems += misfits(source, self.base)
-        return problems
+        for source, model in zip(self.sources, self.models, strict=True):
+            problems += misfits(source, self.base, model.source_layers)
+        return list(dict.fromkeys(problems))
+
+    def warnings(self) -> list[str]:
+        """What can be built, and may not be meant."""
+        vocabulary = self.base.sizes.vocab_size
+        return [
+            f"{source.path / 'config.json'}: vocab_size is {source.sizes.vocab_size}, the base "
+            f"model has {vocabulary}; only FFN weights are taken, which learnt from other tokens"
+            for source in {source.path: source for source in self.sources}.values()
+            if source.sizes.vocab_size != vocabulary
+        ]
 
 
-def misfits(source: DenseModel, base: DenseModel) -> Iterator[str]:
+def misfits(
+    source: DenseModel, base: DenseModel, source_layers: Sequence[int] | None
+) -> Iterator[str]:
     """Why experts of `source` cannot stand in `base`."""
     where = source.path / "config.json"
-    for name, value in vars(source.sizes).items():
-        if value != getattr(base.sizes, name):
-            yield f"{where}: {name} is {value}, the base model has {getattr(base.sizes, name)}"
+    num_layers = source.sizes.num_hidden_layers
+    names = ["hidden_size", "intermediate_size"]
+    if source_layers is None:
+        names.append("num_hidden_layers")
+    elif max(source_layers, default=0) >= num_layers:
+        yield f"{where}: has {num_layers} layers, source_layers names {max(source_layers)}"
+    for name in names:
+        value, expected = getattr(source.sizes, name), getattr(base.sizes, name)
+        if value != expected:
+            yield f"{where}: {name} is {value}, the base model has {expected}"
     for key in ("model_type", "hidden_act", "mlp_bias"):
         if source.config[key] != base.config[key]:
             yield (

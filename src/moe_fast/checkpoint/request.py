@@ -6,26 +6,89 @@ from it, so `check_moe` compares an output with what the builder would write tod
 
 from __future__ import annotations
 
+import math
+import os
 import types
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moe_fast.config import MoeConfig, RouterInit
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import CheckpointError, MoeConfigError, as_index
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """Where experts come from, and what happens to their weights on the way.
+
+    Parameters
+    ----------
+    model : path
+        The folder of a dense model.
+    noise_scale : float
+        Standard deviation of the normal noise that is added to each weight; every expert gets noise
+        of its own.
+    residual_scale : float
+        What the expert's output is multiplied by: the factor of its `down_proj`.
+    source_layers : sequence of int, optional
+        The model's layer that each layer of the output takes its expert from; by default the same.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        A value of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import ExpertSource
+    >>> ExpertSource("model", noise_scale=0.01).residual_scale
+    1.0
+    """
+
+    model: str
+    noise_scale: float = 0.0
+    residual_scale: float = 1.0
+    source_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("noise_scale", "residual_scale"):
+            object.__setattr__(self, name, as_finite(getattr(self, name), name))
+        if self.noise_scale < 0:
+            raise MoeConfigError(f"noise_scale must be at least 0, got {self.noise_scale}")
+        if self.source_layers is not None:
+            if not isinstance(self.source_layers, Iterable):
+                raise TypeError(f"source_layers must list layers, got {self.source_layers!r}")
+            layers = tuple(as_index(layer, "source_layers") for layer in self.source_layers)
+            object.__setattr__(self, "source_layers", layers)
+
+
+def as_finite(value: Any, name: str) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise MoeConfigError(f"{name} must be finite, got {number}")
+    return number
 
 
 @dataclass(frozen=True)
 class BuildRequest:
     """One MoE to build, in plain values: strings, numbers, tuples, enumerations, dataclasses.
 
-    `models` and `base` are folders. A new field needs no code here to be kept and read back.
+    Expert `e` is made as `models[e % len(models)]` says; `base` is a folder. `seed` is that of the
+    noise. A new field needs no code here to be kept and read back.
     """
 
-    models: tuple[str, ...]
+    models: tuple[ExpertSource, ...]
     base: str
     config: MoeConfig = field(default_factory=MoeConfig)
     router_init: RouterInit = RouterInit.BALANCED
+    seed: int = 0
     max_shard_size: int = 5_000_000_000
 
     def to_dict(self) -> dict[str, Any]:

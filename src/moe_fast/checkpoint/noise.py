@@ -1,0 +1,73 @@
+"""Weights that leave a source changed: normal noise added, a scale multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from moe_fast import kernels
+from moe_fast.checkpoint.pieces import DTYPES, FileRange
+from moe_fast.errors import CheckpointError
+from moe_fast.gates import as_dtype
+
+CHUNK = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbed:
+    """The bytes of `(weights + noise_scale * z) * scale`, in the dtype of the source's weights.
+
+    The arithmetic is float32; the sum and the product are each rounded to the dtype. `z` is normal
+    noise, drawn for each weight from its own place in `stream`.
+    """
+
+    source: FileRange
+    dtype: str
+    noise_scale: float
+    scale: float
+    stream: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        dtype = as_dtype(DTYPES[self.dtype])
+        first = 0
+        for chunk in read(self.source):
+            values = np.frombuffer(chunk, dtype).astype(np.float32)
+            # Infinite weights, and those that a scale makes so, are what was asked for.
+            with np.errstate(over="ignore", invalid="ignore"):
+                if self.noise_scale:
+                    noise = np.empty_like(values)
+                    kernels.compiled.fill_normal(
+                        noise, 0, noise.size, self.stream, first, self.noise_scale
+                    )
+                    values += noise
+                    values = values.astype(dtype).astype(np.float32)
+                if self.scale != 1:
+                    values *= np.float32(self.scale)
+                weights = values.astype(dtype)
+            first += weights.size
+            yield weights.view(np.uint8).data
+
+
+def noise_stream(seed: int, weight: str) -> int:
+    """Where the noise of a weight is drawn from: the first 64 bits of SHA-256 of `SEED WEIGHT`."""
+    return int.from_bytes(sha256(f"{seed} {weight}".encode()).digest()[:8], "little")
+
+
+def read(piece: FileRange) -> Iterator[bytes]:
+    with Path(piece.file.path).open("rb") as stream:
+        stream.seek(piece.offset)
+        left = piece.nbytes
+        while left:
+            chunk = stream.read(min(left, CHUNK))
+            if len(chunk) < min(left, CHUNK):
+                raise CheckpointError(f"{piece.file.path}: ended while being read")
+            left -= len(chunk)
+            yield chunk
