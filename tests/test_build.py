@@ -439,3 +439,12 @@ def test_demo(tmp_path):
     done = run("demo", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     assert "16 experts compared with their sources: all equal" in done.stdout
+
+
+def test_reports_as_json(dense, tmp_path):
+    done = run("build", dense, "-o", tmp_path / "moe", "--experts", 4, "--json")
+    report = json.loads(done.stdout)
+    assert report["output"] == str(tmp_path / "moe")
+    assert (report["num_experts"], report["unused_models"], report["warnings"]) == (4, [], [])
+    report = json.loads(run("check", tmp_path / "moe", "--json").stdout)
+    assert report["problems"] == []

@@ -21,10 +21,17 @@ from moe_fast.plan import (
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import build_moe as build_moe
+    from moe_fast.checkpoint.check import check_moe as check_moe
+    from moe_fast.checkpoint.inspection import inspect_model as inspect_model
     from moe_fast.checkpoint.request import ExpertSource as ExpertSource
 
 # What needs more than NumPy, or time to import, is fetched when first used.
-LATER = {"build_moe": "moe_fast.checkpoint.build", "ExpertSource": "moe_fast.checkpoint.request"}
+LATER = {
+    "ExpertSource": "moe_fast.checkpoint.request",
+    "build_moe": "moe_fast.checkpoint.build",
+    "check_moe": "moe_fast.checkpoint.check",
+    "inspect_model": "moe_fast.checkpoint.inspection",
+}
 
 __all__ = [
     "CheckpointError",
@@ -38,9 +45,11 @@ __all__ = [
     "RouterInit",
     "RoutingMethod",
     "build_moe",
+    "check_moe",
     "compute_expert_load_balance",
     "compute_gate_weights",
     "compute_router_weights",
+    "inspect_model",
     "plan_moe_construction",
 ]
 

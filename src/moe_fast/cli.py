@@ -6,24 +6,25 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
-from moe_fast.checkpoint.build import BuildReport, build_moe
-from moe_fast.checkpoint.check import CheckReport, check_moe
+from moe_fast.checkpoint.build import build_moe
+from moe_fast.checkpoint.check import check_moe
+from moe_fast.checkpoint.inspection import inspect_model
 from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
+from moe_fast.reports import Report
+from moe_fast.show import (
+    complain,
+    progress_bar,
+    show_build,
+    show_check,
+    show_diagnosis,
+    show_model,
+)
 
 app = typer.Typer(
     name="moe-fast",
@@ -31,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn dense language models on disk into Mixture-of-Experts checkpoints.",
 )
-output_console = Console()
-error_console = Console(stderr=True)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+AnyReport = TypeVar("AnyReport", bound=Report)
 
 
 @app.callback()
@@ -66,6 +67,7 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build one Mixture-of-Experts checkpoint from dense models."""
     with reported_errors():
@@ -81,17 +83,43 @@ def build(
                 overwrite=overwrite,
                 progress=progress,
             )
-    print_build(report)
+    show(report, show_build, as_json)
 
 
 @app.command()
-def check(output: Annotated[Path, typer.Argument(help="A folder that build wrote.")]) -> None:
+def check(
+    output: Annotated[Path, typer.Argument(help="A folder that build wrote.")],
+    as_json: AsJson = False,
+) -> None:
     """Compare every expert with its source, byte for byte."""
     with reported_errors():
         report = check_moe(output)
-    print_check(report)
+    show(report, show_check, as_json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A folder with any model, MoE or dense.")],
+    copies: Annotated[
+        bool,
+        typer.Option(help="Find experts that are copies of each other; reads them where alike."),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a model: experts, sizes, dtypes, routers, copies."""
+    with reported_errors():
+        report = inspect_model(model, copies=copies)
+    show(report, show_model, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, which kernels run, and what is missing for what."""
+    with reported_errors():
+        diagnosis = diagnose()
+    show(diagnosis, show_diagnosis, as_json)
 
 
 @app.command()
@@ -105,41 +133,18 @@ def demo(
         models = [folder / "dense-a", folder / "dense-b"]
         for seed, model in enumerate(models):
             make_dense_model(model, seed=seed)
-        print_build(build_moe(models, folder / "moe", overwrite=True))
+        show_build(build_moe(models, folder / "moe", overwrite=True))
         report = check_moe(folder / "moe")
-    print_check(report)
+    show_check(report)
     if not report.passed:
         raise typer.Exit(1)
 
 
-def print_check(report: CheckReport) -> None:
-    for problem in report.problems:
-        error_console.print(problem, style="red", markup=False, soft_wrap=True)
-    output_console.print(
-        f"{report.num_tensors} tensors, {report.num_experts_compared} experts compared with their "
-        f"sources: {'all equal' if report.passed else f'{len(report.problems)} problems'}",
-        soft_wrap=True,
-    )
-
-
-def print_build(report: BuildReport) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
-    rows = {
-        "output": f"{report.output} ({report.target})",
-        "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
-        "layers": str(report.num_layers),
-        "parameters": f"{report.num_parameters:,}",
-        "load balance": f"{report.load_balance:.4f} (0 is even)",
-        "bytes": f"{report.num_bytes:,} in {report.num_files} file{'s'[: report.num_files > 1]}",
-        "seconds": f"{report.seconds:.2f}",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    output_console.print(table)
-    for warning in report.warnings:
-        error_console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        as_table(report)
 
 
 @contextmanager
@@ -148,26 +153,8 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except (MoeFastError, TypeError, MemoryError, OSError) as error:
-        error_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        complain(f"error: {error}")
         raise typer.Exit(1) from None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on a terminal, nothing in a pipe."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=error_console,
-        disable=not error_console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda written, total: bar.update(task, completed=written, total=total)
 
 
 def parse_size(text: str) -> int:

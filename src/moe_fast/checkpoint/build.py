@@ -23,6 +23,7 @@ from moe_fast.checkpoint.writer import appearing, write_shard
 from moe_fast.config import MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
+from moe_fast.reports import Report
 
 __all__ = ["BuildReport", "build_moe"]
 
@@ -46,7 +47,7 @@ COMPANIONS = (
 
 
 @dataclass(frozen=True)
-class BuildReport:
+class BuildReport(Report):
     """What was built; `load_balance` and `unused_models` are those of the plan's report."""
 
     output: Path

@@ -14,6 +14,7 @@ from moe_fast.checkpoint.pieces import FileRange, Piece
 from moe_fast.checkpoint.request import BuildRequest
 from moe_fast.checkpoint.table import Weight
 from moe_fast.errors import CheckpointError
+from moe_fast.reports import Report
 
 __all__ = ["CheckReport", "check_moe"]
 
@@ -21,7 +22,7 @@ CHUNK = 1024 * 1024  # two of these stay in the processor's cache
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Report):
     """How many tensors were compared, byte for byte, and every difference found."""
 
     num_tensors: int

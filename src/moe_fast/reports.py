@@ -1,0 +1,37 @@
+"""What every report can do: become plain values, and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+__all__ = ["Report"]
+
+
+class Report:
+    """Base of the frozen dataclasses that say what was done or found."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain values: dicts, lists, strings, numbers, `None`."""
+        values = plain(self)
+        assert isinstance(values, dict)
+        return values
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value

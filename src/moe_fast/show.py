@@ -1,0 +1,211 @@
+"""Reports for the eye: tables on standard output, warnings and problems on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from moe_fast.checkpoint.build import BuildReport
+from moe_fast.checkpoint.check import CheckReport
+from moe_fast.checkpoint.inspection import ModelReport, Place
+from moe_fast.doctor import Diagnosis
+
+output_console = Console()
+error_console = Console(stderr=True)
+for console in (output_console, error_console):
+    if not console.is_terminal:
+        console.width = 10_000  # nothing is wrapped in a file or a pipe
+
+
+def say(text: str) -> None:
+    output_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    error_console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    error_console.print(text, style="red", markup=False, soft_wrap=True)
+
+
+def show_build(report: BuildReport) -> None:
+    show_pairs(
+        {
+            "output": f"{report.output} ({report.target})",
+            "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
+            "layers": f"{report.num_layers}",
+            "parameters": f"{report.num_parameters:,}",
+            "load balance": f"{report.load_balance:.4f} (0 is even)",
+            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "seconds": f"{report.seconds:.2f}",
+        }
+    )
+    for warning in report.warnings:
+        warn(warning)
+
+
+def show_check(report: CheckReport) -> None:
+    for problem in report.problems:
+        complain(problem)
+    say(
+        f"{report.num_tensors} tensors, {report.num_experts_compared} experts compared with their "
+        f"sources: {'all equal' if report.passed else counted(len(report.problems), 'problem')}"
+    )
+
+
+def show_model(report: ModelReport) -> None:
+    pairs = {
+        "model": f"{report.path}",
+        "family": f"{report.model_type} ({report.architecture or 'no architecture named'})",
+        "parameters": f"{report.num_parameters:,}",
+        "dtypes": ", ".join(f"{d} {size(n)}" for d, n in report.bytes_by_dtype.items()),
+        "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+        "layers": f"{report.num_layers}",
+    }
+    if report.num_moe_layers:
+        active = report.active_parameters
+        per_token = report.num_experts_per_tok
+        pairs |= {
+            "active": "unknown" if active is None else f"{active:,} per token",
+            "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
+            "experts": f"{report.num_experts} per layer, "
+            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+            f"{report.parameters_per_expert:,} parameters each",
+            "layout": report.layout,
+        }
+    else:
+        pairs["experts"] = "none: a dense model"
+    show_pairs(pairs)
+    if report.routers:
+        show_routers(report)
+    if report.copies is not None:
+        show_copies(report.copies)
+    for problem in report.problems:
+        complain(problem)
+
+
+def show_routers(report: ModelReport) -> None:
+    table = new_table("layer", "smallest row", "greatest row", "most alike", "tied experts")
+    for router in report.routers:
+        if router.finite:
+            values = (router.smallest_norm, router.greatest_norm, router.most_alike)
+            cells = ["-" if value is None else f"{value:.6g}" for value in values]
+        else:
+            cells = ["not finite"] * 3
+        table.add_row(str(router.layer), *cells, str(router.tied_experts))
+    say("\nrouters (norms of the experts' rows; the greatest cosine between two)")
+    output_console.print(table)
+
+
+def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+    """Groups of equal experts, those that look the same in every layer in one line."""
+    lines: dict[str, list[int]] = {}
+    for group in copies:
+        layers = {layer for layer, _ in group}
+        if len(layers) == 1:
+            experts = ", ".join(str(expert) for _, expert in group)
+            lines.setdefault(f"experts {experts}", []).append(layers.pop())
+        else:
+            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            lines.setdefault(f"experts {places}", [])
+    say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
+    for experts, where in lines.items():
+        say(f"  {experts}" + (f" in layers {ranges(where)}" if where else ""))
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    show_pairs(
+        {
+            "moe_fast": diagnosis.moe_fast,
+            "python": diagnosis.python,
+            "numpy": diagnosis.numpy,
+            "platform": diagnosis.platform,
+            "kernels": f"{diagnosis.level} (built in: {', '.join(diagnosis.levels_built)}; "
+            f"this processor runs: {', '.join(diagnosis.levels_available)})",
+            "threads": f"{diagnosis.threads}",
+        }
+    )
+    table = new_table("extra", "for", "installed", "missing")
+    for extra in diagnosis.extras:
+        there = [f"{p.name} {p.installed}" for p in extra.packages if p.fits]
+        absent = [
+            f"{p.name}>={p.minimum}" if p.minimum else p.name for p in extra.packages if not p.fits
+        ]
+        table.add_row(extra.name, extra.purpose, ", ".join(there), ", ".join(absent))
+    say("")
+    output_console.print(table)
+    for extra in diagnosis.extras:
+        if not extra.complete:
+            say(f"for {extra.purpose or extra.name}: {extra.install_command}")
+    for problem in diagnosis.problems:
+        warn(problem)
+
+
+def show_pairs(pairs: Mapping[str, str]) -> None:
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        line = Text.assemble((f"{name:<{width}}", "bold"), "  ", value)
+        output_console.print(line, soft_wrap=True)
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, as disks and hubs count them."""
+    number = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on a terminal, nothing in a pipe."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=error_console,
+        disable=not error_console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("writing", total=None)
+        yield lambda written, total: bar.update(task, completed=written, total=total)

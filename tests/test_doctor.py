@@ -1,0 +1,80 @@
+"""What the doctor says about an installation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import numpy as np
+import pytest
+
+from moe_fast import doctor, kernels
+from moe_fast.doctor import Package, diagnose
+from moe_fast.kernels.level import levels_available
+
+
+def test_it_tells_what_runs():
+    diagnosis = diagnose()
+    assert diagnosis.moe_fast == metadata.version("moe-fast")
+    assert diagnosis.numpy == np.__version__
+    assert diagnosis.level == kernels.level
+    assert "{}.{}.{}".format(*sys.version_info) in diagnosis.python
+
+
+def test_every_extra_says_what_it_is_for():
+    extras = {extra.name: extra for extra in diagnose().extras}
+    declared = set(metadata.metadata("moe-fast").get_all("Provides-Extra"))
+    assert extras.keys() == declared - {"all"}
+    assert all(extra.purpose for extra in extras.values())
+    typer = next(p for p in extras["cli"].packages if p.name == "typer")
+    assert typer.installed == metadata.version("typer")
+    assert typer.fits
+    assert extras["cli"].complete
+
+
+def test_what_is_missing_or_old_is_told_with_its_command(monkeypatch):
+    requirements = [
+        'numpy>=99; extra == "numbers"',
+        'absent-package; extra == "nothing"',
+        "numpy>=1.26",
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
+    numbers, nothing = doctor.find_extras()
+    assert numbers.packages == (Package("numpy", "99", np.__version__),)
+    assert nothing.packages == (Package("absent-package", None, None),)
+    assert not numbers.complete
+    assert not nothing.complete
+    assert nothing.install_command == "pip install 'moe-fast[nothing]'"
+
+
+@pytest.mark.parametrize(
+    ("installed", "minimum", "fits"),
+    [
+        ("1.10", "1.9", True),
+        ("1.9", "1.10", False),
+        ("2.0rc1", "2", True),
+        ("3", "2.5.1", True),
+        (None, None, False),
+        ("0.1", None, True),
+    ],
+)
+def test_versions_compare_as_numbers(installed, minimum, fits):
+    assert Package("p", minimum, installed).fits is fits
+
+
+def test_a_forced_lower_level_is_told(monkeypatch):
+    if len(levels_available()) == 1:
+        pytest.skip("this processor has one level")
+    monkeypatch.setattr(kernels, "level", "baseline")
+    assert "MOE_FAST_LEVEL forces the lower one" in diagnose().problems[0]
+
+
+def test_command():
+    command = [sys.executable, "-m", "moe_fast", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert kernels.level in done.stdout
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout) == diagnose().to_dict()
