@@ -20,6 +20,7 @@ DISTRIBUTION = "moe-fast"
 PURPOSES = {
     "checkpoint": "bfloat16 weights, and the demo's models",
     "cli": "the command moe-fast",
+    "plot": "pictures of plans, loads and routers",
 }
 REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<minimum>[\w.]+))?[^;]*"
