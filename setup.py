@@ -2,6 +2,7 @@
 
 import os
 import sysconfig
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -54,13 +55,12 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
-DEFINITIONS = ["kernels.pxi", "generator.pxi", "counting.pxi", "normal.pxi"]
+DEFINITIONS = sorted(map(str, Path("src/moe_fast/kernels").glob("*.pxi")))
 
 
 def extension(name):
-    path = os.path.join("src", *name.split(".")) + ".pyx"
-    definitions = [os.path.join(os.path.dirname(path), file) for file in DEFINITIONS]
-    return Extension(name, [path], depends=definitions)
+    path = f"src/{name.replace('.', '/')}.pyx"
+    return Extension(name, [path], depends=DEFINITIONS)
 
 
 levels = ["_baseline", "_x86_64_v3", "_x86_64_v4"] if ON_X86_64 else ["_baseline"]

@@ -1,9 +1,14 @@
 """Fixtures that more than one test file uses."""
 
 import pytest
+from hypothesis import settings
 
 from moe_fast import kernels
 from moe_fast.kernels.level import levels_available, load
+
+# How long an example takes depends on who else works on the machine.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="module", params=levels_available())

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moe_fast.config import MoeConfig, RouterInit, RoutingMethod
-from moe_fast.errors import CheckpointError, MoeConfigError, MoeFastError
+from moe_fast.errors import CheckpointError, MoeConfigError, MoeFastError, RoutingError
 from moe_fast.gates import compute_gate_weights, compute_router_weights
 from moe_fast.plan import (
     ExpertAssignment,
@@ -18,6 +18,7 @@ from moe_fast.plan import (
     compute_expert_load_balance,
     plan_moe_construction,
 )
+from moe_fast.routing import Routing, route
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import build_moe as build_moe
@@ -43,6 +44,8 @@ __all__ = [
     "MoeFastError",
     "MoeReport",
     "RouterInit",
+    "Routing",
+    "RoutingError",
     "RoutingMethod",
     "build_moe",
     "check_moe",
@@ -51,6 +54,7 @@ __all__ = [
     "compute_router_weights",
     "inspect_model",
     "plan_moe_construction",
+    "route",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError"]
+__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RoutingError"]
 
 
 class MoeFastError(Exception):
@@ -30,6 +30,10 @@ class CheckpointError(MoeFastError, ValueError):
         if len(self.problems) == 1:
             return self.problems[0]
         return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+
+
+class RoutingError(MoeFastError, ValueError):
+    """Logits that cannot be routed: of the wrong shape, or with a NaN; the message says where."""
 
 
 def as_index(value: Any, name: str, *, minimum: int | None = 0) -> int:

@@ -1,9 +1,11 @@
 # The kernels, included once per SIMD level. They neither check nor raise: callers do.
 
 from libc.math cimport fabs, frexp, ldexp, signbit, sqrt
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 include "generator.pxi"
 include "counting.pxi"
 include "normal.pxi"
+include "routing.pxi"

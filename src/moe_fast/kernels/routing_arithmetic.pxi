@@ -1,0 +1,129 @@
+# Exponential, sigmoid and logarithm by our own polynomials: a library's differ between platforms,
+# and these vectorise. The coefficients are minimax fits (Remez exchange, 60 digits).
+
+cdef extern from *:
+    """
+    #include <string.h>
+    #include <math.h>
+
+    /* p * 2^n, where the low bits of `shifted` hold n. */
+    static inline float scaled_float(float p, float shifted) {
+        uint32_t a, n;
+        memcpy(&a, &p, 4);
+        memcpy(&n, &shifted, 4);
+        a += n << 23;
+        memcpy(&p, &a, 4);
+        return p;
+    }
+    static inline double scaled_double(double p, double shifted) {
+        uint64_t a, n;
+        memcpy(&a, &p, 8);
+        memcpy(&n, &shifted, 8);
+        a += n << 52;
+        memcpy(&p, &a, 8);
+        return p;
+    }
+    static inline float float_of_bits(uint32_t bits) {
+        float x;
+        memcpy(&x, &bits, 4);
+        return x;
+    }
+    static inline uint64_t bits_of_double(double x) {
+        uint64_t bits;
+        memcpy(&bits, &x, 8);
+        return bits;
+    }
+    static inline double double_of_bits(uint64_t bits) {
+        double x;
+        memcpy(&x, &bits, 8);
+        return x;
+    }
+    """
+    float scaled_float(float p, float shifted) noexcept nogil
+    double scaled_double(double p, double shifted) noexcept nogil
+    float float_of_bits(uint32_t bits) noexcept nogil
+    uint64_t bits_of_double(double x) noexcept nogil
+    double double_of_bits(uint64_t bits) noexcept nogil
+    double INFINITY
+
+
+cdef inline real exponential(real x) noexcept nogil:
+    # e^x for x <= 0, within 1.5 units of the last place; 0 where the result would be denormal.
+    # x = n ln 2 + r, e^r = 1 + r + r^2 q(r); adding 1.5 * 2^23 (2^52) rounds n to an integer.
+    cdef real shifted, n, r, q
+    if real is float:
+        shifted = x * <float>1.4426950408889634 + <float>12582912.0
+        n = shifted - <float>12582912.0
+        r = x - n * <float>0.693359375
+        r = r - n * <float>-2.1219444005469058e-4
+        q = <float>0.001381431631 * r + <float>0.008368851117
+        q = q * r + <float>0.04166840116
+        q = q * r + <float>0.1666651952
+        q = q * r + <float>0.4999999337
+        q = scaled_float(q * r * r + r + <float>1.0, shifted)
+        return q if x >= <float>-87.33654 else <float>0.0
+    else:
+        shifted = x * 1.4426950408889634 + 6755399441055744.0
+        n = shifted - 6755399441055744.0
+        r = x - n * 0.693147180369123816490
+        r = r - n * 1.90821492927058770002e-10
+        q = 2.49998636902669393e-8 * r + 2.7630523460063995e-7
+        q = q * r + 2.75575883995468472e-6
+        q = q * r + 2.48014923884029701e-5
+        q = q * r + 1.98412695027710073e-4
+        q = q * r + 1.38888889442490056e-3
+        q = q * r + 8.33333333349690707e-3
+        q = q * r + 4.16666666665281046e-2
+        q = q * r + 1.66666666666664077e-1
+        q = q * r + 5.00000000000001083e-1
+        q = scaled_double(q * r * r + r + 1.0, shifted)
+        return q if x >= -708.3964185322641 else 0.0
+
+
+cdef inline real exponential_below(real x, real largest) noexcept nogil:
+    # e^(x - largest) for x <= largest, where infinity less itself is 0.
+    cdef real difference = <real>0.0 if x == largest else x - largest
+    return exponential(difference)
+
+
+cdef inline real sigmoid(real x) noexcept nogil:
+    cdef real magnitude = x if x < <real>0.0 else -x
+    cdef real e = exponential(magnitude)
+    cdef real numerator = e if x < <real>0.0 else <real>1.0
+    return numerator / (<real>1.0 + e)
+
+
+cdef inline double logarithm(double x) noexcept nogil:
+    # ln x for normal x > 0. x = 2^n f, f in [sqrt 1/2, sqrt 2], ln f = 2 artanh((f - 1) / (f + 1)).
+    cdef uint64_t bits = bits_of_double(x) - <uint64_t>0x3FE6A09E667F3BCD
+    cdef double n = <double>(<int64_t>bits >> 52)
+    cdef double f = double_of_bits(
+        (bits & <uint64_t>0xFFFFFFFFFFFFF) + <uint64_t>0x3FE6A09E667F3BCD
+    )
+    cdef double s = (f - 1.0) / (f + 1.0)
+    cdef double u = s * s
+    cdef double q = 0.0662717868294411816 * u + 0.0662489319940201431
+    q = q * u + 0.0769355270685824057
+    q = q * u + 0.0909088766577370774
+    q = q * u + 0.111111113254779324
+    q = q * u + 0.142857142845291775
+    q = q * u + 0.200000000000031663
+    q = q * u + 0.333333333333333304
+    return n * 0.693147180369123816490 + (
+        2.0 * s + (2.0 * s * u * q + n * 1.90821492927058770002e-10)
+    )
+
+
+cdef inline float from_bfloat16(uint16_t h) noexcept nogil:
+    return float_of_bits(<uint32_t>h << 16)
+
+
+cdef inline float from_float16(uint16_t h) noexcept nogil:
+    # By integers: a processor set to flush denormals must not change what is read.
+    cdef uint32_t magnitude = h & 0x7FFF
+    cdef uint32_t sign = <uint32_t>(h & 0x8000) << 16
+    cdef uint32_t rebias = 224 if magnitude >= 0x7C00 else 112
+    cdef float normal = float_of_bits(((magnitude << 13) + (rebias << 23)) | sign)
+    cdef float small = <float><int32_t>magnitude * <float>5.9604644775390625e-8
+    small = -small if sign else small
+    return small if magnitude < 0x400 else normal

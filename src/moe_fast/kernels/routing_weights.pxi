@@ -1,0 +1,47 @@
+# From chosen logits to weights, LANES tokens at once: chosen[s * LANES + t] is slot s of token t.
+
+cdef void weigh(
+    real* chosen, const real* largest, const real* total, const Rule* rule
+) noexcept nogil:
+    # In place. `largest` and `total` are those of the whole rows; only softmax weights that are
+    # not renormalised read them.
+    cdef Py_ssize_t k = rule.num_experts_per_tok
+    cdef Py_ssize_t s, t
+    cdef real scale = <real>rule.routed_scaling_factor
+    cdef real[LANES] top
+    cdef real[LANES] divisor
+    for t in range(LANES):
+        top[t] = chosen[t]
+    if rule.is_sigmoid:
+        for s in range(k):
+            for t in range(LANES):
+                chosen[s * LANES + t] = sigmoid(chosen[s * LANES + t])
+    else:
+        if rule.norm_topk_prob:
+            for s in range(1, k):
+                for t in range(LANES):
+                    top[t] = chosen[s * LANES + t] if chosen[s * LANES + t] > top[t] else top[t]
+        else:
+            for t in range(LANES):
+                top[t] = largest[t]
+        for s in range(k):
+            for t in range(LANES):
+                chosen[s * LANES + t] = exponential_below(chosen[s * LANES + t], top[t])
+    if rule.norm_topk_prob:
+        for t in range(LANES):
+            divisor[t] = chosen[t]
+        for s in range(1, k):
+            for t in range(LANES):
+                divisor[t] += chosen[s * LANES + t]
+        if rule.is_sigmoid:
+            for t in range(LANES):
+                divisor[t] += <real>1e-20
+    elif rule.is_sigmoid:
+        for t in range(LANES):
+            divisor[t] = 1
+    else:
+        for t in range(LANES):
+            divisor[t] = total[t]
+    for s in range(k):
+        for t in range(LANES):
+            chosen[s * LANES + t] = chosen[s * LANES + t] / divisor[t] * scale

@@ -1,0 +1,536 @@
+"""Routing: every method at every SIMD level against the plain twin."""
+
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_fast import MoeConfig, MoeConfigError, Routing, RoutingError, kernels, route, routing
+from moe_fast.kernels import reference_routing as reference
+from moe_fast.kernels.level import load
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+EPSILON = {"float32": 2.0**-24, "float64": 2.0**-53}
+SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}
+
+pytestmark = pytest.mark.usefixtures("level")
+
+
+@pytest.fixture(scope="module")
+def shared_out():
+    """Even the smallest batch goes to several threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        yield
+
+
+def config(num_experts, k=1, method="top_k"):
+    return MoeConfig(num_experts=num_experts, num_experts_per_tok=k, routing_method=method)
+
+
+def weight_error(logits, dtype):
+    """The bound that docs/routing.md states, for each logit of a row."""
+    z = logits.astype(np.float64)
+    top = z.max(axis=1, keepdims=True, initial=-np.inf)
+    with np.errstate(invalid="ignore"):
+        below = np.where(np.isfinite(z) & np.isfinite(top), top - z, 0.0)
+    # Nothing below this exponent is left to be wrong about but the smallest normal number.
+    below = np.minimum(below, -math.log(SMALLEST[dtype]))
+    return (below + logits.shape[1] / 16 + 12) * EPSILON[dtype]
+
+
+def assert_close(weights, expected, error, scale=1.0):
+    """Within a relative error, and what lies below the smallest normal number, times `scale`."""
+    allowed = error * expected + 2 * scale * SMALLEST[weights.dtype.name]
+    assert (np.abs(weights - expected) <= allowed).all()
+
+
+def seeded(seed):
+    return np.random.default_rng(seed)
+
+
+@st.composite
+def logit_arrays(draw, most_experts=70, most_tokens=40):
+    """Logits spread, tied, quantised, extreme and infinite, of every dtype and stride."""
+    num_tokens = draw(st.integers(0, most_tokens))
+    num_experts = draw(st.integers(1, most_experts) | st.sampled_from([8, 16, 32, 64]))
+    dtype = draw(st.sampled_from(DTYPES))
+    rng = seeded(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["normal", "quantised", "equal", "wide", "infinite", "denormal"]))
+    z = rng.standard_normal((num_tokens, num_experts)) * draw(st.sampled_from([0.1, 1.0, 8.0]))
+    if kind == "quantised":
+        z = np.round(z * 2) / 2
+    elif kind == "equal":
+        z[:] = 0.25
+    elif kind == "wide":
+        z *= 3000.0
+    elif kind == "infinite":
+        z[rng.random(z.shape) < 0.3] = np.inf
+        z[rng.random(z.shape) < 0.5] = -np.inf
+        z[rng.random(num_tokens) < 0.3] = -np.inf
+    elif kind == "denormal":
+        z *= {"float64": 1e-310, "float16": 1e-6}.get(dtype, 1e-40)
+    with np.errstate(over="ignore"):
+        z = z.astype(reference_dtype(dtype))
+    layout = draw(st.sampled_from(["contiguous", "padded", "reversed", "every other", "fortran"]))
+    if layout == "padded":
+        wide = np.full((num_tokens, num_experts + 5), np.nan, z.dtype)
+        wide[:, :num_experts] = z
+        z = wide[:, :num_experts]
+    elif layout == "reversed":
+        z = z[::-1]
+    elif layout == "every other":
+        z = np.repeat(z, 2, axis=1)[:, ::2]
+    elif layout == "fortran":
+        z = np.asfortranarray(z)
+    return z
+
+
+def reference_dtype(name):
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def result_dtype(logits):
+    return "float64" if logits.dtype == np.float64 else "float32"
+
+
+@given(logits=logit_arrays(), data=st.data(), threads=st.integers(1, 4))
+def test_top_k_equals_the_twin(shared_out, logits, data, threads):
+    k = data.draw(st.integers(1, logits.shape[1]))
+    normalised = data.draw(st.booleans())
+    scale = data.draw(st.sampled_from([1.0, 2.5]))
+    result = route(
+        logits, config(logits.shape[1], k), norm_topk_prob=normalised,
+        routed_scaling_factor=scale, threads=threads,
+    )  # fmt: skip
+    chosen = reference.choose_experts(logits.astype(np.float64), k)
+    np.testing.assert_array_equal(result.expert_indices, chosen)
+    assert result.weights.dtype == result_dtype(logits)
+    expected = reference.weigh_experts(logits, chosen, "softmax", normalised, scale)
+    error = np.take_along_axis(weight_error(logits, result.weights.dtype.name), chosen, axis=1)
+    assert_close(result.weights, expected, error, scale)
+    counts = np.bincount(chosen.ravel(), minlength=logits.shape[1])
+    np.testing.assert_array_equal(result.tokens_per_expert, counts)
+
+
+@given(logits=logit_arrays(), data=st.data(), threads=st.integers(1, 4))
+def test_scores_and_groups_equal_the_twin(shared_out, logits, data, threads):
+    num_experts = logits.shape[1]
+    divisors = [g for g in range(1, num_experts + 1) if num_experts % g == 0]
+    n_group = data.draw(st.sampled_from(divisors))
+    topk_group = data.draw(st.integers(1, n_group))
+    size = num_experts // n_group
+    best = data.draw(st.integers(1, min(size, 3)))
+    k = data.draw(st.integers(1, topk_group * size))
+    scores = data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    biased = data.draw(st.booleans())
+    normalised = data.draw(st.booleans())
+    bias = np.round(seeded(num_experts).standard_normal(num_experts) * 4) / 8 if biased else None
+    result = route(
+        logits, config(num_experts, k), scores=scores, selection_bias=bias, n_group=n_group,
+        topk_group=topk_group, experts_per_group_score=best, norm_topk_prob=normalised,
+        threads=threads,
+    )  # fmt: skip
+    if topk_group == n_group:
+        n_group = topk_group = 1
+    choice = reference.choice_scores(logits, scores, bias, n_group)
+    chosen = reference.choose_experts(choice, k, n_group, topk_group, best)
+    for t in range(len(logits)):
+        if clear(choice[t], n_group, best, result.weights.dtype.name):
+            np.testing.assert_array_equal(result.expert_indices[t], chosen[t])
+    assert all(len(set(row)) == k for row in result.expert_indices.tolist())
+    expected = reference.weigh_experts(logits, result.expert_indices, scores, normalised, 1.0)
+    error = np.take_along_axis(
+        weight_error(logits, result.weights.dtype.name), result.expert_indices, axis=1
+    )
+    scale = 1.0
+    if scores == "sigmoid" and normalised:
+        # Dividing by a small sum makes what was lost large.
+        chosen_scores = np.take_along_axis(reference.sigmoid(logits), result.expert_indices, axis=1)
+        scale = 1 / (chosen_scores.sum(axis=1, keepdims=True) + 1e-20)
+    assert_close(result.weights, expected, error + k * EPSILON[result.weights.dtype.name], scale)
+
+
+def clear(row, n_group, best, dtype):
+    """Whether rounding cannot change which values of a row, and which groups, are larger."""
+    values = [row]
+    if n_group > 1:
+        groups = np.sort(row.reshape(n_group, -1), axis=1)
+        values.append(groups[:, -best:].sum(axis=1))
+    for value in values:
+        gaps = np.diff(np.sort(value[np.isfinite(value)]))
+        if np.any((gaps > 0) & (gaps < 64 * EPSILON[dtype] * (1 + np.abs(value).max()))):
+            return False
+        # Sums of different parts may tie in one precision and not in the other.
+        if value is not row and np.any(gaps == 0):
+            return False
+    return True
+
+
+@given(logits=logit_arrays(), data=st.data(), threads=st.integers(1, 4))
+def test_capacity_equals_the_twin(shared_out, logits, data, threads):
+    num_tokens, num_experts = logits.shape
+    switch = data.draw(st.booleans())
+    k = 1 if switch else data.draw(st.integers(1, num_experts))
+    factor = data.draw(st.sampled_from([0.0, 0.3, 1.0, 1.25, 2.0, 1000.0]))
+    policy = data.draw(st.sampled_from(["position", "probs"]))
+    method = config(num_experts, k, "switch_transformer" if switch else "top_k")
+    free = route(logits, method, capacity_factor=math.inf)
+    result = route(logits, method, capacity_factor=factor, drop_policy=policy, threads=threads)
+    capacity = reference.expert_capacity(num_tokens, k, num_experts, factor)
+    chosen, weights = reference.drop(
+        free.expert_indices, free.weights, num_experts, capacity, policy
+    )
+    assert result.capacity == capacity
+    np.testing.assert_array_equal(result.expert_indices, chosen)
+    np.testing.assert_array_equal(result.weights, weights)
+    kept = np.bincount(chosen[chosen >= 0], minlength=num_experts)
+    np.testing.assert_array_equal(result.tokens_per_expert, kept)
+    np.testing.assert_array_equal(result.tokens_per_expert_before_drop, free.tokens_per_expert)
+    assert result.num_dropped == (chosen < 0).sum()
+    assert result.num_unrouted == sum(all(e < 0 for e in row) for row in chosen.tolist())
+    check_order(result)
+
+
+def check_order(result):
+    offsets, permutation, inverse = reference.sort_by_expert(
+        result.expert_indices, result.num_experts
+    )
+    np.testing.assert_array_equal(result.offsets, offsets)
+    np.testing.assert_array_equal(result.permutation, permutation)
+    np.testing.assert_array_equal(result.inverse_permutation, inverse)
+    tokens, weights = result.by_expert()
+    for expert in range(result.num_experts):
+        pairs = np.argwhere(result.expert_indices == expert)
+        n = len(pairs)
+        np.testing.assert_array_equal(tokens[expert, :n], pairs[:, 0])
+        np.testing.assert_array_equal(weights[expert, :n], result.weights[tuple(pairs.T)])
+        assert (tokens[expert, n:] == -1).all()
+        assert (weights[expert, n:] == 0).all()
+
+
+@given(logits=logit_arrays(), data=st.data(), threads=st.integers(1, 4))
+def test_expert_choice_equals_the_twin(shared_out, logits, data, threads):
+    num_tokens, num_experts = logits.shape
+    method = config(num_experts, data.draw(st.integers(1, num_experts)), "expert_choice")
+    factor = data.draw(st.sampled_from([0.0, 0.5, 1.0, 1.25, math.inf]))
+    scores = data.draw(st.sampled_from(["softmax", "sigmoid"]))
+    in_order = data.draw(st.booleans())
+    # With room for every token, the weights are all the scores.
+    everything = route(logits, method, scores=scores, capacity_factor=math.inf)
+    assert everything.weights.shape == (num_experts, num_tokens)
+    expected = reference.score(logits, scores)
+    dtype = everything.weights.dtype.name
+    assert_close(everything.weights.T, expected, weight_error(logits, dtype))
+    result = route(
+        logits, method, scores=scores, capacity_factor=factor, sorted=in_order, threads=threads
+    )
+    capacity = num_tokens
+    if factor < math.inf:
+        k = method.num_experts_per_tok
+        capacity = min(reference.expert_capacity(num_tokens, k, num_experts, factor), num_tokens)
+    chosen = reference.choose_tokens(everything.weights.T, capacity, in_order)
+    np.testing.assert_array_equal(result.token_indices, chosen)
+    np.testing.assert_array_equal(
+        result.weights, np.take_along_axis(everything.weights, chosen, axis=1)
+    )
+    np.testing.assert_array_equal(result.tokens_per_expert, [capacity] * num_experts)
+    np.testing.assert_array_equal(result.offsets, np.arange(num_experts + 1) * capacity)
+    assert result.num_unrouted == num_tokens - len(set(chosen.ravel().tolist()))
+    experts, weights = result.by_token()
+    assert len(experts) == num_tokens
+    for token in range(num_tokens):
+        takers, place = np.nonzero(chosen == token)
+        n = len(takers)
+        np.testing.assert_array_equal(experts[token, :n], takers)
+        np.testing.assert_array_equal(weights[token, :n], result.weights[takers, place])
+        assert (experts[token, n:] == -1).all()
+        assert (weights[token, n:] == 0).all()
+
+
+OPTIONS = [
+    {},
+    {"norm_topk_prob": False},
+    {"scores": "sigmoid", "selection_bias": True, "n_group": 8, "topk_group": 4},
+    {"selection_bias": True},
+    {"capacity_factor": 1.0},
+    {"capacity_factor": 1.0, "drop_policy": "position"},
+    {"method": "switch_transformer"},
+    {"method": "expert_choice"},
+    {"method": "expert_choice", "scores": "sigmoid", "sorted": True},
+]
+
+
+def call(logits, k=4, method="top_k", selection_bias=False, **options):
+    num_experts = logits.shape[1]
+    if method == "switch_transformer":
+        k = 1
+    if selection_bias:
+        options["selection_bias"] = np.linspace(-0.3, 0.3, num_experts)
+    return route(logits, config(num_experts, k, method), **options)
+
+
+def assert_same(one, other):
+    assert one.weights.tobytes() == other.weights.tobytes()
+    assert one._indices.tobytes() == other._indices.tobytes()
+    for name in ("tokens_per_expert", "tokens_per_expert_before_drop", "offsets", "permutation"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert (one.num_tokens, one.capacity) == (other.num_tokens, other.capacity)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("num_experts", [8, 64, 264])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_level_threads_and_batching_leave_the_bits_alone(dtype, num_experts, options, level):
+    logits = (seeded(1).standard_normal((300, num_experts)) * 4).astype(reference_dtype(dtype))
+    result = call(logits, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", load("baseline"))
+        assert_same(call(logits, **options), result)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        for threads in (2, 3):
+            assert_same(call(logits, threads=threads, **options), result)
+    if result.capacity is None:
+        for token in (0, 17, 299):
+            alone = call(logits[token : token + 1], **options)
+            assert alone.weights.tobytes() == result.weights[token : token + 1].tobytes()
+            np.testing.assert_array_equal(alone.expert_indices[0], result.expert_indices[token])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_out_is_written_over(options):
+    first, second = seeded(2).standard_normal((2, 50, 16)).astype(np.float32)
+    expected = call(second, **options)
+    out = call(first, **options)
+    held = out.weights, out._indices, out.permutation, out.offsets
+    assert call(second, out=out, **options) is out
+    assert_same(out, expected)
+    assert (out.weights, out._indices)[0] is held[0]
+    assert out._indices is held[1]
+    if out.num_dropped == 0:
+        assert out.permutation is held[2]
+        assert out.offsets is held[3]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_pickles(options):
+    result = call(seeded(3).standard_normal((20, 16)), **options)
+    assert_same(pickle.loads(pickle.dumps(result)), result)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_experts", [8, 40, 264])
+def test_a_nan_names_its_token(options, dtype, num_experts):
+    logits = np.zeros((70, num_experts), reference_dtype(dtype))
+    for token, expert in [(69, 0), (33, 3), (32, num_experts - 1)]:
+        logits[token, expert] = np.nan
+        with pytest.raises(RoutingError, match=rf"^logits of token {token} hold a NaN$"):
+            call(logits, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        with pytest.raises(RoutingError, match="token 32 "):
+            call(logits, threads=3, **options)
+
+
+def test_infinities_are_limits():
+    inf = np.inf
+    logits = np.array([[-inf, -inf, -inf], [inf, 0, inf], [0, -inf, -inf]], np.float32)
+    result = route(logits, config(3, 2))
+    np.testing.assert_array_equal(result.expert_indices, [[0, 1], [0, 2], [0, 1]])
+    np.testing.assert_array_equal(result.weights, [[0.5, 0.5], [0.5, 0.5], [1, 0]])
+    result = route(logits, config(3, 3), norm_topk_prob=False)
+    third = np.float32(1) / np.float32(3)
+    np.testing.assert_array_equal(result.weights, [[third] * 3, [0.5, 0.5, 0], [1, 0, 0]])
+    result = route(logits, config(3, 1), scores="sigmoid", norm_topk_prob=False)
+    np.testing.assert_array_equal(result.weights, [[0], [1], [0.5]])
+
+
+def test_equal_logits_go_to_the_lowest_experts():
+    for num_experts in (4, 64, 300):
+        result = route(np.zeros((3, num_experts), np.float32), config(num_experts, 3))
+        np.testing.assert_array_equal(result.expert_indices, [[0, 1, 2]] * 3)
+    signed = np.array([[-0.0, 0.0, -0.0]])
+    np.testing.assert_array_equal(route(signed, config(3, 3)).expert_indices, [[0, 1, 2]])
+
+
+def test_no_tokens():
+    for method, shape in [("top_k", (0, 2)), ("expert_choice", (4, 0))]:
+        result = route(np.empty((0, 4)), config(4, 2, method))
+        assert result.weights.shape == shape
+        assert result.num_dropped == result.num_unrouted == 0
+        np.testing.assert_array_equal(result.offsets, [0] * 5)
+
+
+def test_switch_has_a_capacity_by_default():
+    result = route(np.tile([1.0, 0.0], (8, 1)), config(2, 1, "switch_transformer"))
+    assert result.capacity == math.ceil(8 / 2 * 1.25) == 5
+    np.testing.assert_array_equal(result.expert_indices.ravel(), [0] * 5 + [-1] * 3)
+    np.testing.assert_allclose(result.weights[:5], 1 / (1 + math.exp(-1)), rtol=1e-15)
+
+
+def test_reads_what_numpy_reads(tmp_path):
+    logits = seeded(4).standard_normal((40, 8)).astype(np.float32)
+    expected = route(logits, config(8, 2))
+    np.save(tmp_path / "logits.npy", logits)
+    assert_same(route(np.load(tmp_path / "logits.npy", mmap_mode="r"), config(8, 2)), expected)
+    assert_same(route(logits.astype(">f4"), config(8, 2)), expected)
+    assert_same(
+        route(logits.astype(float).tolist(), config(8, 2)),
+        route(logits.astype(float), config(8, 2)),
+    )
+    unaligned = np.frombuffer(b"x" + logits.tobytes(), np.uint8)[1:].view(np.float32)
+    assert_same(route(unaligned.reshape(40, 8), config(8, 2)), expected)
+
+
+SWITCH = config(4, 1, "switch_transformer")
+CHOICE = config(4, 1, "expert_choice")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (
+            TypeError,
+            "logits must be float32, float64, bfloat16 or float16, got int64",
+            {"logits": [[1, 2, 3, 4]]},
+        ),
+        (RoutingError, r"num_experts = 4\), got \(2, 3\)", {"logits": np.zeros((2, 3))}),
+        (RoutingError, r"num_experts = 4\), got \(4,\)", {"logits": np.zeros(4)}),
+        (TypeError, "config must be a MoeConfig, got 4", {"config": 4}),
+        (TypeError, r"config must be a MoeConfig, got \[4\]", {"config": [4]}),
+        (MoeConfigError, "num_experts_per_tok .5. must not exceed", {"config": config(4, 5)}),
+        (
+            MoeConfigError,
+            "num_experts_per_tok must be 1, got 2",
+            {"config": config(4, 2, "switch_transformer")},
+        ),
+        (
+            MoeConfigError,
+            "norm_topk_prob has no meaning for switch",
+            {"config": SWITCH, "norm_topk_prob": True},
+        ),
+        (
+            MoeConfigError,
+            "drop_policy has no meaning for expert_choice",
+            {"config": CHOICE, "drop_policy": "probs"},
+        ),
+        (
+            MoeConfigError,
+            "selection_bias has no meaning for expert_choice",
+            {"config": CHOICE, "selection_bias": [0, 0, 0, 0]},
+        ),
+        (MoeConfigError, "sorted has no meaning for top_k", {"sorted": True}),
+        (MoeConfigError, "scores must be 'softmax' or 'sigmoid', got 'tanh'", {"scores": "tanh"}),
+        (
+            MoeConfigError,
+            "drop_policy must be 'position' or 'probs', got 'random'",
+            {"drop_policy": "random"},
+        ),
+        (
+            MoeConfigError,
+            "routed_scaling_factor must be a positive number, got 0.0",
+            {"routed_scaling_factor": 0},
+        ),
+        (
+            MoeConfigError,
+            "routed_scaling_factor must be a positive number, got nan",
+            {"routed_scaling_factor": math.nan},
+        ),
+        (MoeConfigError, "capacity_factor must be at least 0, got -1.0", {"capacity_factor": -1}),
+        (
+            MoeConfigError,
+            "capacity_factor must be at least 0, got nan",
+            {"capacity_factor": math.nan},
+        ),
+        (TypeError, "capacity_factor must be a number, got '1'", {"capacity_factor": "1"}),
+        (TypeError, r"capacity_factor must be a number, got \[1\]", {"capacity_factor": [1]}),
+        (MoeConfigError, r"n_group must divide num_experts \(4\), got 3", {"n_group": 3}),
+        (TypeError, "n_group must be an integer, got True", {"n_group": True}),
+        (
+            MoeConfigError,
+            r"topk_group must not exceed n_group \(2\), got 3",
+            {"n_group": 2, "topk_group": 3},
+        ),
+        (
+            MoeConfigError,
+            r"topk_group \(1\) groups of 1 experts hold fewer than",
+            {"n_group": 4, "topk_group": 1},
+        ),
+        (
+            MoeConfigError,
+            "must not exceed the 2 experts of a group, got 3",
+            {"n_group": 2, "experts_per_group_score": 3},
+        ),
+        (
+            MoeConfigError,
+            r"selection_bias must have the shape .* = \(4,\), got \(3,\)",
+            {"selection_bias": [0, 0, 0]},
+        ),
+        (MoeConfigError, "selection_bias must be finite", {"selection_bias": [0, 0, 0, math.inf]}),
+        (TypeError, "selection_bias must hold numbers, got <U1", {"selection_bias": list("abcd")}),
+        (MoeConfigError, "threads must be at least 1, got 0", {"threads": 0}),
+        (TypeError, "out must be a Routing, got ndarray", {"out": np.zeros(3)}),
+        (TypeError, "unexpected keyword argument 'capacity'", {"capacity": 3}),
+    ],
+    ids=lambda value: None,
+)
+def test_bad_arguments_are_named(error, match, arguments):
+    arguments = {"logits": np.zeros((2, 4)), "config": config(4, 2), **arguments}
+    with pytest.raises(error, match=match):
+        route(**arguments)
+
+
+def test_an_out_that_does_not_fit():
+    out = route(np.zeros((3, 4)), config(4, 2))
+    for logits, method in [
+        (np.zeros((4, 4)), config(4, 2)),
+        (np.zeros((3, 4), np.float32), config(4, 2)),
+        (np.zeros((3, 5)), config(5, 2)),
+        (np.zeros((3, 4)), config(4, 3)),
+        (np.zeros((3, 4)), config(4, 2, "expert_choice")),
+    ]:
+        with pytest.raises(MoeConfigError, match=r"^out must be a routing by "):
+            route(logits, method, out=out)
+
+
+def test_too_many_pairs_for_int32():
+    logits = np.broadcast_to(np.zeros((1, 2)), (2**30, 2))
+    with pytest.raises(RoutingError, match="1073741824 x 2 pairs do not fit into int32 indices"):
+        route(logits, config(2, 2))
+
+
+def test_each_form_says_where_the_other_is():
+    by_token = route(np.zeros((3, 4)), config(4, 2))
+    with pytest.raises(AttributeError, match=re.escape("by_expert() gives token_indices")):
+        _ = by_token.token_indices
+    by_expert = route(np.zeros((3, 4)), config(4, 2, "expert_choice"))
+    with pytest.raises(AttributeError, match=re.escape("by_token() gives expert_indices")):
+        _ = by_expert.expert_indices
+
+
+def test_padding_to_a_width():
+    result = route(np.zeros((3, 4)), config(4, 2))
+    tokens, weights = result.by_expert(width=4)
+    np.testing.assert_array_equal(tokens[0], [0, 1, 2, -1])
+    np.testing.assert_array_equal(weights[:, 0], [0.5, 0.5, 0, 0])
+    with pytest.raises(MoeConfigError, match="width must be at least 3, the tokens of the fullest"):
+        result.by_expert(width=2)
+    with pytest.raises(MoeConfigError, match="width is for top-k and Switch"):
+        route(np.zeros((3, 4)), config(4, 2, "expert_choice")).by_expert(width=2)
+
+
+def test_repr_is_short():
+    result = route(np.zeros((3, 4)), config(4, 2), capacity_factor=1.0)
+    assert repr(result) == (
+        "Routing(method='top_k', num_tokens=3, num_experts=4, num_experts_per_tok=2, "
+        "capacity=2, num_dropped=2)"
+    )
+    assert isinstance(result, Routing)
