@@ -92,6 +92,11 @@ def byte_tokenizer() -> dict[str, object]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     return {
         "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "post_processor": None,
         "pre_tokenizer": {**byte_level, "trim_offsets": True},
         "decoder": {**byte_level, "trim_offsets": True},
         "model": {

@@ -230,7 +230,7 @@ def plot_router_similarity(
     image = draw_grid(ax, cosines, cmap=SCALE, vmin=min(0.0, cosines.min(initial=0.0)), vmax=1.0)
     ax.set_aspect("equal")
     ax.figure.colorbar(image, ax=ax, label="cosine")
-    write_cells(image, lambda i, j: f"{cosines[i, j]:.2f}", characters=4)
+    write_cells(image, lambda i, j: f"{cosines[i, j]:z.2f}", characters=4)
     ax.set(xlabel="expert", ylabel="expert", title=title)
     return ax
 
