@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+for extra in ("ml_dtypes", "safetensors", "typer", "rich"):
+    pytest.importorskip(extra)
+
 import ml_dtypes
 import numpy as np
-import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -47,6 +47,10 @@ def assert_same_bits(result, expected):
     assert result.tobytes() == expected.tobytes()
 
 
+def test_the_twin_keeps_the_sign_of_what_rounds_to_zero():
+    assert str(reference.nearest(-1e-9, "float16")) == str(np.float64(np.float16(-1e-9))) == "-0.0"
+
+
 @pytest.mark.parametrize(
     "entry", GOLDEN, ids=lambda e: f"{e['init']}-{e['hidden_dim']}x{e['num_experts']}"
 )

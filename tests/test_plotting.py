@@ -22,8 +22,8 @@ from moe_fast.plotting import (
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.colors import to_rgba  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.colors import to_rgba
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
-from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.errors import MoeConfigError, as_index, shown
 
 __all__ = ["MoeConfig", "RouterInit", "RoutingMethod"]
 
@@ -39,15 +40,19 @@ Choice = TypeVar("Choice", RoutingMethod, RouterInit)
 def as_member(value: Any, kind: type[Choice], name: str) -> Choice:
     """`value`, a member of `kind` or its string, as the member."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a {kind.__name__} or its string, got {value!r}")
+        raise TypeError(
+            f"{name} must be a {kind.__name__} or its string, got {reprlib.repr(value)}"
+        )
     try:
         return kind(value)
     except ValueError:
         allowed = ", ".join(repr(str(member)) for member in kind)
-        raise MoeConfigError(f"{name} must be one of {allowed}, got {value!r}") from None
+        raise MoeConfigError(
+            f"{name} must be one of {allowed}, got {reprlib.repr(value)}"
+        ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class MoeConfig:
     """Shape of the Mixture-of-Experts layers to construct. Immutable and hashable.
 
@@ -73,6 +78,8 @@ class MoeConfig:
     --------
     >>> from moe_fast import MoeConfig
     >>> MoeConfig(num_experts=4).validate()
+    >>> MoeConfig(4, routing_method="expert_choice").routing_method
+    <RoutingMethod.EXPERT_CHOICE: 'expert_choice'>
     >>> MoeConfig(num_experts=1).validate()
     Traceback (most recent call last):
         ...
@@ -84,15 +91,25 @@ class MoeConfig:
     routing_method: RoutingMethod = RoutingMethod.TOP_K
     gate_hidden_dim: int | None = None
 
-    def __post_init__(self) -> None:
-        sizes = ["num_experts", "num_experts_per_tok"]
-        if self.gate_hidden_dim is not None:
-            sizes.append("gate_hidden_dim")
-        for name in sizes:
-            size = as_index(getattr(self, name), name, minimum=None)
-            object.__setattr__(self, name, size)
-        method = as_member(self.routing_method, RoutingMethod, "routing_method")
-        object.__setattr__(self, "routing_method", method)
+    # Written out because it takes more than the fields hold: NumPy integers, a method's string.
+    def __init__(
+        self,
+        num_experts: SupportsIndex = num_experts,
+        num_experts_per_tok: SupportsIndex = num_experts_per_tok,
+        routing_method: RoutingMethod | str = routing_method,
+        gate_hidden_dim: SupportsIndex | None = gate_hidden_dim,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "num_experts", as_index(num_experts, "num_experts", minimum=None))
+        put(
+            self,
+            "num_experts_per_tok",
+            as_index(num_experts_per_tok, "num_experts_per_tok", minimum=None),
+        )
+        put(self, "routing_method", as_member(routing_method, RoutingMethod, "routing_method"))
+        if gate_hidden_dim is not None:
+            gate_hidden_dim = as_index(gate_hidden_dim, "gate_hidden_dim", minimum=None)
+        put(self, "gate_hidden_dim", gate_hidden_dim)
 
     def validate(self) -> None:
         """Raise `MoeConfigError` for the first number that is out of range."""
@@ -100,7 +117,7 @@ class MoeConfig:
         as_index(self.num_experts_per_tok, "num_experts_per_tok", minimum=1)
         if self.num_experts_per_tok > self.num_experts:
             raise MoeConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) "
+                f"num_experts_per_tok ({shown(self.num_experts_per_tok)}) "
                 f"must not exceed num_experts ({self.num_experts})"
             )
         if self.gate_hidden_dim is not None:

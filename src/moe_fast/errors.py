@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from typing import Any
 
 __all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RoutingError"]
@@ -36,12 +37,11 @@ class RoutingError(MoeFastError, ValueError):
     """Logits that cannot be routed: of the wrong shape, or with a NaN; the message says where."""
 
 
-def as_index(value: Any, name: str, *, minimum: int | None = 0) -> int:
-    """`value` as a Python int of at least `minimum` (`None`: any).
+def as_index(value: Any, name: str, *, minimum: int | None = 0, maximum: int | None = None) -> int:
+    """`value` as a Python int from `minimum` to `maximum`, either of which may be `None`: any.
 
-    NumPy integers pass, bools and floats do not.
-
-    Raises `TypeError` where `value` is no integer and `MoeConfigError` where it is too small.
+    NumPy integers pass; bools, floats and strings do not. Raises `TypeError` where `value` is no
+    integer and `MoeConfigError` where it is out of range.
     """
     try:
         if isinstance(value, bool):
@@ -49,8 +49,17 @@ def as_index(value: Any, name: str, *, minimum: int | None = 0) -> int:
         index = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type(value).__name__}"
+            f"{name} must be an integer, got {reprlib.repr(value)} of type {type(value).__name__}"
         ) from None
     if minimum is not None and index < minimum:
-        raise MoeConfigError(f"{name} must be at least {minimum}, got {index}")
+        raise MoeConfigError(f"{name} must be at least {minimum}, got {shown(index)}")
+    if maximum is not None and index > maximum:
+        raise MoeConfigError(f"{name} must be at most {maximum}, got {shown(index)}")
     return index
+
+
+def shown(number: int) -> str:
+    """`number` for a message. Python refuses to print an integer of more than 4300 digits."""
+    if number.bit_length() <= 256:
+        return str(number)
+    return f"{'-' if number < 0 else ''}2**{number.bit_length() - 1} or more"

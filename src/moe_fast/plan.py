@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex, overload
@@ -11,7 +13,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RouterInit, as_member
-from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.errors import MoeConfigError, as_index, shown
 
 __all__ = [
     "Assignments",
@@ -24,8 +26,11 @@ __all__ = [
 ]
 
 LARGEST_INDEX = 2**63 - 1
-# One counter of 8 bytes a model: above this the table alone would take more than 1 GiB.
-MOST_MODELS = 2**27
+# A table of more than 2**27 numbers of 8 bytes, 1 GiB, is refused before it is asked for: where
+# memory is overcommitted, asking succeeds and filling ends the process.
+LARGEST_TABLE = 2**27
+# Beyond this many, `MoeReport.unused_models` stays a `range` and costs nothing.
+LONGEST_TUPLE = 2**20
 
 
 class ExpertAssignment(NamedTuple):
@@ -46,14 +51,24 @@ class LayerAssignments(Sequence[ExpertAssignment]):
         self,
         source_model: npt.NDArray[np.int64],
         source_layer: npt.NDArray[np.int64],
-        expert_index: range | None = None,
+        expert_index: range,
     ) -> None:
         self._source_model = source_model
         self._source_layer = source_layer
-        self._expert_index = range(len(source_model)) if expert_index is None else expert_index
+        self._expert_index = expert_index
+
+    @property
+    def source_model(self) -> npt.NDArray[np.int64]:
+        """Read-only int64 array of shape `(num_experts,)`."""
+        return self._source_model
+
+    @property
+    def source_layer(self) -> npt.NDArray[np.int64]:
+        """Read-only int64 array of shape `(num_experts,)`."""
+        return self._source_layer
 
     def __len__(self) -> int:
-        return len(self._source_model)
+        return len(self._expert_index)
 
     @overload
     def __getitem__(self, key: SupportsIndex) -> ExpertAssignment: ...
@@ -64,8 +79,12 @@ class LayerAssignments(Sequence[ExpertAssignment]):
             return LayerAssignments(
                 self._source_model[key], self._source_layer[key], self._expert_index[key]
             )
-        expert = self._expert_index[key]
-        return ExpertAssignment(expert, int(self._source_model[key]), int(self._source_layer[key]))
+        place = position(key, len(self), "expert")
+        return ExpertAssignment(
+            self._expert_index[place],
+            int(self._source_model[place]),
+            int(self._source_layer[place]),
+        )
 
     def __iter__(self) -> Iterator[ExpertAssignment]:
         models, layers = self._source_model.tolist(), self._source_layer.tolist()
@@ -75,10 +94,16 @@ class LayerAssignments(Sequence[ExpertAssignment]):
         if isinstance(other, LayerAssignments):
             return (
                 self._expert_index == other._expert_index
-                and np.array_equal(self._source_model, other._source_model)
-                and np.array_equal(self._source_layer, other._source_layer)
+                and arrays_equal(self._source_model, other._source_model)
+                and arrays_equal(self._source_layer, other._source_layer)
             )
-        return sequences_equal(self, other)
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return items_equal(self, other)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = *pack(self._source_model), *pack(self._source_layer)
+        return restore_layer, (*packed, self._expert_index)
 
     def __repr__(self) -> str:
         return shortened(self)
@@ -87,17 +112,27 @@ class LayerAssignments(Sequence[ExpertAssignment]):
 class Assignments(Sequence[LayerAssignments]):
     """`assignments[layer][expert]` over two arrays of shape `(num_layers, num_experts)`."""
 
-    __slots__ = ("source_layer", "source_model")
+    __slots__ = ("_source_layer", "_source_model")
     __hash__ = None  # type: ignore[assignment]  # equal to lists, which have no hash
 
     def __init__(
         self, source_model: npt.NDArray[np.int64], source_layer: npt.NDArray[np.int64]
     ) -> None:
-        self.source_model = source_model
-        self.source_layer = source_layer
+        self._source_model = source_model
+        self._source_layer = source_layer
+
+    @property
+    def source_model(self) -> npt.NDArray[np.int64]:
+        """Read-only int64 array of shape `(num_layers, num_experts)`."""
+        return self._source_model
+
+    @property
+    def source_layer(self) -> npt.NDArray[np.int64]:
+        """Read-only int64 array of shape `(num_layers, num_experts)`."""
+        return self._source_layer
 
     def __len__(self) -> int:
-        return len(self.source_model)
+        return len(self._source_model)
 
     @overload
     def __getitem__(self, key: SupportsIndex) -> LayerAssignments: ...
@@ -105,25 +140,40 @@ class Assignments(Sequence[LayerAssignments]):
     def __getitem__(self, key: slice) -> Assignments: ...
     def __getitem__(self, key: SupportsIndex | slice) -> LayerAssignments | Assignments:
         if isinstance(key, slice):
-            return Assignments(self.source_model[key], self.source_layer[key])
-        layer = range(len(self))[key]
-        return LayerAssignments(self.source_model[layer], self.source_layer[layer])
+            return Assignments(self._source_model[key], self._source_layer[key])
+        layer = position(key, len(self), "layer")
+        models = self._source_model[layer]
+        return LayerAssignments(models, self._source_layer[layer], range(len(models)))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Assignments):
-            return np.array_equal(self.source_model, other.source_model) and np.array_equal(
-                self.source_layer, other.source_layer
+            return arrays_equal(self._source_model, other._source_model) and arrays_equal(
+                self._source_layer, other._source_layer
             )
-        return sequences_equal(self, other)
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return items_equal(self, other)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restore_assignments, (*pack(self._source_model), *pack(self._source_layer))
 
     def __repr__(self) -> str:
         return shortened(self)
 
 
-def sequences_equal(left: Sequence[Any], right: object) -> bool:
-    if not isinstance(right, Sequence) or isinstance(right, str):
-        return NotImplemented
-    return len(left) == len(right) and all(a == b for a, b in zip(left, right, strict=True))
+def position(key: SupportsIndex, length: int, what: str) -> int:
+    """Where `key`, negative ones counted from the end, lies in a sequence of `length`."""
+    try:
+        index = operator.index(key)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer or a slice, got {type(key).__name__}") from None
+    if not -length <= index < length:
+        raise IndexError(f"{what} {shown(index)} is out of range: there are {length}")
+    return index % length
+
+
+def items_equal(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(map(operator.eq, left, right))
 
 
 def shortened(items: Sequence[Any]) -> str:
@@ -138,7 +188,8 @@ class MoeReport:
 
     `load_balance` is the coefficient of variation of the source models' use (0.0: even);
     `total_params_estimate` counts experts and routers, an exact integer of any size;
-    `unused_models` lists the source models that no expert comes from.
+    `unused_models` names the source models that no expert comes from, in order: a tuple, or a
+    `range` where they are more than a million.
     """
 
     num_experts: int
@@ -168,7 +219,8 @@ class MoeConstructionPlan:
     Raises
     ------
     TypeError, MoeConfigError
-        Arrays that are not integers, not two-dimensional, of different shapes or negative.
+        Arrays that are not integers, not two-dimensional, of different shapes or negative; a
+        `num_models` that leaves out a model of `source_model`.
 
     Examples
     --------
@@ -178,18 +230,15 @@ class MoeConstructionPlan:
     ExpertAssignment(expert_index=2, source_model=1, source_layer=0)
     """
 
-    __slots__ = ("_source_layer", "_source_model", "num_models", "router_init")
+    __slots__ = ("_num_models", "_router_init", "_source_layer", "_source_model")
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
-
-    num_models: int
-    router_init: RouterInit
 
     def __init__(
         self,
         source_model: npt.ArrayLike,
         source_layer: npt.ArrayLike,
         *,
-        num_models: int | None = None,
+        num_models: SupportsIndex | None = None,
         router_init: RouterInit | str = RouterInit.BALANCED,
     ) -> None:
         models = index_array(source_model, "source_model")
@@ -199,17 +248,27 @@ class MoeConstructionPlan:
                 "source_model and source_layer must both have the shape (num_layers, num_experts),"
                 f" got {models.shape} and {layers.shape}"
             )
-        used = int(models.max(initial=-1)) + 1
+        used = int(distinct(models).max(initial=-1)) + 1
         if num_models is None:
             num_models = used
-        self.num_models = as_index(num_models, "num_models")
-        if used > self.num_models:
+        self._num_models = as_index(num_models, "num_models", maximum=LARGEST_INDEX)
+        if used > self._num_models:
             raise MoeConfigError(
-                f"source_model holds {used - 1}, but num_models is {self.num_models}"
+                f"source_model holds {used - 1}, but num_models is {self._num_models}"
             )
-        self.router_init = as_member(router_init, RouterInit, "router_init")
+        self._router_init = as_member(router_init, RouterInit, "router_init")
         self._source_model = models
         self._source_layer = layers
+
+    @property
+    def num_models(self) -> int:
+        """Number of source models."""
+        return self._num_models
+
+    @property
+    def router_init(self) -> RouterInit:
+        """How the routers start."""
+        return self._router_init
 
     @property
     def source_model(self) -> npt.NDArray[np.int64]:
@@ -229,14 +288,19 @@ class MoeConstructionPlan:
     @property
     def num_experts(self) -> int:
         """Number of experts in each layer."""
-        return self._source_model.shape[1]
+        return int(self._source_model.shape[1])
 
     @property
     def assignments(self) -> Assignments:
         """`assignments[layer][expert]`, like nested sequences of `ExpertAssignment`."""
         return Assignments(self._source_model, self._source_layer)
 
-    def report(self, hidden_dim: int, intermediate_dim: int, num_experts: int) -> MoeReport:
+    def report(
+        self,
+        hidden_dim: SupportsIndex,
+        intermediate_dim: SupportsIndex,
+        num_experts: SupportsIndex,
+    ) -> MoeReport:
         """Summarise the plan for experts of the given sizes.
 
         Each expert counts `3 * hidden_dim * intermediate_dim` parameters (gate, up and down
@@ -266,12 +330,14 @@ class MoeConstructionPlan:
         )
 
     def _unused_models(self) -> Sequence[int]:
-        one_row = self._source_model.strides[0] == 0
-        used = np.unique(self._source_model[:1] if one_row else self._source_model)
-        gaps = np.setdiff1d(np.arange(used.max(initial=-1) + 1), used, assume_unique=True)
+        used = np.unique(distinct(self._source_model))
+        end = int(used.max(initial=-1)) + 1
+        gaps = np.setdiff1d(np.arange(end), used, assume_unique=True)
         # Round robin leaves a tail, and a range holds a tail of any length.
-        tail = range(len(used) + len(gaps), self.num_models)
-        return (*gaps.tolist(), *tail) if len(gaps) else tail
+        tail = range(end, self._num_models)
+        if not gaps.size and self._num_models - end > LONGEST_TUPLE:
+            return tail
+        return (*gaps.tolist(), *tail)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MoeConstructionPlan):
@@ -283,10 +349,8 @@ class MoeConstructionPlan:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            restore_plan,
-            (self._source_model, self._source_layer, self.num_models, self.router_init),
-        )
+        packed = *pack(self._source_model), *pack(self._source_layer)
+        return restore_plan, (*packed, self._num_models, str(self._router_init))
 
     def __repr__(self) -> str:
         return (
@@ -295,35 +359,93 @@ class MoeConstructionPlan:
         )
 
 
+# Layers mostly repeat one row and experts one column. Such an array is a view with a stride of 0:
+# it costs the memory, the time and the pickled bytes of what differs, not of its shape.
+
+Shape = tuple[int, ...]
+
+
+def distinct(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """`array` without the repetitions that its strides of 0 make."""
+    return array[tuple(slice(1) if stride == 0 else slice(None) for stride in array.strides)]
+
+
+def arrays_equal(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> bool:
+    if left.shape != right.shape:
+        return False
+    fewer_left, fewer_right = distinct(left), distinct(right)
+    if fewer_left.shape == fewer_right.shape:
+        return np.array_equal(fewer_left, fewer_right)
+    return np.array_equal(left, right)
+
+
+def pack(array: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Shape]:
+    return distinct(array), array.shape
+
+
+def spread(array: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.int64]:
+    """`array` repeated to `shape`. Both become read-only: a view could be made writable again."""
+    array.flags.writeable = False
+    return np.broadcast_to(array, shape)
+
+
+def restore_layer(
+    models: npt.NDArray[np.int64],
+    models_shape: Shape,
+    layers: npt.NDArray[np.int64],
+    layers_shape: Shape,
+    expert_index: range,
+) -> LayerAssignments:
+    return LayerAssignments(
+        spread(models, models_shape), spread(layers, layers_shape), expert_index
+    )
+
+
+def restore_assignments(
+    models: npt.NDArray[np.int64],
+    models_shape: Shape,
+    layers: npt.NDArray[np.int64],
+    layers_shape: Shape,
+) -> Assignments:
+    return Assignments(spread(models, models_shape), spread(layers, layers_shape))
+
+
 def restore_plan(
-    source_model: npt.ArrayLike,
-    source_layer: npt.ArrayLike,
+    models: npt.NDArray[np.int64],
+    models_shape: Shape,
+    layers: npt.NDArray[np.int64],
+    layers_shape: Shape,
     num_models: int,
-    router_init: RouterInit,
+    router_init: str,
 ) -> MoeConstructionPlan:
     return MoeConstructionPlan(
-        source_model, source_layer, num_models=num_models, router_init=router_init
+        spread(models, models_shape),
+        spread(layers, layers_shape),
+        num_models=num_models,
+        router_init=router_init,
     )
 
 
 def index_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
-    """`values` as a read-only int64 array of indices; a view where they already are one."""
-    array = np.asarray(values)
-    if array.size == 0 and array.dtype.kind == "f":  # what NumPy makes of an empty list
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
+    """`values` as a read-only int64 array of indices; never a view of memory others may write."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # what NumPy says of rows of different lengths does not say which argument
+        raise MoeConfigError(f"{name} must have rows of one length") from None
+    shape, array = array.shape, np.array(distinct(array))
+    if array.dtype.kind == "O":  # integers beyond 64 bits, or no integers at all
+        for value in array.flat:
+            as_index(value, name, maximum=LARGEST_INDEX)
+    elif array.size and array.dtype.kind not in "iu":  # an empty list is an array of floats
         raise TypeError(f"{name} must hold integers, got an array of {array.dtype}")
-    if array.size and array.min() < 0:
-        raise MoeConfigError(f"{name} must not be negative, got {array.min()}")
-    if array.size and array.max() > LARGEST_INDEX:
-        raise MoeConfigError(f"{name} must be at most {LARGEST_INDEX}, got {array.max()}")
-    indices = array.astype(np.int64, copy=array.flags.writeable)
-    indices.flags.writeable = False
-    return indices
+    elif array.size:
+        as_index(array.min(), name)
+        as_index(array.max(), name, maximum=LARGEST_INDEX)
+    return spread(array.astype(np.int64, copy=False), shape)
 
 
 def plan_moe_construction(
-    num_models: int, num_layers: int, config: MoeConfig | None = None
+    num_models: SupportsIndex, num_layers: SupportsIndex, config: MoeConfig | None = None
 ) -> MoeConstructionPlan:
     """Assign source models to experts, round robin.
 
@@ -341,8 +463,9 @@ def plan_moe_construction(
     TypeError
         A number that is not an integer, or a `config` that is no `MoeConfig`.
     MoeConfigError
-        A number below 1, a configuration that does not validate, or more experts times layers
-        than an array can index.
+        A number below 1, or a configuration that does not validate.
+    MemoryError
+        More layers, or more experts in a layer, than a table of 1 GiB holds or memory has.
 
     Examples
     --------
@@ -351,38 +474,47 @@ def plan_moe_construction(
     >>> [a.source_model for a in plan.assignments[0]]
     [0, 1, 2, 0, 1, 2, 0, 1]
     """
-    num_models = as_index(num_models, "num_models", minimum=1)
+    num_models = as_index(num_models, "num_models", minimum=1, maximum=LARGEST_INDEX)
     num_layers = as_index(num_layers, "num_layers", minimum=1)
     if config is None:
         config = MoeConfig()
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+        raise TypeError(f"config must be a MoeConfig, got {reprlib.repr(config)}")
     config.validate()
-    if num_layers * config.num_experts * 8 > LARGEST_INDEX:
-        raise MoeConfigError(
-            f"num_layers ({num_layers}) times num_experts ({config.num_experts}) "
-            "is more than an array can index"
-        )
-    plan = MoeConstructionPlan.__new__(MoeConstructionPlan)
-    plan.num_models = num_models
-    plan.router_init = RouterInit.BALANCED
-    # Layers repeat one row and experts one column: views with a stride of 0 cost no memory.
+    models = counting_up(config.num_experts, "num_experts")
+    if num_models < len(models):
+        models %= num_models
+    layers = counting_up(num_layers, "num_layers")[:, np.newaxis]
     shape = (num_layers, config.num_experts)
+    return MoeConstructionPlan(
+        np.broadcast_to(models, shape), np.broadcast_to(layers, shape), num_models=num_models
+    )
+
+
+def counting_up(length: int, name: str) -> npt.NDArray[np.int64]:
+    """0, 1, 2, ... as an array that may be written."""
+    check_table(length, name, length)
     try:
-        row = np.arange(config.num_experts)
-        if num_models < config.num_experts:
-            row %= num_models
-        column = np.arange(num_layers)[:, np.newaxis]
+        return np.arange(length, dtype=np.int64)
     except MemoryError:
+        raise MemoryError(f"{name}={length}: no memory for a table of {8 * length} bytes") from None
+
+
+def check_table(length: int, name: str, value: int) -> None:
+    """Raise `MemoryError` where `value` of the argument `name` asks for too long a table."""
+    if length > LARGEST_TABLE:
         raise MemoryError(
-            f"no memory for num_experts={config.num_experts}, num_layers={num_layers}"
-        ) from None
-    plan._source_model = np.broadcast_to(row, shape)
-    plan._source_layer = np.broadcast_to(column, shape)
-    return plan
+            f"{name}={shown(value)}: a table of {shown(length)} entries is more than the largest "
+            f"supported, {LARGEST_TABLE}"
+        )
 
 
-def compute_expert_load_balance(assignments: Any) -> float:
+def compute_expert_load_balance(
+    assignments: MoeConstructionPlan
+    | Sequence[Sequence[ExpertAssignment | int]]
+    | Sequence[ExpertAssignment | int]
+    | npt.NDArray[np.integer[Any]],
+) -> float:
     """How evenly the source models are used: standard deviation over mean of their counts.
 
     The coefficient of variation (population form) of the number of experts taken from each
@@ -392,7 +524,7 @@ def compute_expert_load_balance(assignments: Any) -> float:
     Parameters
     ----------
     assignments : MoeConstructionPlan, Assignments, nested sequences of ExpertAssignment, or array
-        An array holds the source models as integers, of any shape.
+        `assignments[layer][expert]`. An array holds the source models as integers, of any shape.
 
     Returns
     -------
@@ -408,51 +540,50 @@ def compute_expert_load_balance(assignments: Any) -> float:
 
     Examples
     --------
-    >>> from moe_fast import compute_expert_load_balance
-    >>> compute_expert_load_balance([[0, 1], [0, 1]])
+    >>> from moe_fast import ExpertAssignment, compute_expert_load_balance
+    >>> compute_expert_load_balance([[ExpertAssignment(0, 0, 0), ExpertAssignment(1, 1, 0)]])
     0.0
-    >>> compute_expert_load_balance([[0, 0], [0, 1]])
+    >>> compute_expert_load_balance(np.array([[0, 0], [0, 1]]))
     0.5
     """
     models = source_models(assignments)
+    once = distinct(models)
     if models.size == 0:
         return 0.0
-    repeats = 1
-    if models.ndim == 2 and models.strides[0] == 0:
-        repeats, models = len(models), models[0]
-    num_models = int(models.max()) + 1
-    if num_models > MOST_MODELS:
-        raise MemoryError(
-            f"source_model {num_models - 1} would need {num_models} counters; "
-            f"at most {MOST_MODELS} models can be counted"
-        )
-    counts = np.zeros(num_models, dtype=np.uint64)
-    kernels.compiled.count(np.ascontiguousarray(models).reshape(-1), counts)
-    counts *= np.uint64(repeats)
+    largest = int(once.max())
+    check_table(largest + 1, "source_model", largest)
+    try:
+        counts = np.zeros(largest + 1, dtype=np.uint64)
+    except MemoryError:
+        raise MemoryError(f"source_model={largest}: no memory for {largest + 1} counters") from None
+    kernels.compiled.count(np.ascontiguousarray(once).reshape(-1), counts)
+    counts *= np.uint64(models.size // once.size)
     return float(kernels.compiled.coefficient_of_variation(counts))
 
 
 def source_models(assignments: Any) -> npt.NDArray[np.int64]:
     """The source model of every assignment, as an array."""
-    if isinstance(assignments, (MoeConstructionPlan, Assignments)):
+    if isinstance(assignments, (MoeConstructionPlan, Assignments, LayerAssignments)):
         return assignments.source_model
-    if isinstance(assignments, LayerAssignments):
-        return assignments._source_model
     if isinstance(assignments, np.ndarray):
         return index_array(assignments, "assignments")
-    if not isinstance(assignments, Sequence) or isinstance(assignments, (str, bytes)):
+    if not is_sequence(assignments):
         raise TypeError(
             "assignments must be a plan, its assignments, nested sequences of ExpertAssignment, "
             f"or an array of source models, got {type(assignments).__name__}"
         )
-    return index_array(list(flattened(assignments)), "assignments")
+    return np.array(list(each_model(assignments)), dtype=np.int64)
 
 
-def flattened(assignments: Sequence[Any]) -> Iterator[int]:
-    for item in assignments:
-        if isinstance(item, ExpertAssignment):
-            yield as_index(item.source_model, "source_model")
-        elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
-            yield from flattened(item)
-        else:
-            yield as_index(item, "source_model")
+def is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, ExpertAssignment))
+
+
+def each_model(assignments: Sequence[Any]) -> Iterator[int]:
+    for layer in assignments:
+        if isinstance(layer, LayerAssignments):
+            yield from layer.source_model.tolist()
+            continue
+        for expert in layer if is_sequence(layer) else (layer,):
+            model = expert.source_model if isinstance(expert, ExpertAssignment) else expert
+            yield as_index(model, "source_model", maximum=LARGEST_INDEX)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from moe_fast.errors import MoeConfigError, as_index
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 ENVIRONMENT_VARIABLE = "MOE_FAST_NUM_THREADS"
 # No processor has more; the pool starts a thread only when one is needed.
@@ -37,6 +40,8 @@ def as_threads(threads: int | None) -> int:
 
 @functools.cache
 def pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
     return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="moe_fast")
 
 

@@ -61,7 +61,8 @@ def nearest(value: float, dtype: str) -> float:
     precision, smallest = FORMATS[dtype]
     _, exponent = math.frexp(value)
     last_place = max(exponent - precision, smallest)
-    return math.ldexp(round(math.ldexp(value, -last_place)), last_place)
+    # Rounded to an integer, what is too small to keep would lose its sign.
+    return math.copysign(math.ldexp(round(math.ldexp(value, -last_place)), last_place), value)
 
 
 def load_balance(source_models: Sequence[int]) -> float:

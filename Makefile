@@ -1,0 +1,64 @@
+# What a user or contributor types. Each target makes what it needs, from nothing but Python >= 3.11,
+# make and a C compiler. `make PYTHON=python3.13 ...` picks another Python.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python,\
+    $(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi')
+
+.PHONY: help build demo test lint types format sanitize dist clean
+
+help:
+	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
+	@echo 'make test      run the tests'
+	@echo 'make build     (re)compile the kernels in place, in $(VENV)'
+	@echo 'make lint      ruff and cython-lint;  make types: mypy;  make format: ruff format'
+	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make dist      sdist, and from it a wheel, into dist/'
+	@echo 'make clean     remove everything the above made'
+
+$(VENV)/ready: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'no Python >= 3.11 found: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(RUN) -m pip install --quiet --group dev
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[all]'
+	touch $@
+
+# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed.
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(RUN) setup.py --quiet build_ext --inplace
+	touch $@
+
+build: $(VENV)/built
+
+demo: build
+	$(VENV)/bin/moe-fast demo
+
+test: build
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(VENV)/bin/cython-lint src
+
+types: build
+	$(RUN) -m mypy
+
+format: $(VENV)/ready
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+sanitize: $(VENV)/ready
+	bash tests/sanitize.sh $(RUN)
+
+dist: $(VENV)/ready
+	rm -rf dist
+	$(RUN) -m build
+
+clean:
+	rm -rf $(VENV) build demo dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src \( -name '*.c' -o -name '*.so' -o -name '*.pyd' \) -delete
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
