@@ -19,6 +19,7 @@ from moe_fast.plan import (
     plan_moe_construction,
 )
 from moe_fast.routing import Routing, route
+from moe_fast.statistics import RoutingStats, plan_capacity, update_selection_bias
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import build_moe as build_moe
@@ -47,14 +48,17 @@ __all__ = [
     "Routing",
     "RoutingError",
     "RoutingMethod",
+    "RoutingStats",
     "build_moe",
     "check_moe",
     "compute_expert_load_balance",
     "compute_gate_weights",
     "compute_router_weights",
     "inspect_model",
+    "plan_capacity",
     "plan_moe_construction",
     "route",
+    "update_selection_bias",
 ]
 
 

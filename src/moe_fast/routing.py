@@ -422,26 +422,26 @@ def route(
     return out
 
 
-def as_rule(*arguments: Any) -> Rule:
+def as_rule(*arguments: Any, **options: Any) -> Rule:
     """`checked_rule`, which remembers what it was asked, also for what cannot be remembered."""
     try:
-        return remembered_rule(*arguments)
+        return remembered_rule(*arguments, **options)
     except TypeError:
-        return checked_rule(*arguments)
+        return checked_rule(*arguments, **options)
 
 
 def checked_rule(
     config: MoeConfig,
     biased: bool,
-    scores: str,
-    norm_topk_prob: bool | None,
-    routed_scaling_factor: float,
-    n_group: int,
-    topk_group: int | None,
-    experts_per_group_score: int | None,
-    capacity_factor: float | None,
-    drop_policy: str | None,
-    sorted: bool,
+    scores: str = "softmax",
+    norm_topk_prob: bool | None = None,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int | None = None,
+    experts_per_group_score: int | None = None,
+    capacity_factor: float | None = None,
+    drop_policy: str | None = None,
+    sorted: bool = False,
 ) -> Rule:
     """The options, defaults filled in by method, each checked."""
     if not isinstance(config, MoeConfig):
@@ -620,7 +620,7 @@ def tokens_choose(
     threads: int,
 ) -> None:
     """Fill the indices, the weights and the counts before anything is dropped."""
-    kernel = kernels.compiled.route_tokens[specialisation(out)]
+    kernel = kernels.compiled.route_tokens[specialisation(out.weights.dtype)]
     if bias is None:
         bias = np.zeros(rule.num_experts, out.weights.dtype)
     ends: list[tuple[int, Counts]] = []
@@ -649,10 +649,10 @@ def drop(rule: Rule, out: Routing, capacity: int) -> None:
     indices, weights = out._indices.reshape(-1), out.weights.reshape(-1)
     if rule.drop_policy == "position":
         kept = np.zeros(rule.num_experts, np.int64)
-        compiled.drop_late[specialisation(out)](indices, weights, capacity, kept)
+        compiled.drop_late[specialisation(out.weights.dtype)](indices, weights, capacity, kept)
     else:
         out._sort()
-        compiled.drop_improbable[specialisation(out)](
+        compiled.drop_improbable[specialisation(out.weights.dtype)](
             indices, weights, capacity, out._offsets, out._permutation,
             np.empty(int(before.max()), weights.dtype),
         )  # fmt: skip
@@ -673,14 +673,14 @@ def experts_choose(
     def add_up(start: int, stop: int) -> None:
         row = np.empty(-(-num_experts // LANES) * LANES, dtype)
         bad.append(
-            compiled.softmax_sums[specialisation(out)](
+            compiled.softmax_sums[specialisation(out.weights.dtype)](
                 rows, encoding, num_experts, largest, total, row, start, stop
             )
         )
 
     def choose(start: int, stop: int) -> None:
         scores = np.empty((LANES, num_tokens), dtype)
-        compiled.choose_tokens[specialisation(out)](
+        compiled.choose_tokens[specialisation(out.weights.dtype)](
             rows, encoding, rule.is_sigmoid, largest, total, out._indices, out.weights, scores,
             start * LANES, min(stop * LANES, num_experts),
         )  # fmt: skip
@@ -705,6 +705,6 @@ def raise_for_nan(first_bad: Iterable[int]) -> None:
         raise RoutingError(f"logits of token {min(bad)} hold a NaN")
 
 
-def specialisation(out: Routing) -> str:
-    """Which of the kernels over floats and doubles `out` wants."""
-    return "double" if out.weights.dtype == np.float64 else "float"
+def specialisation(dtype: np.dtype[Any]) -> str:
+    """Which of a kernel's two forms computes in `dtype`."""
+    return "double" if dtype == np.float64 else "float"

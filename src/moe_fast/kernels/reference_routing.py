@@ -123,3 +123,36 @@ def sort_by_expert(
         inverse[pair] = place
     offsets = [sum(0 <= e < expert for e in flat) for expert in range(num_experts + 1)]
     return np.array(offsets, np.int64), np.array(pairs, np.int32), inverse
+
+
+def probabilities(logits: npt.ArrayLike, scores: str) -> Matrix:
+    """What losses take as a token's probabilities: they sum to 1 for sigmoid too."""
+    p = score(logits, scores)
+    total: Matrix = p.sum(axis=1, keepdims=True) + 1e-20
+    return p if scores == "softmax" else p / total
+
+
+def entropy(p: Matrix) -> npt.NDArray[np.float64]:
+    result: Matrix = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1)
+    return result
+
+
+def log_sum_exp(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    result: Matrix = np.logaddexp.reduce(np.asarray(logits, np.float64), axis=1)
+    return result
+
+
+def switch_loss(counts: npt.ArrayLike, p: Matrix, k: int, alpha: float) -> float:
+    """Fedus et al. 2022, equation 4, with f over all T * k choices."""
+    f = np.asarray(counts) / (len(p) * k)
+    return float(alpha * p.shape[1] * np.sum(f * p.mean(axis=0)))
+
+
+def dropped_by_capacity(
+    chosen: Indices, num_experts: int, capacity_factors: Sequence[float]
+) -> list[int]:
+    """How many pairs of one batch each capacity factor drops."""
+    num_tokens, k = chosen.shape
+    counts = [(chosen == e).sum() for e in range(num_experts)]
+    capacities = [expert_capacity(num_tokens, k, num_experts, f) for f in capacity_factors]
+    return [int(sum(max(0, n - c) for n in counts)) for c in capacities]
