@@ -8,8 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.config import MoeConfig, RouterInit, RoutingMethod
-from moe_fast.errors import CheckpointError, MoeConfigError, MoeFastError, RoutingError
+from moe_fast.config import GateMode, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.errors import (
+    CheckpointError,
+    MoeConfigError,
+    MoeFastError,
+    RecipeError,
+    RoutingError,
+)
 from moe_fast.gates import compute_gate_weights, compute_router_weights
 from moe_fast.plan import (
     ExpertAssignment,
@@ -26,30 +32,37 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.check import check_moe as check_moe
     from moe_fast.checkpoint.inspection import inspect_model as inspect_model
     from moe_fast.checkpoint.request import ExpertSource as ExpertSource
+    from moe_fast.recipe import build_recipe as build_recipe
+    from moe_fast.recipe import read_recipe as read_recipe
 
 # What needs more than NumPy, or time to import, is fetched when first used.
 LATER = {
     "ExpertSource": "moe_fast.checkpoint.request",
     "build_moe": "moe_fast.checkpoint.build",
+    "build_recipe": "moe_fast.recipe",
     "check_moe": "moe_fast.checkpoint.check",
     "inspect_model": "moe_fast.checkpoint.inspection",
+    "read_recipe": "moe_fast.recipe",
 }
 
 __all__ = [
     "CheckpointError",
     "ExpertAssignment",
     "ExpertSource",
+    "GateMode",
     "MoeConfig",
     "MoeConfigError",
     "MoeConstructionPlan",
     "MoeFastError",
     "MoeReport",
+    "RecipeError",
     "RouterInit",
     "Routing",
     "RoutingError",
     "RoutingMethod",
     "RoutingStats",
     "build_moe",
+    "build_recipe",
     "check_moe",
     "compute_expert_load_balance",
     "compute_gate_weights",
@@ -57,6 +70,7 @@ __all__ = [
     "inspect_model",
     "plan_capacity",
     "plan_moe_construction",
+    "read_recipe",
     "route",
     "update_selection_bias",
 ]

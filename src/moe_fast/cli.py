@@ -16,6 +16,7 @@ from moe_fast.checkpoint.inspection import inspect_model
 from moe_fast.config import MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
+from moe_fast.recipe import build_recipe
 from moe_fast.reports import Report
 from moe_fast.show import (
     complain,
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn dense language models on disk into Mixture-of-Experts checkpoints.",
 )
+RECIPE_ENDINGS = (".yml", ".yaml")
+SAID_BY_RECIPES = ("experts", "experts_per_token", "base", "router_init")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
@@ -43,7 +46,10 @@ def commands() -> None:
 
 @app.command()
 def build(
-    models: Annotated[list[Path], typer.Argument(help="Folders of dense models.")],
+    context: typer.Context,
+    models: Annotated[
+        list[Path], typer.Argument(help="Folders of dense models, or one recipe (.yml or .yaml).")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
@@ -69,14 +75,22 @@ def build(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build one Mixture-of-Experts checkpoint from dense models."""
-    with reported_errors():
-        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
-        with progress_bar() as progress:
+    """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
+    with reported_errors(), progress_bar() as progress:
+        if any(model.suffix in RECIPE_ENDINGS for model in models):
+            refuse_beside_a_recipe(context, models)
+            report = build_recipe(
+                models[0],
+                output,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
             report = build_moe(
                 models,
                 output,
-                config,
+                MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
                 base=base,
                 router_init=router_init,
                 max_shard_size=max_shard_size,
@@ -84,6 +98,17 @@ def build(
                 progress=progress,
             )
     show(report, show_build, as_json)
+
+
+def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
+    """A recipe says which models and what of them: nothing on the command line does as well."""
+    if len(models) > 1:
+        raise typer.BadParameter("a recipe stands alone, without models or other recipes")
+    for name in SAID_BY_RECIPES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            raise typer.BadParameter(f"{option} is for models; write it into the recipe")
 
 
 @app.command()
@@ -152,7 +177,7 @@ def reported_errors() -> Iterator[None]:
     """An error of this package or of the system: its message and exit code 1, no traceback."""
     try:
         yield
-    except (MoeFastError, TypeError, MemoryError, OSError) as error:
+    except (MoeFastError, TypeError, ImportError, MemoryError, OSError) as error:
         complain(f"error: {error}")
         raise typer.Exit(1) from None
 

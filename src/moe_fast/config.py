@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 from moe_fast.errors import MoeConfigError, as_index, shown
 
-__all__ = ["MoeConfig", "RouterInit", "RoutingMethod"]
+__all__ = ["GateMode", "MoeConfig", "RouterInit", "RoutingMethod"]
 
 
 class RoutingMethod(StrEnum):
@@ -34,7 +34,22 @@ class RouterInit(StrEnum):
     """`1 / num_experts` plus noise of at most `0.01 / sqrt(hidden_dim)`."""
 
 
-Choice = TypeVar("Choice", RoutingMethod, RouterInit)
+class GateMode(StrEnum):
+    """How recipes ask for routers, in the words of mergekit-moe."""
+
+    RANDOM = "random"
+    """Draws from the standard normal distribution."""
+    UNIFORM_RANDOM = "uniform_random"
+    """Draws in `[-scale, scale]`, `scale = 1 / sqrt(hidden_dim)`, as `torch.nn.Linear` starts."""
+    CHEAP_EMBED = "cheap_embed"
+    """The direction of the embeddings of each expert's prompts, the same in every layer."""
+    HIDDEN = "hidden"
+    """The direction of what the router reads of each expert's prompts, layer by layer."""
+
+
+PROMPT_MODES = frozenset({GateMode.CHEAP_EMBED, GateMode.HIDDEN})
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def as_member(value: Any, kind: type[Choice], name: str) -> Choice:

@@ -6,7 +6,7 @@ import operator
 import reprlib
 from typing import Any
 
-__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RoutingError"]
+__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"]
 
 
 class MoeFastError(Exception):
@@ -35,6 +35,10 @@ class CheckpointError(MoeFastError, ValueError):
 
 class RoutingError(MoeFastError, ValueError):
     """Logits that cannot be routed: of the wrong shape, or with a NaN; the message says where."""
+
+
+class RecipeError(CheckpointError):
+    """A recipe file that cannot be followed; each problem names the file, the line and the key."""
 
 
 def as_index(value: Any, name: str, *, minimum: int | None = 0, maximum: int | None = None) -> int:

@@ -20,7 +20,7 @@ from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, Shard, index_json, into_shards
 from moe_fast.checkpoint.targets import TARGETS, Mixtral
 from moe_fast.checkpoint.writer import appearing, write_shard
-from moe_fast.config import MoeConfig, RouterInit, as_member
+from moe_fast.config import GateMode, MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
@@ -71,6 +71,7 @@ def build_moe(
     *,
     base: ModelPath | None = None,
     router_init: RouterInit | str = RouterInit.BALANCED,
+    gate_mode: GateMode | str | None = None,
     seed: int = 0,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
@@ -97,8 +98,11 @@ def build_moe(
     router_init : RouterInit or str
         How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
+    gate_mode : GateMode or str, optional
+        How the routers start, in place of `router_init`: `"random"` draws from the standard normal
+        distribution, `"uniform_random"` as `torch.nn.Linear` starts.
     seed : int
-        Of the noise that an `ExpertSource` asks for.
+        Of these draws, and of the noise that an `ExpertSource` asks for.
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite : bool
@@ -128,28 +132,38 @@ def build_moe(
     >>> report.num_experts, report.num_layers, report.load_balance
     (4, 2, 0.0)
     """
-    started = time.perf_counter()
     config = MoeConfig() if config is None else config
     if not isinstance(config, MoeConfig):
         raise TypeError(f"config must be a MoeConfig, got {config!r}")
     config.validate()
-    router_init = as_member(router_init, RouterInit, "router_init")
-    max_shard_size = as_index(max_shard_size, "max_shard_size", minimum=1)
     experts = as_expert_sources(models)
     request = BuildRequest(
         models=experts,
         base=experts[0].model if base is None else str(Path(base).absolute()),
         config=config,
-        router_init=router_init,
+        router_init=as_member(router_init, RouterInit, "router_init"),
+        gate_mode=None if gate_mode is None else as_member(gate_mode, GateMode, "gate_mode"),
         seed=as_index(seed, "seed"),
-        max_shard_size=max_shard_size,
+        max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
-    output = Path(output)
+    return build_checkpoint(request, output, overwrite=overwrite, progress=progress)
 
+
+def build_checkpoint(
+    request: BuildRequest,
+    output: ModelPath,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    warnings: Sequence[str] = (),
+) -> BuildReport:
+    """Build what a request asks for; the report has `warnings` before those of the build."""
+    started = time.perf_counter()
+    output = Path(output)
     blueprint = prepare(request)
     target, construction = blueprint.target, blueprint.construction
     tensors, plan = blueprint.tensors, construction.plan
-    shards = into_shards(tensors, max_shard_size)
+    shards = into_shards(tensors, request.max_shard_size)
 
     with appearing(output, overwrite=overwrite) as folder:
         written = WrittenBytes(sum(shard.nbytes for shard in shards), progress)
@@ -170,7 +184,7 @@ def build_moe(
         output=output,
         target=target.name,
         num_experts=plan.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
+        num_experts_per_tok=request.config.num_experts_per_tok,
         num_layers=plan.num_layers,
         num_parameters=sum(t.weight.num_parameters for t in tensors),
         load_balance=report.load_balance,
@@ -179,8 +193,9 @@ def build_moe(
         num_files=len(shards),
         seconds=time.perf_counter() - started,
         warnings=(
+            *warnings,
             *construction.warnings(),
-            *warnings_for(request.models, report.unused_models, router_init),
+            *warnings_for(request, report.unused_models),
         ),
     )
 
@@ -224,7 +239,14 @@ def prepare(request: BuildRequest) -> Blueprint:
     target = TARGETS["mixtral"]
     plan = plan_for(request, base.sizes.num_hidden_layers)
     construction = Construction(
-        base, sources, request.models, plan, request.config, request.router_init, request.seed
+        base,
+        sources,
+        request.models,
+        plan,
+        request.config,
+        request.router_init,
+        request.gate_mode,
+        request.seed,
     )
     problems = construction.problems() + target.problems(construction)
     if problems:
@@ -265,14 +287,12 @@ def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], De
     return [opened[model] for model in models], opened[base]
 
 
-def warnings_for(
-    models: Sequence[ExpertSource], unused_models: Sequence[int], router_init: RouterInit
-) -> list[str]:
+def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[str]:
     warnings = [
-        f"{models[model].model}: gives no expert; there are more models than experts"
+        f"{request.models[model].model}: gives no expert; there are more models than experts"
         for model in unused_models
     ]
-    if router_init is RouterInit.UNIFORM:
+    if request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
         warnings.append(
             "router_init 'uniform' makes all logits tie: every token goes to the same experts "
             "until training moves the routers"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_fast.checkpoint.header import Tensor
-from moe_fast.checkpoint.noise import Perturbed, noise_stream
-from moe_fast.checkpoint.pieces import FileRange, Router
+from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
+from moe_fast.checkpoint.pieces import FileRange, Piece, Router
 from moe_fast.checkpoint.request import ExpertSource
 from moe_fast.checkpoint.source import FFN, DenseModel
 from moe_fast.checkpoint.table import OutputTensor, Weight
-from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.config import GateMode, MoeConfig, RouterInit
 from moe_fast.plan import MoeConstructionPlan
 
 
@@ -29,6 +29,7 @@ class Construction:
     plan: MoeConstructionPlan
     config: MoeConfig
     router_init: RouterInit
+    gate_mode: GateMode | None
     seed: int
 
     @property
@@ -72,7 +73,12 @@ class Construction:
     def router(self, layer: int) -> Weight:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.plan.num_experts, self.base.sizes.hidden_size)
-        router = Router(shape[1], shape[0], layer, self.router_init, self.dtype)
+        router: Piece
+        if self.gate_mode is None:
+            router = Router(shape[1], shape[0], layer, self.router_init, self.dtype)
+        else:
+            stream = noise_stream(self.seed, f"{layer} router")
+            router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
         return Weight(self.dtype, shape, (router,))
 
     def problems(self) -> list[str]:

@@ -1,7 +1,11 @@
-"""Weights that leave a source changed: normal noise added, a scale multiplied."""
+"""Weights that are drawn: noise and scale on those of a source, routers from nothing.
+
+Each value is drawn from its own place in a stream that the seed and the weight's name choose.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from moe_fast import kernels
+from moe_fast.checkpoint.header import ITEM_SIZES
 from moe_fast.checkpoint.pieces import DTYPES, FileRange
+from moe_fast.config import GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import as_dtype
 
@@ -54,6 +60,32 @@ class Perturbed:
                 weights = values.astype(dtype)
             first += weights.size
             yield weights.view(np.uint8).data
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRouter:
+    """A router of one layer, `(num_experts, hidden_dim)`, drawn as `GateMode` says."""
+
+    num_experts: int
+    hidden_dim: int
+    dtype: str
+    mode: GateMode
+    stream: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_experts * self.hidden_dim * ITEM_SIZES[self.dtype]
+
+    def chunks(self) -> Iterator[memoryview]:
+        values = np.empty(self.num_experts * self.hidden_dim, np.float32)
+        if self.mode is GateMode.RANDOM:
+            kernels.compiled.fill_normal(values, 0, values.size, self.stream, 0, 1.0)
+        else:
+            scale = 1.0 / math.sqrt(self.hidden_dim)
+            kernels.compiled.fill_float32(
+                values, 0, values.size, values.size, self.stream, 0, 0, 1, True, 0.0, scale
+            )
+        yield values.astype(as_dtype(DTYPES[self.dtype])).view(np.uint8).data
 
 
 def noise_stream(seed: int, weight: str) -> int:

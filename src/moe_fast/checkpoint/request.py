@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.config import GateMode, MoeConfig, RouterInit
 from moe_fast.errors import CheckpointError, MoeConfigError, as_index
 
 
@@ -33,6 +33,8 @@ class ExpertSource:
         What the expert's output is multiplied by: the factor of its `down_proj`.
     source_layers : sequence of int, optional
         The model's layer that each layer of the output takes its expert from; by default the same.
+    positive_prompts, negative_prompts : sequence of str
+        What the experts are for, and not for, where routers are made from prompts.
 
     Raises
     ------
@@ -50,6 +52,8 @@ class ExpertSource:
     noise_scale: float = 0.0
     residual_scale: float = 1.0
     source_layers: tuple[int, ...] | None = None
+    positive_prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", os.fspath(self.model))
@@ -62,6 +66,11 @@ class ExpertSource:
                 raise TypeError(f"source_layers must list layers, got {self.source_layers!r}")
             layers = tuple(as_index(layer, "source_layers") for layer in self.source_layers)
             object.__setattr__(self, "source_layers", layers)
+        for name in ("positive_prompts", "negative_prompts"):
+            prompts = getattr(self, name)
+            if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+                raise TypeError(f"{name} must list strings, got {prompts!r}")
+            object.__setattr__(self, name, tuple(prompts))
 
 
 def as_finite(value: Any, name: str) -> float:
@@ -80,14 +89,16 @@ def as_finite(value: Any, name: str) -> float:
 class BuildRequest:
     """One MoE to build, in plain values: strings, numbers, tuples, enumerations, dataclasses.
 
-    Expert `e` is made as `models[e % len(models)]` says; `base` is a folder. `seed` is that of the
-    noise. A new field needs no code here to be kept and read back.
+    Expert `e` is made as `models[e % len(models)]` says; `base` is a folder. Routers start by
+    `gate_mode` where there is one, else by `router_init`. `seed` is that of noise and of random
+    gates. A new field needs no code here to be kept and read back.
     """
 
     models: tuple[ExpertSource, ...]
     base: str
     config: MoeConfig = field(default_factory=MoeConfig)
     router_init: RouterInit = RouterInit.BALANCED
+    gate_mode: GateMode | None = None
     seed: int = 0
     max_shard_size: int = 5_000_000_000
 
