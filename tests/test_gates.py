@@ -21,11 +21,12 @@ DTYPES = list(reference.FORMATS)
 pytestmark = pytest.mark.usefixtures("level")
 
 
-@pytest.fixture(scope="module")
-def shared_out():
-    """Even the smallest matrix goes to several threads."""
+@pytest.fixture(scope="module", params=[False, True], ids=["cached", "streamed"])
+def as_if_large(request):
+    """Even the smallest matrix is shared out among threads, through or around the caches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gates, "VALUES_PER_THREAD", 1)
+        patch.setattr(gates, "STREAMED_BYTES", -1 if request.param else 2**62)
         yield
 
 
@@ -80,14 +81,14 @@ def calls(draw):
 
 
 @given(call=calls(), threads=st.integers(1, 5))
-def test_equals_the_twin(shared_out, call, threads):
+def test_equals_the_twin(as_if_large, call, threads):
     arguments, options = call
     result = compute_gate_weights(*arguments, threads=threads, **options)
     assert_same_bits(result, twin(*arguments, **options))
 
 
 @given(call=calls(), threads=st.integers(1, 5), num_layers=st.integers(0, 4))
-def test_router_weights_stack_gate_weights(shared_out, call, threads, num_layers):
+def test_router_weights_stack_gate_weights(as_if_large, call, threads, num_layers):
     arguments, options = call
     result = compute_router_weights(num_layers, *arguments, threads=threads, **options)
     layers = [options["layer"] + i for i in range(num_layers)]

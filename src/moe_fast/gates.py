@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,15 @@ LARGEST_INDEX = 2**63 - 1
 PERIOD = 2**64
 # Waking a thread takes about as long as drawing a quarter of this.
 VALUES_PER_THREAD = 2**17
-# First state and spread of the draws. "uniform" draws nothing: a spread of 0 leaves the base.
+# Above this a result would not stay in the caches: the size of a large last-level one.
+STREAMED_BYTES = 2**25
+# First state, spread of the draws, and whether they surround 1 / num_experts or 0.
 DRAWS = {
-    RouterInit.RANDOM: (0x5DEECE66D1A4F681, 1.0),
-    RouterInit.BALANCED: (0xCAFEBABEDEADBEEF, 0.01),
-    RouterInit.UNIFORM: (0, 0.0),
+    RouterInit.RANDOM: (0x5DEECE66D1A4F681, 1.0, False),
+    RouterInit.BALANCED: (0xCAFEBABEDEADBEEF, 0.01, True),
+    RouterInit.UNIFORM: (0, 0.0, True),
 }
-FLOATS = ("float64", "float32", "float16", "bfloat16")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def compute_gate_weights(
@@ -163,8 +167,8 @@ def fill(
     """Write the rows of `layer` from `start` on into `out`."""
     if out.size == 0:
         return
-    seed, spread = DRAWS[init]
-    base = 0.0 if remove_base or init is RouterInit.RANDOM else 1.0 / num_experts
+    seed, spread, has_base = DRAWS[init]
+    base = 1.0 / num_experts if has_base and not remove_base else 0.0
     scale = spread / math.sqrt(hidden_dim)
     first = layer * hidden_dim * num_experts
     if transpose:  # Row by row a stretch of the stream in equal steps, or one such row in all.
@@ -172,29 +176,31 @@ def fill(
     else:
         first, row_length, row_step, step = first + start * num_experts, out.size, 0, 1
     flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
-    kernel = getattr(kernels.compiled, f"fill_{out.dtype.name}")
-
-    def work(begin: int, end: int) -> None:
-        kernel(
-            flat, begin, end, row_length, seed, first % PERIOD, row_step, step,
-            full_range, base, scale,
-        )  # fmt: skip
-
-    if init is RouterInit.UNIFORM:
-        work(0, 1)
+    kernel = getattr(kernels.compiled, kernel_name(out.dtype))
+    stream = out.nbytes > STREAMED_BYTES
+    draws = (
+        row_length, seed, first % PERIOD, row_step, step, full_range, base, scale, stream,
+    )  # fmt: skip
+    if not scale:
+        kernel(flat, 0, 1, *draws)
         flat.fill(flat[0])
+    elif threads == 1:
+        kernel(flat, 0, flat.size, *draws)
     else:
-        share(work, out.size, threads, grain=VALUES_PER_THREAD)
+        share(partial(drawn, kernel, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
+
+
+def drawn(kernel: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
+    kernel(flat, begin, end, *draws)
 
 
 def as_sizes(hidden_dim: Any, num_experts: Any, layer: Any) -> tuple[int, int, int]:
     hidden_dim = as_index(hidden_dim, "hidden_dim")
     num_experts = as_index(num_experts, "num_experts")
-    layer = as_index(layer, "layer")
-    for name, size in (("hidden_dim", hidden_dim), ("num_experts", num_experts)):
-        if size > LARGEST_INDEX:
-            raise MoeConfigError(f"{name} must be at most {LARGEST_INDEX}, got {size}")
-    return hidden_dim, num_experts, layer
+    if hidden_dim > LARGEST_INDEX or num_experts > LARGEST_INDEX:
+        name = "hidden_dim" if hidden_dim > LARGEST_INDEX else "num_experts"
+        raise MoeConfigError(f"{name} must be at most {LARGEST_INDEX}")
+    return hidden_dim, num_experts, as_index(layer, "layer")
 
 
 def as_rows(rows: Any, size: int) -> tuple[int, int]:
@@ -213,6 +219,12 @@ def as_rows(rows: Any, size: int) -> tuple[int, int]:
     return start, stop
 
 
+@functools.cache
+def kernel_name(dtype: np.dtype[Any]) -> str:
+    """The kernel that writes `dtype`; empty where there is none."""
+    return f"fill_{dtype.name}" if dtype.name in DTYPES and dtype.isnative else ""
+
+
 def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
     """The argument `dtype` as one of the dtypes that the kernels write."""
     if isinstance(dtype, str) and dtype == "bfloat16":
@@ -227,8 +239,8 @@ def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
         found: np.dtype[Any] | None = np.dtype(np.float64 if dtype is None else dtype)
     except TypeError:
         found = None
-    if found is None or found.name not in FLOATS or not found.isnative:
-        raise MoeConfigError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}")
+    if found is None or not kernel_name(found):
+        raise MoeConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return found
 
 

@@ -56,7 +56,10 @@ def share(work: Callable[[int, int], object], size: int, threads: int, *, grain:
     The calling thread does the first range itself. Where `size` does not give every thread `grain`
     to do, fewer threads work. `work` must release the GIL and write only what belongs to its range.
     """
-    threads = max(1, min(threads, size // grain))
+    threads = min(threads, size // grain)
+    if threads < 2:
+        work(0, size)
+        return
     bounds = [size * i // threads for i in range(threads + 1)]
     others = [pool().submit(work, *bounds[i : i + 2]) for i in range(1, threads)]
     try:

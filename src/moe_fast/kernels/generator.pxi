@@ -1,150 +1,315 @@
-# The reference's linear congruential generator and what it makes of each state.
+# The reference's linear congruential generator, and what it makes of each state.
+#
+# A row of the result takes draws in equal steps. Its values are made in lanes that start next to
+# each other and all jump ahead by the number of lanes: steps of such a generator are one
+# multiply-add, whatever their number. C, because vectors of the level's width are a matter of the
+# compiler; where it has none, a vector is one number wide and the same lines hold.
 
-ctypedef fused Value:
-    double
-    float
-    uint16_t  # the bits of a float16 or a bfloat16
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #include <stdint.h>
+    #include <string.h>
 
-cdef struct Jump:
-    uint64_t multiplier
-    uint64_t increment
+    #if defined(__GNUC__)
+    #define INLINE static inline __attribute__((always_inline))
+    #define CONVERTED(values, type) __builtin_convertvector(values, type)
+    #define MASK(condition) ((States)(condition))
+    #if defined(__AVX512F__)
+    #define IN_VECTOR 8
+    #elif defined(__AVX2__)
+    #define IN_VECTOR 4
+    #else
+    #define IN_VECTOR 2
+    #endif
+    #define VECTOR(type) type __attribute__((vector_size(IN_VECTOR * sizeof(type))))
+    #else
+    #define INLINE static __forceinline
+    #define CONVERTED(values, type) ((type)(values))
+    #define MASK(condition) (-(States)(condition))
+    #define IN_VECTOR 1
+    #define VECTOR(type) type
+    #endif
 
+    typedef VECTOR(uint64_t) States;
+    typedef VECTOR(double) Doubles;
+    typedef VECTOR(float) Floats;
+    typedef VECTOR(uint32_t) Words;
 
-cdef enum:
-    BLOCK = 256
+    /* Around the caches, for a result that would not stay in them: saves reading each line. */
+    #if IN_VECTOR == 8
+    #include <immintrin.h>
+    #define STREAM(out, values) _mm512_stream_pd((double *)(out), (__m512d)(values))
+    #define STREAMED() _mm_sfence()
+    #elif IN_VECTOR == 4
+    #include <immintrin.h>
+    #define STREAM(out, values) _mm256_stream_pd((double *)(out), (__m256d)(values))
+    #define STREAMED() _mm_sfence()
+    #elif IN_VECTOR == 2 && defined(__SSE2__)
+    #include <emmintrin.h>
+    #define STREAM(out, values) _mm_stream_pd((double *)(out), (__m128d)(values))
+    #define STREAMED() _mm_sfence()
+    #else
+    #define STREAM(out, values) memcpy(out, &(values), sizeof(values))
+    #define STREAMED()
+    #endif
 
+    /* Vectors in flight: a multiplication takes as long as this many can be started in. */
+    #define VECTORS 4
+    #define LANES (VECTORS * IN_VECTOR)
 
-cdef inline uint64_t jumped(uint64_t state, Jump jump) noexcept nogil:
-    return state * jump.multiplier + jump.increment
+    enum { AS_FLOAT64, AS_FLOAT32, AS_FLOAT16, AS_BFLOAT16 };
 
+    INLINE Doubles as_doubles(States bits) { Doubles d; memcpy(&d, &bits, sizeof d); return d; }
+    INLINE States as_bits(Doubles d) { States bits; memcpy(&bits, &d, sizeof bits); return bits; }
 
-cdef Jump jump_of(uint64_t steps) noexcept nogil:
-    """`steps` steps of the generator as one multiply-add (Brown 1994)."""
-    cdef Jump jump = Jump(1, 0)
-    cdef Jump power = Jump(6364136223846793005, 1)
-    while steps:
-        if steps & 1:
-            jump.increment = jumped(jump.increment, power)
-            jump.multiplier *= power.multiplier
-        power.increment = jumped(power.increment, power)
-        power.multiplier *= power.multiplier
-        steps >>= 1
-    return jump
+    typedef struct { uint64_t multiplier, increment; } Jump;
 
+    INLINE uint64_t jumped(uint64_t state, Jump jump) {
+        return state * jump.multiplier + jump.increment;
+    }
 
-cdef uint16_t float16_bits(double value) noexcept nogil:
-    cdef double magnitude = fabs(value)
-    cdef int exponent
-    cdef uint64_t significand
-    frexp(magnitude, &exponent)
-    exponent = max(exponent - 1, -14) if magnitude else -14
-    # At 2^52 the last place of a double is 1: the sum rounds to an integer, ties to even.
-    significand = <uint64_t>(ldexp(magnitude, 10 - exponent) + 4503599627370496.0
-                             - 4503599627370496.0)
-    return <uint16_t>((<uint64_t>signbit(value) << 15) + ((exponent + 14) << 10) + significand)
+    /* `steps` steps at once, in O(log steps): F. Brown, Random number generation with arbitrary
+       strides, 1994. */
+    static Jump jump_of(uint64_t steps) {
+        Jump jump = {1, 0}, power = {6364136223846793005u, 1};
+        for (; steps; steps >>= 1) {
+            if (steps & 1) {
+                jump.increment = jumped(jump.increment, power);
+                jump.multiplier *= power.multiplier;
+            }
+            power.increment = jumped(power.increment, power);
+            power.multiplier *= power.multiplier;
+        }
+        return jump;
+    }
 
+    /* How a row is drawn. */
+    typedef struct {
+        Jump step, stride;                              /* to the next value; by all lanes */
+        States multiplier[VECTORS], increment[VECTORS]; /* from the row's first to each lane */
+        int shift;                                      /* of the state, to the bits drawn */
+        double base, scale;
+    } Stretch;
 
-cdef uint16_t bfloat16_bits(double value) noexcept nogil:
-    cdef uint64_t bits
-    cdef float rounded
-    cdef uint32_t rounded_bits
-    memcpy(&bits, &value, 8)
-    bits += 0xFFFFFFFFFFFULL + ((bits >> 45) & 1)
-    bits &= ~0x1FFFFFFFFFFFULL
-    memcpy(&value, &bits, 8)
-    rounded = <float>value
-    memcpy(&rounded_bits, &rounded, 4)
-    return rounded_bits >> 16
+    static void set_stretch(
+        Stretch *stretch, Jump step, int format, int full_range, double base, double scale
+    ) {
+        uint64_t multiplier[LANES], increment[LANES];
+        Jump jump = {1, 0};
+        for (int i = 0; i < LANES; i++) {
+            int lane = i;
+            /* Two bytes a value: neighbours lie in two vectors, to be joined in one word. */
+            if (format >= AS_FLOAT16)
+                lane += i % 2 * IN_VECTOR + i / 2 % IN_VECTOR - i % (2 * IN_VECTOR);
+            multiplier[lane] = jump.multiplier;
+            increment[lane] = jump.increment;
+            jump.increment = jumped(jump.increment, step);
+            jump.multiplier *= step.multiplier;
+        }
+        memcpy(stretch->multiplier, multiplier, sizeof multiplier);
+        memcpy(stretch->increment, increment, sizeof increment);
+        stretch->step = step;
+        stretch->stride = jump;
+        stretch->shift = full_range ? 32 : 33;
+        stretch->base = base;
+        stretch->scale = scale;
+    }
 
+    /* base + (f * 2 - 1) * scale with f = v / (2^32 - 1), v the state's top bits. At 2^21 the last
+       place is 2^-31, so v becomes v * 2^-31 without a conversion. Twice the quotient is that times
+       1 + 2^-32 + 2^-64: rounded as the quotient is, for every v (a test tries them all). */
+    INLINE Doubles drawn(States states, const Stretch *stretch) {
+        States bits = (states >> stretch->shift) | 0x4140000000000000u;
+        Doubles v = as_doubles(bits) - 0x1p21;
+        Doubles twice = v + v * (0x1p-32 + 0x1p-64);
+        return stretch->base + (twice - 1.0) * stretch->scale;
+    }
 
-cdef void fill_row(
-    Value *out, Py_ssize_t size, bint brain, uint64_t state, Jump step, int shift,
-    double base, double scale,
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef double f
-    for i in range(size):
-        f = <double>(state >> shift) / 4294967295.0
-        f = base + (f * 2.0 - 1.0) * scale
-        if Value is uint16_t:
-            out[i] = bfloat16_bits(f) if brain else float16_bits(f)
-        else:
-            out[i] = <Value>f
-        state = jumped(state, step)
+    /* Below, an addend is chosen so that the sum's last place is the format's at that magnitude:
+       the addition itself rounds, once, to nearest and to even. No value exceeds 2, none but 0 is
+       as small as 2^-126. */
 
+    /* float32 words of values rounded to bfloat16, whose bits are the upper half. */
+    INLINE Words bfloat16_words(Doubles values) {
+        Doubles addend = as_doubles(as_bits(values) & 0x7FF0000000000000u) * 0x1.8p45;
+        Floats rounded = CONVERTED((values + addend) - addend, Floats);
+        Words words;
+        memcpy(&words, &rounded, sizeof words);
+        return words;
+    }
 
-cdef void fill(
-    Value[::1] out, bint brain, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
-    uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale,
-) noexcept nogil:
-    cdef Jump step = jump_of(column_step)
-    cdef Py_ssize_t row, column, size
-    cdef uint64_t draw
-    while begin < end:
-        row = begin // row_length
-        column = begin - row * row_length
-        size = min(row_length - column, end - begin)
-        draw = first + <uint64_t>row * row_step + <uint64_t>column * column_step
-        fill_row(
-            &out[begin], size, brain, jumped(seed, jump_of(draw + 1)), step,
-            32 if full_range else 33, base, scale,
-        )
-        begin += size
+    /* The sum's lowest bits are the significand in units of the last place, so adding its exponent
+       gives float16's bits; below 2^-14 the exponent stays and they are subnormal. */
+    INLINE States float16_bits(Doubles values) {
+        States sign = (as_bits(values) >> 48) & 0x8000;
+        States magnitude = as_bits(values) & 0x7FFFFFFFFFFFFFFFu;
+        States power = magnitude & 0x7FF0000000000000u;
+        States least = (States){0} + 0x3F10000000000000u;
+        States normal = MASK(as_doubles(power) > as_doubles(least));
+        States sum;
+        power = (power & normal) | (least & ~normal);
+        sum = as_bits(as_doubles(magnitude) + as_doubles(power) * 0x1p42);
+        return (((sum >> 42) + sum - (1051u << 10)) & 0x7FFF) | sign;
+    }
+    
+    INLINE void put(char *out, int format, int stream, Doubles first, Doubles second) {
+        if (format == AS_FLOAT64 && stream) {
+            STREAM(out, first);
+            STREAM(out + sizeof first, second);
+        } else if (format == AS_FLOAT64) {
+            memcpy(out, &first, sizeof first);
+            memcpy(out + sizeof first, &second, sizeof second);
+        } else if (format == AS_FLOAT32) {
+            Floats rounded[2] = {CONVERTED(first, Floats), CONVERTED(second, Floats)};
+            memcpy(out, rounded, sizeof rounded);
+        } else if (format == AS_FLOAT16) {
+            States pairs = float16_bits(first) | (float16_bits(second) << 16);
+            Words words = CONVERTED(pairs, Words);
+            memcpy(out, &words, sizeof words);
+        } else {
+            Words words = (bfloat16_words(first) >> 16) | (bfloat16_words(second) & 0xFFFF0000u);
+            memcpy(out, &words, sizeof words);
+        }
+    }
+
+    INLINE void start(States *states, uint64_t state, const Stretch *stretch) {
+        for (int i = 0; i < VECTORS; i++)
+            states[i] = state * stretch->multiplier[i] + stretch->increment[i];
+    }
+
+    /* Fewer values than lanes. */
+    INLINE void put_part(
+        char *out, size_t size, const States *states, const Stretch *stretch, int format
+    ) {
+        const size_t itemsize = format == AS_FLOAT64 ? 8 : format == AS_FLOAT32 ? 4 : 2;
+        char all[LANES * 8];
+        for (int i = 0; i < VECTORS; i += 2)
+            put(all + i * IN_VECTOR * itemsize, format, 0, drawn(states[i], stretch),
+                drawn(states[i + 1], stretch));
+        memcpy(out, all, size * itemsize);
+    }
+
+    /* `size` values, from `state` on. */
+    INLINE void fill_row(
+        char *out, size_t size, uint64_t state, const Stretch *stretch, int format, int stream
+    ) {
+        const size_t itemsize = format == AS_FLOAT64 ? 8 : format == AS_FLOAT32 ? 4 : 2;
+        const size_t vector = IN_VECTOR * itemsize;
+        const Jump stride = stretch->stride;
+        States states[VECTORS];
+        /* To the next boundary of a vector, which streaming needs and every store likes. */
+        size_t head = (vector - (size_t)out % vector) % vector / itemsize;
+        if (head > size)
+            head = size;
+        start(states, state, stretch);
+        if (head) {
+            put_part(out, head, states, stretch, format);
+            out += head * itemsize;
+            size -= head;
+            for (; head; head--)
+                state = jumped(state, stretch->step);
+            start(states, state, stretch);
+        }
+        for (; size >= LANES; size -= LANES, out += LANES * itemsize)
+            for (int i = 0; i < VECTORS; i += 2) {
+                put(out + i * vector, format, stream, drawn(states[i], stretch),
+                    drawn(states[i + 1], stretch));
+                states[i] = states[i] * stride.multiplier + stride.increment;
+                states[i + 1] = states[i + 1] * stride.multiplier + stride.increment;
+            }
+        if (size)
+            put_part(out, size, states, stretch, format);
+    }
+
+    INLINE void fill(
+        void *out, size_t begin, size_t end, size_t row_length, uint64_t seed, uint64_t first,
+        uint64_t row_step, uint64_t column_step, int full_range, double base, double scale,
+        int format, int stream
+    ) {
+        const size_t itemsize = format == AS_FLOAT64 ? 8 : format == AS_FLOAT32 ? 4 : 2;
+        const Jump to_row = jump_of(row_step);
+        size_t row = begin / row_length, column = begin % row_length;
+        uint64_t origin = jumped(seed, jump_of(first + row * row_step + 1));
+        uint64_t state = jumped(origin, jump_of(column * column_step));
+        Stretch stretch;
+        set_stretch(&stretch, jump_of(column_step), format, full_range, base, scale);
+        while (begin < end) {
+            size_t size = row_length - column < end - begin ? row_length - column : end - begin;
+            char *target = (char *)out + begin * itemsize;
+            if (format == AS_FLOAT64 && stream)
+                fill_row(target, size, state, &stretch, format, 1);
+            else
+                fill_row(target, size, state, &stretch, format, 0);
+            begin += size;
+            column = 0;
+            origin = state = jumped(origin, to_row);
+        }
+        if (format == AS_FLOAT64 && stream)
+            STREAMED();
+    }
+    """
+    enum: AS_FLOAT64, AS_FLOAT32, AS_FLOAT16, AS_BFLOAT16
+    void fill(
+        void *out, size_t begin, size_t end, size_t row_length, uint64_t seed, uint64_t first,
+        uint64_t row_step, uint64_t column_step, bint full_range, double base, double scale,
+        int format, bint stream,
+    ) noexcept nogil
 
 
 def fill_float64(
     double[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
     uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale,
+    double base, double scale, bint stream,
 ):
-    """Write `out[begin:end]` of a matrix with rows of `row_length`, rounded once to its dtype.
+    """Write `out[begin:end]` of a matrix with rows of `row_length`, each value rounded once.
 
     The value in row `i`, column `j` is `base + (f * 2 - 1) * scale` with `f` the top 31 bits (32
-    with `full_range`), over 2^32 - 1, of the generator's state. That started from `seed`, and made
-    `first + i * row_step + j * column_step` draws before this one.
+    with `full_range`), over 2^32 - 1, of the generator's state. That started from `seed` and made
+    `first + i * row_step + j * column_step` draws before this one. `stream` writes around the
+    caches.
     """
     with nogil:
         fill(
-            out, False, begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale,
+            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
+            base, scale, AS_FLOAT64, stream,
         )
 
 
 def fill_float32(
     float[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
     uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale,
+    double base, double scale, bint stream,
 ):
     """As `fill_float64`."""
     with nogil:
         fill(
-            out, False, begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale,
+            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
+            base, scale, AS_FLOAT32, stream,
         )
 
 
 def fill_float16(
     uint16_t[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
     uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale,
+    double base, double scale, bint stream,
 ):
     """As `fill_float64`, as the bits of float16."""
     with nogil:
         fill(
-            out, False, begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale,
+            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
+            base, scale, AS_FLOAT16, stream,
         )
 
 
 def fill_bfloat16(
     uint16_t[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
     uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale,
+    double base, double scale, bint stream,
 ):
     """As `fill_float64`, as the bits of bfloat16."""
     with nogil:
         fill(
-            out, True, begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale,
+            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
+            base, scale, AS_BFLOAT16, stream,
         )

@@ -1,6 +1,6 @@
 # The kernels, included once per SIMD level. They neither check nor raise: callers do.
 
-from libc.math cimport fabs, frexp, ldexp, signbit, sqrt
+from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy

@@ -7,6 +7,10 @@
 # library's may differ in its last bit; what is left is + - * / and the square root, which IEEE 754
 # rounds everywhere alike.
 
+cdef enum:
+    BLOCK = 256
+
+
 cdef inline uint64_t splitmix64(uint64_t state) noexcept nogil:
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ULL
     state = (state ^ (state >> 27)) * 0x94D049BB133111EBULL
