@@ -16,5 +16,5 @@ def level(request):
     """Each SIMD level in turn that this processor runs, in use while the test runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "compiled", load(request.param))
-        patch.setattr(kernels, "level", request.param)
+        patch.setattr(kernels, "level_in_use", request.param)
         yield request.param

@@ -19,7 +19,7 @@ def test_it_tells_what_runs():
     diagnosis = diagnose()
     assert diagnosis.moe_fast == metadata.version("moe-fast")
     assert diagnosis.numpy == np.__version__
-    assert diagnosis.level == kernels.level
+    assert diagnosis.level == kernels.level_in_use
     assert "{}.{}.{}".format(*sys.version_info) in diagnosis.python
 
 
@@ -67,7 +67,7 @@ def test_versions_compare_as_numbers(installed, minimum, fits):
 def test_a_forced_lower_level_is_told(monkeypatch):
     if len(levels_available()) == 1:
         pytest.skip("this processor has one level")
-    monkeypatch.setattr(kernels, "level", "baseline")
+    monkeypatch.setattr(kernels, "level_in_use", "baseline")
     assert "MOE_FAST_LEVEL forces the lower one" in diagnose().problems[0]
 
 
@@ -75,6 +75,6 @@ def test_command():
     command = [sys.executable, "-m", "moe_fast", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    assert kernels.level in done.stdout
+    assert kernels.level_in_use in done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert json.loads(done.stdout) == diagnose().to_dict()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.check import check_moe as check_moe
     from moe_fast.checkpoint.inspection import inspect_model as inspect_model
     from moe_fast.checkpoint.request import ExpertSource as ExpertSource
+    from moe_fast.doctor import show_config as show_config
     from moe_fast.recipe import build_recipe as build_recipe
     from moe_fast.recipe import read_recipe as read_recipe
 
@@ -43,6 +44,7 @@ LATER = {
     "check_moe": "moe_fast.checkpoint.check",
     "inspect_model": "moe_fast.checkpoint.inspection",
     "read_recipe": "moe_fast.recipe",
+    "show_config": "moe_fast.doctor",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "plan_moe_construction",
     "read_recipe",
     "route",
+    "show_config",
     "update_selection_bias",
 ]
 

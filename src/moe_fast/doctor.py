@@ -14,7 +14,7 @@ from moe_fast.kernels.level import levels_available, levels_built
 from moe_fast.reports import Report
 from moe_fast.threads import default_threads
 
-__all__ = ["Diagnosis", "Extra", "Package", "diagnose"]
+__all__ = ["Diagnosis", "Extra", "Package", "diagnose", "show_config"]
 
 DISTRIBUTION = "moe-fast"
 PURPOSES = {
@@ -82,9 +82,9 @@ def diagnose() -> Diagnosis:
     True
     """
     problems = []
-    if kernels.level != levels_available()[-1]:
+    if kernels.level_in_use != levels_available()[-1]:
         problems.append(
-            f"the kernels run at level {kernels.level}, this processor could run "
+            f"the kernels run at level {kernels.level_in_use}, this processor could run "
             f"{levels_available()[-1]}; MOE_FAST_LEVEL forces the lower one"
         )
     return Diagnosis(
@@ -92,12 +92,37 @@ def diagnose() -> Diagnosis:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         numpy=np.__version__,
         platform=platform.platform(),
-        level=kernels.level,
+        level=kernels.level_in_use,
         levels_built=levels_built(),
         levels_available=levels_available(),
         threads=default_threads(),
         extras=find_extras(),
         problems=tuple(problems),
+    )
+
+
+def show_config() -> None:
+    """Print the version, the SIMD level in use, the levels built in, threads, Python and NumPy.
+
+    `MOE_FAST_LEVEL` forces a level and `MOE_FAST_NUM_THREADS` sets the default number of threads;
+    each is read once.
+
+    Examples
+    --------
+    >>> import moe_fast
+    >>> moe_fast.show_config()  # doctest: +ELLIPSIS
+    moe_fast: ...
+    level: ...
+    """
+    found = diagnose()
+    print(
+        f"moe_fast: {found.moe_fast}",
+        f"level: {found.level}",
+        f"levels built in: {', '.join(found.levels_built)}",
+        f"threads: {found.threads}",
+        f"Python: {found.python} on {found.platform}",
+        f"NumPy: {found.numpy}",
+        sep="\n",
     )
 
 

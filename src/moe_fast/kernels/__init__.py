@@ -2,5 +2,5 @@
 
 from moe_fast.kernels.level import chosen, load
 
-level = chosen()
-compiled = load(level)
+level_in_use = chosen()
+compiled = load(level_in_use)

@@ -35,7 +35,9 @@ def levels_available() -> tuple[str, ...]:
 def load(level: str) -> ModuleType:
     """The kernels of `level`; `ImportError` where they are not built in or do not run here."""
     if level not in LEVELS:
-        raise ImportError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+        raise ImportError(
+            f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(LEVELS)}, got {level!r}"
+        )
     if level not in levels_available():
         reason = "this processor lacks" if level in levels_built() else "this build lacks"
         raise ImportError(f"{reason} {level}; available: {', '.join(levels_available())}")
