@@ -353,7 +353,9 @@ def test_an_existing_output_is_kept_unless_told(dense, tmp_path):
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "precious").write_text("x")
     refused("exists already", dense, tmp_path / "moe", CONFIG)
+    refused("holds no model", dense, tmp_path / "moe", CONFIG, overwrite=True)
     assert (tmp_path / "moe" / "precious").exists()
+    (tmp_path / "moe" / "config.json").write_text("{}")
     build_moe(dense, tmp_path / "moe", CONFIG, overwrite=True)
     assert not (tmp_path / "moe" / "precious").exists()
     assert check_moe(tmp_path / "moe").passed

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -73,19 +73,35 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+    ] = None,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest.")
+    ] = False,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Wait until the output would last through a power cut.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
     with reported_errors(), progress_bar() as progress:
+        how: dict[str, Any] = {
+            "max_shard_size": max_shard_size,
+            "overwrite": overwrite,
+            "threads": threads,
+            "checksum": checksum,
+            "fsync": fsync,
+            "dry_run": dry_run,
+            "progress": progress,
+        }
         if any(model.suffix in RECIPE_ENDINGS for model in models):
             refuse_beside_a_recipe(context, models)
-            report = build_recipe(
-                models[0],
-                output,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-                progress=progress,
-            )
+            report = build_recipe(models[0], output, **how)
         else:
             report = build_moe(
                 models,
@@ -93,9 +109,7 @@ def build(
                 MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
                 base=base,
                 router_init=router_init,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-                progress=progress,
+                **how,
             )
     show(report, show_build, as_json)
 
@@ -179,7 +193,16 @@ def reported_errors() -> Iterator[None]:
         yield
     except (MoeFastError, TypeError, ImportError, MemoryError, OSError) as error:
         complain(f"error: {error}")
-        raise typer.Exit(1) from None
+        fail(error, 1)
+    except KeyboardInterrupt as error:
+        complain("interrupted")
+        fail(error, 130)  # as shells do: 128 and the number of the signal
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    for note in getattr(error, "__notes__", ()):
+        complain(note)
+    raise typer.Exit(code) from None
 
 
 def parse_size(text: str) -> int:

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.build import BuildReport, Progress, build_checkpoint
+from moe_fast.checkpoint.build import BuildReport, build_checkpoint
+from moe_fast.checkpoint.output import Writing
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.config import PROMPT_MODES, GateMode, MoeConfig, RouterInit
 from moe_fast.errors import MoeConfigError, RecipeError
@@ -53,10 +54,12 @@ def build_recipe(
     output: str | os.PathLike[str],
     *,
     max_shard_size: int = 5_000_000_000,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    **how: Any,
 ) -> BuildReport:
-    """Build the checkpoint that a recipe file asks for. The other arguments are `build_moe`'s.
+    """Build the checkpoint that a recipe file asks for.
+
+    `how` takes those arguments of `build_moe` that say how to write: `overwrite`, `threads`,
+    `executor`, `checksum`, `fsync`, `dry_run`, `progress`.
 
     Raises
     ------
@@ -80,9 +83,7 @@ def build_recipe(
     """
     read = read_recipe(recipe)
     request = replace(read.request, max_shard_size=max_shard_size)
-    return build_checkpoint(
-        request, output, overwrite=overwrite, progress=progress, warnings=read.notes
-    )
+    return build_checkpoint(request, output, Writing(**how), warnings=read.notes)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -53,8 +53,24 @@ def show_build(report: BuildReport) -> None:
             "seconds": f"{report.seconds:.2f}",
         }
     )
+    if report.dry_run:
+        show_layout(report)
+        say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def show_layout(report: BuildReport) -> None:
+    """Where the experts come from, and what files there will be."""
+    same: dict[tuple[str, ...], list[int]] = {}
+    for expert, models in enumerate(report.experts):
+        same.setdefault(models, []).append(expert)
+    say("\nexperts of each layer")
+    for models, experts in same.items():
+        say(f"  {ranges(experts)}  {', '.join(models)}")
+    say("\nfiles")
+    for name, nbytes in report.files.items():
+        say(f"  {name}  {size(nbytes)}")
 
 
 def show_check(report: CheckReport) -> None:

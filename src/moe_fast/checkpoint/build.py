@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,20 @@ from typing import Any
 import numpy as np
 
 from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.header import open_regular
+from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
+from moe_fast.checkpoint.output import (
+    Contents,
+    Progress,
+    Writing,
+    lack_of_space,
+    obstacles,
+    write_checkpoint,
+)
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
-from moe_fast.checkpoint.table import OutputTensor, Shard, index_json, into_shards
+from moe_fast.checkpoint.table import OutputTensor, index_json, into_shards
 from moe_fast.checkpoint.targets import TARGETS, Mixtral
-from moe_fast.checkpoint.writer import appearing, write_shard
 from moe_fast.config import GateMode, MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
@@ -28,9 +37,7 @@ from moe_fast.reports import Report
 __all__ = ["BuildReport", "build_moe"]
 
 ModelPath = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
-MANIFEST = "moe_fast.json"
 # What belongs to the base model besides its weights and is copied as it is.
 COMPANIONS = (
     "tokenizer*",
@@ -61,6 +68,11 @@ class BuildReport(Report):
     num_bytes: int
     num_files: int
     seconds: float
+    experts: tuple[tuple[str, ...], ...]
+    """The models that each expert of a layer comes from, over all layers."""
+    files: Mapping[str, int]
+    """The bytes of each file of weights."""
+    dry_run: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -75,6 +87,11 @@ def build_moe(
     seed: int = 0,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    checksum: bool = False,
+    fsync: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Build a Mixture-of-Experts checkpoint from dense models, streaming from disk to disk.
@@ -106,7 +123,18 @@ def build_moe(
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite : bool
-        Whether an existing `output` may be replaced.
+        Whether an existing `output` may be replaced; it stays until the new one is complete.
+    threads : int, optional
+        Files written at a time. By default `MOE_FAST_NUM_THREADS`, or 1.
+    executor : concurrent.futures.Executor, optional
+        Writes the files in place of threads: a `ProcessPoolExecutor`, or the `get_executor()` of a
+        Dask client. Its workers need the models and the output under the same paths.
+    checksum : bool
+        Whether the manifest gets the SHA-256 of every file.
+    fsync : bool
+        Whether to wait until the output would last through a power cut.
+    dry_run : bool
+        Whether to find every problem and report what would be written, and write nothing.
     progress : callable, optional
         Called many times with the bytes written so far and the bytes to write in all.
 
@@ -117,7 +145,12 @@ def build_moe(
     Raises
     ------
     CheckpointError
-        With every reason why the models cannot be combined; nothing has been written then.
+        With every reason why the models cannot be combined, or not be written to `output`; nothing
+        has been written then.
+    OSError
+        The disk is full, a file cannot be read or written. As after any other end of the process,
+        the files that were finished stay beside `output`, hidden; the same call goes on with them,
+        another one removes them.
     TypeError, MoeConfigError
         An argument of the wrong kind or out of range.
 
@@ -146,37 +179,50 @@ def build_moe(
         seed=as_index(seed, "seed"),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
-    return build_checkpoint(request, output, overwrite=overwrite, progress=progress)
+    how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    return build_checkpoint(request, output, how)
 
 
 def build_checkpoint(
-    request: BuildRequest,
-    output: ModelPath,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    warnings: Sequence[str] = (),
+    request: BuildRequest, output: ModelPath, how: Writing, warnings: Sequence[str] = ()
 ) -> BuildReport:
     """Build what a request asks for; the report has `warnings` before those of the build."""
     started = time.perf_counter()
     output = Path(output)
-    blueprint = prepare(request)
+    try:
+        blueprint = prepare(request)
+    except CheckpointError as error:
+        in_the_way = obstacles(output, (), how)
+        raise CheckpointError(*error.problems, *in_the_way) from None
     target, construction = blueprint.target, blueprint.construction
     tensors, plan = blueprint.tensors, construction.plan
     shards = into_shards(tensors, request.max_shard_size)
+    contents = Contents(
+        shards,
+        {"config.json": json_text(target.config(construction)), **index_json(shards)},
+        companions_of(construction.base.path),
+    )
+    source_files = construction.files()
+    problems = [
+        *obstacles(output, source_files, how),
+        *lack_of_space(output, contents),
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+    if not how.dry_run:
 
-    with appearing(output, overwrite=overwrite) as folder:
-        written = WrittenBytes(sum(shard.nbytes for shard in shards), progress)
-        for shard in shards:
-            write_shard(shard, folder, written.add)
-        texts = {
-            "config.json": json_text(target.config(construction)),
-            MANIFEST: json_text(manifest(request, blueprint, shards)),
-            **index_json(shards),
-        }
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        copy_companions(construction.base.path, folder)
+        def manifest(files: dict[str, FileRecord]) -> str:
+            return Manifest(
+                moe_fast=version("moe-fast"),
+                request=request,
+                target=target.name,
+                source_model=plan.source_model.tolist(),
+                source_layer=plan.source_layer.tolist(),
+                source_files=tuple(SourceRecord.of(file) for file in source_files),
+                files=files,
+            ).text()
+
+        write_checkpoint(output, contents, manifest, how)
 
     sizes = construction.base.sizes
     report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
@@ -189,9 +235,12 @@ def build_checkpoint(
         num_parameters=sum(t.weight.num_parameters for t in tensors),
         load_balance=report.load_balance,
         unused_models=report.unused_models,
-        num_bytes=written.count,
+        num_bytes=contents.nbytes,
         num_files=len(shards),
         seconds=time.perf_counter() - started,
+        experts=models_of_experts(request.models, plan),
+        files={shard.file_name: shard.nbytes for shard in shards},
+        dry_run=how.dry_run,
         warnings=(
             *warnings,
             *construction.warnings(),
@@ -208,20 +257,6 @@ def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
     if not experts:
         raise CheckpointError("models must name at least one model folder")
     return tuple(replace(e, model=str(Path(e.model).absolute())) for e in experts)
-
-
-class WrittenBytes:
-    """Adds up what the shards report and passes it on."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.count = 0
-        self.total = total
-        self.progress = progress
-
-    def add(self, count: int) -> None:
-        self.count += count
-        if self.progress is not None:
-            self.progress(self.count, self.total)
 
 
 @dataclass(frozen=True)
@@ -287,6 +322,15 @@ def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], De
     return [opened[model] for model in models], opened[base]
 
 
+def models_of_experts(
+    models: Sequence[ExpertSource], plan: MoeConstructionPlan
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        tuple(models[model].model for model in np.unique(plan.source_model[:, expert]))
+        for expert in range(plan.num_experts)
+    )
+
+
 def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[str]:
     warnings = [
         f"{request.models[model].model}: gives no expert; there are more models than experts"
@@ -300,28 +344,20 @@ def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[st
     return warnings
 
 
-def manifest(
-    request: BuildRequest, blueprint: Blueprint, shards: Sequence[Shard]
-) -> dict[str, Any]:
-    """What `check_moe` needs to know: what was asked for, what came of it, what was written."""
-    plan = blueprint.construction.plan
-    return {
-        "moe_fast": version("moe-fast"),
-        "request": request.to_dict(),
-        "target": blueprint.target.name,
-        "source_model": plan.source_model.tolist(),
-        "source_layer": plan.source_layer.tolist(),
-        "files": {shard.file_name: shard.nbytes for shard in shards},
-    }
-
-
 def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def copy_companions(model: Path, folder: Path) -> None:
-    """Copy tokenizer and generation settings, unchanged; links are followed."""
-    for pattern in COMPANIONS:
-        for file in sorted(model.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+def companions_of(model: Path) -> list[Path]:
+    """The tokenizer files and generation settings of a model folder, each one readable."""
+    files = [file for pattern in COMPANIONS for file in sorted(model.glob(pattern))]
+    files = [file for file in dict.fromkeys(files) if not file.is_dir()]
+    problems: list[str] = []
+    for file in files:
+        try:
+            open_regular(file).close()
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return files

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from moe_fast.checkpoint.build import MANIFEST, prepare
-from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_json
+from moe_fast.checkpoint.build import prepare
+from moe_fast.checkpoint.header import Tensor, read_checkpoint
+from moe_fast.checkpoint.manifest import read_manifest
 from moe_fast.checkpoint.pieces import FileRange, Piece
-from moe_fast.checkpoint.request import BuildRequest
 from moe_fast.checkpoint.table import Weight
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
@@ -43,11 +43,7 @@ def check_moe(output: str | os.PathLike[str]) -> CheckReport:
         A folder without the manifest, headers that do not hold, sources that are gone.
     """
     folder = Path(output)
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{folder / MANIFEST}: must be a JSON object")
-    request = BuildRequest.from_dict(manifest.get("request"), f"{folder / MANIFEST}: request")
-    blueprint = prepare(request)
+    blueprint = prepare(read_manifest(folder).request)
     tensors = read_checkpoint(folder)
     expected = dict(blueprint.tensors)
     problems = [f"{folder}: tensor {name!r} is missing" for name in expected if name not in tensors]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_fast.checkpoint.header import Tensor
+from moe_fast.checkpoint.header import SourceFile, Tensor
 from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
 from moe_fast.checkpoint.pieces import FileRange, Piece, Router
 from moe_fast.checkpoint.request import ExpertSource
@@ -36,6 +36,11 @@ class Construction:
     def dtype(self) -> str:
         """The dtype of experts and routers, as safetensors spells it."""
         return self.base.expert_dtype
+
+    def files(self) -> tuple[SourceFile, ...]:
+        """Every safetensors file of the base and the sources."""
+        models = {model.path: model for model in (self.base, *self.sources)}.values()
+        return tuple(dict.fromkeys(t.file for model in models for t in model.tensors.values()))
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""

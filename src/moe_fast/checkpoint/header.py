@@ -11,8 +11,10 @@ import json
 import math
 import os
 import stat
+from hashlib import sha256
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from moe_fast.errors import CheckpointError
 
@@ -46,6 +48,13 @@ class SourceFile(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+    header_sha256: str
+
+    def check_unchanged(self, stream: IO[bytes]) -> None:
+        """Raise `CheckpointError` unless the open `stream` is still the file described here."""
+        status = os.fstat(stream.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise CheckpointError(f"{self.path}: changed while it was being read")
 
 
 class Tensor(NamedTuple):
@@ -129,7 +138,6 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
     """The tensors of one safetensors file and the free text of its `__metadata__`."""
     with open_regular(path) as stream:
         status = os.fstat(stream.fileno())
-        file = SourceFile(str(path), status.st_size, status.st_mtime_ns)
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= status.st_size - 8:
@@ -142,6 +150,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
                 f"{path}: the header's length is {length} bytes, more than {LONGEST_HEADER}"
             )
         text = stream.read(length)
+    file = SourceFile(
+        str(path), status.st_size, status.st_mtime_ns, sha256(prefix + text).hexdigest()
+    )
     header = parse_json(text, path)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object")
@@ -234,20 +245,33 @@ def parse_json(text: bytes, path: Path) -> Any:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
 
 
-def open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> FileIO:
     """The file opened for reading bytes; a FIFO or a device, which could block, is refused."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: is not a regular file")
-        return path.open("rb", buffering=0)
+        if stat.S_ISREG(path.stat().st_mode):
+            # Should it have become a FIFO since, opening it must not wait for a writer.
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            stream = FileIO(os.open(path, flags), "rb")
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return stream
+            stream.close()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    raise CheckpointError(f"{path}: is not a regular file")
 
 
 def header_bytes(
-    entries: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]
+    entries: list[tuple[str, str, tuple[int, ...], int]],
+    metadata: dict[str, str],
+    *,
+    alignment: int = 8,
+    remainder: int = 0,
 ) -> bytes:
-    """The header of a file that holds `(name, dtype, shape, nbytes)` in this order."""
+    """The header of a file that holds `(name, dtype, shape, nbytes)` in this order.
+
+    Spaces at its end make its length, modulo `alignment`, the `remainder`, so that the data begins
+    where it is wanted; both are multiples of 8, as the format asks.
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, dtype, shape, nbytes in entries:
@@ -258,5 +282,5 @@ def header_bytes(
         }
         position += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
+    text += b" " * ((remainder - 8 - len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,82 @@
+"""The manifest of an output, `moe_fast.json`: what was asked for, what it was made of, what it is.
+
+Whoever reads it trusts nothing: every type in it is checked, and it names files only to compare.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_fast.checkpoint.header import SourceFile, read_json
+from moe_fast.checkpoint.request import BuildRequest, typed
+from moe_fast.errors import CheckpointError
+
+MANIFEST = "moe_fast.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the output: its bytes, and SHA-256 digests in hexadecimal.
+
+    `header_sha256` is that of a safetensors file up to its data; `sha256`, of the whole file, is
+    there where the build was asked for checksums.
+    """
+
+    size: int
+    header_sha256: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One safetensors file that the output was made from, as it was then."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+    @classmethod
+    def of(cls, file: SourceFile) -> SourceRecord:
+        return cls(*file)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the builder knew. `source_model` and `source_layer` are the plan's, per layer."""
+
+    moe_fast: str
+    request: BuildRequest
+    target: str
+    source_model: tuple[tuple[int, ...], ...]
+    source_layer: tuple[tuple[int, ...], ...]
+    source_files: tuple[SourceRecord, ...]
+    files: dict[str, FileRecord]
+
+    def text(self) -> str:
+        """The manifest as JSON; digests that were not computed are left out."""
+        value = asdict(self)
+        value["files"] = {
+            name: {key: item for key, item in record.items() if item is not None}
+            for name, record in value["files"].items()
+        }
+        return json.dumps(value, indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an output folder.
+
+    Raises
+    ------
+    CheckpointError
+        Where there is none, or a value in it is not of its kind: with its key.
+    """
+    path = folder / MANIFEST
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object")
+    manifest: Manifest = typed(value, Manifest, str(path))
+    BuildRequest.from_dict(value["request"], f"{path}: request")  # numbers out of range, too
+    return manifest

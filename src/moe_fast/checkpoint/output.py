@@ -1,0 +1,153 @@
+"""A checkpoint on its way to disk: what stands in its way, and the order in which it is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_fast.checkpoint.header import SourceFile
+from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
+from moe_fast.checkpoint.staging import staged, unfinished, why_not
+from moe_fast.checkpoint.table import Shard
+from moe_fast.checkpoint.writer import copy_file, key_of, write_shards, write_text
+from moe_fast.threads import as_threads
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a checkpoint: weights, texts by name, and files to copy as they are."""
+
+    shards: Sequence[Shard]
+    texts: Mapping[str, str]
+    companions: Sequence[Path]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights and their headers."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a checkpoint is written; nothing here changes its weights.
+
+    Parameters
+    ----------
+    overwrite : bool
+        Whether an existing output may be replaced; it stays until the new one is complete.
+    threads : int, optional
+        Shards written at a time; by default `MOE_FAST_NUM_THREADS`, or 1.
+    executor : concurrent.futures.Executor, optional
+        Writes the shards in place of threads. Its workers need the sources and the output under
+        the same names.
+    checksum : bool
+        Whether the manifest gets the SHA-256 of every file.
+    fsync : bool
+        Whether to wait until the output would last through a power cut.
+    dry_run : bool
+        Whether to write nothing, and only find what would be in the way.
+    progress : callable, optional
+        Called many times with the bytes written so far and the bytes to write in all, from one
+        thread at a time.
+    """
+
+    overwrite: bool = False
+    threads: int | None = None
+    executor: Executor | None = None
+    checksum: bool = False
+    fsync: bool = False
+    dry_run: bool = False
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threads", as_threads(self.threads))
+        if self.executor is not None and not isinstance(self.executor, Executor):
+            raise TypeError(
+                f"executor must be a concurrent.futures.Executor, got {self.executor!r}"
+            )
+
+
+def obstacles(output: Path, sources: Collection[SourceFile], how: Writing) -> Iterator[str]:
+    """Why a checkpoint from `sources` cannot be written to `output`."""
+    output = Path(os.path.realpath(output))
+    inside = sorted(
+        file.path for file in sources if Path(os.path.realpath(file.path)).is_relative_to(output)
+    )
+    if inside:
+        yield f"{output}: would replace {inside[0]}, which it is made from; choose another output"
+    elif (problem := why_not(output, overwrite=how.overwrite)) is not None:
+        yield problem
+    parent = existing_parent(output)
+    if not parent.is_dir():
+        yield f"{output}: {parent} is not a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"{output}: the folder {parent} is not writable"
+
+
+def lack_of_space(output: Path, contents: Contents) -> Iterator[str]:
+    """Whether the disk is too full, beside what an unfinished build to `output` already takes."""
+    output = Path(os.path.realpath(output))
+    free = shutil.disk_usage(existing_parent(output)).free + unfinished(output)
+    if contents.nbytes > free:
+        yield (
+            f"{output}: needs {contents.nbytes:,} bytes of disk, "
+            f"{free:,} are free; choose another disk or make room"
+        )
+
+
+def existing_parent(output: Path) -> Path:
+    return next(parent for parent in output.parents if os.path.lexists(parent))
+
+
+def write_checkpoint(
+    output: Path,
+    contents: Contents,
+    manifest: Callable[[dict[str, FileRecord]], str],
+    how: Writing,
+) -> None:
+    """Write all files of a checkpoint, the manifest last; `output` appears when it is complete.
+
+    `manifest` gets the records of the other files and gives its text.
+    """
+    key = key_of(contents.shards, how.fsync)
+    written = WrittenBytes(contents.nbytes, how.progress)
+    with staged(output, key, overwrite=how.overwrite, fsync=how.fsync) as folder:
+        records = write_shards(
+            contents.shards,
+            folder,
+            threads=as_threads(how.threads),
+            executor=how.executor,
+            checksum=how.checksum,
+            fsync=how.fsync,
+            advance=written.add,
+        )
+        for name, text in contents.texts.items():
+            records[name] = write_text(text, folder / name, checksum=how.checksum, fsync=how.fsync)
+        for source in contents.companions:
+            records[source.name] = copy_file(
+                source, folder / source.name, checksum=how.checksum, fsync=how.fsync
+            )
+        write_text(manifest(records), folder / MANIFEST, fsync=how.fsync)
+
+
+class WrittenBytes:
+    """Adds up what the shards report, from any thread, and passes it on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.count = 0
+        self.total = total
+        self.progress = progress
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.count += count
+            if self.progress is not None:
+                self.progress(self.count, self.total)
