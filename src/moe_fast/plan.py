@@ -31,6 +31,8 @@ LARGEST_INDEX = 2**63 - 1
 LARGEST_TABLE = 2**27
 # Beyond this many, `MoeReport.unused_models` stays a `range` and costs nothing.
 LONGEST_TUPLE = 2**20
+# What the counting kernel takes, where values are many more than models.
+TABLES = 8
 
 
 class ExpertAssignment(NamedTuple):
@@ -548,17 +550,28 @@ def compute_expert_load_balance(
     """
     models = source_models(assignments)
     once = distinct(models)
-    if models.size == 0:
+    if once.size == 0:
         return 0.0
-    largest = int(once.max())
-    check_table(largest + 1, "source_model", largest)
-    try:
-        counts = np.zeros(largest + 1, dtype=np.uint64)
-    except MemoryError:
-        raise MemoryError(f"source_model={largest}: no memory for {largest + 1} counters") from None
-    kernels.compiled.count(np.ascontiguousarray(once).reshape(-1), counts)
+    counts = count_models(once)
     counts *= np.uint64(models.size // once.size)
     return float(kernels.compiled.coefficient_of_variation(counts))
+
+
+def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """How often each model, up to the largest index, is in `models`."""
+    largest = as_index(models.max(), "assignments")
+    length = largest + 1
+    check_table(length, "source_model", largest)
+    num_tables = TABLES if models.size > TABLES * length else 1
+    try:
+        tables = np.zeros((num_tables, length), dtype=np.uint64)
+    except MemoryError:
+        raise MemoryError(f"source_model={largest}: no memory for {length} counters") from None
+    if kernels.compiled.count(np.ascontiguousarray(models).reshape(-1), tables):
+        as_index(models.min(), "assignments")
+        raise MoeConfigError("assignments changed while they were counted")
+    counts: npt.NDArray[np.uint64] = tables[0] if num_tables == 1 else tables.sum(axis=0)
+    return counts
 
 
 def source_models(assignments: Any) -> npt.NDArray[np.int64]:
@@ -566,7 +579,9 @@ def source_models(assignments: Any) -> npt.NDArray[np.int64]:
     if isinstance(assignments, (MoeConstructionPlan, Assignments, LayerAssignments)):
         return assignments.source_model
     if isinstance(assignments, np.ndarray):
-        return index_array(assignments, "assignments")
+        array = np.asarray(assignments)
+        as_it_is = array.dtype == np.int64 and array.flags.aligned
+        return array if as_it_is else index_array(array, "assignments")
     if not is_sequence(assignments):
         raise TypeError(
             "assignments must be a plan, its assignments, nested sequences of ExpertAssignment, "

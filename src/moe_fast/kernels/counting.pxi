@@ -1,12 +1,36 @@
 # How often each source model is used, and how evenly.
 
+cdef enum:
+    TABLES = 8
 
-def count(const int64_t[::1] values not None, uint64_t[::1] counts not None):
-    """Add to `counts[v]` one for every `v` in `values`."""
-    cdef Py_ssize_t i
+
+def count(const int64_t[::1] values not None, uint64_t[:, ::1] tables not None):
+    """Count each value in one of `TABLES` tables, or in a single one; return how many fit in none.
+
+    With several, equal values in a row do not wait for each other's sum. Every value is checked
+    here, where it is read once: the array may be another thread's to change.
+    """
+    cdef Py_ssize_t size = values.shape[0]
+    cdef uint64_t length = tables.shape[1]
+    cdef Py_ssize_t i, j, rounds
+    cdef uint64_t value
+    cdef Py_ssize_t outside = 0
     with nogil:
-        for i in range(values.shape[0]):
-            counts[values[i]] += 1
+        rounds = size // TABLES if tables.shape[0] == TABLES else 0
+        for i in range(rounds):
+            for j in range(TABLES):
+                value = values[i * TABLES + j]
+                if value < length:
+                    tables[j, value] += 1
+                else:
+                    outside += 1
+        for i in range(rounds * TABLES, size):
+            value = values[i]
+            if value < length:
+                tables[0, value] += 1
+            else:
+                outside += 1
+    return outside
 
 
 def coefficient_of_variation(const uint64_t[::1] counts not None):

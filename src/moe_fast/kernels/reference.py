@@ -67,16 +67,21 @@ def nearest(value: float, dtype: str) -> float:
 
 def load_balance(source_models: Sequence[int]) -> float:
     """Population standard deviation over mean of how often each model is used."""
-    if len(source_models) == 0:
-        return 0.0
-    counts = [0] * (max(source_models) + 1)
+    counts = [0] * (max(source_models, default=-1) + 1)
     for model in source_models:
         counts[model] += 1
-    mean = sum(counts) / len(counts)
+    return coefficient_of_variation(counts)
+
+
+def coefficient_of_variation(counts: Sequence[int]) -> float:
+    """Population standard deviation over mean; 0.0 where nothing was counted."""
+    if sum(counts) == 0:
+        return 0.0
+    mean = float(sum(counts)) / float(len(counts))
     variance = 0.0
     for count in counts:
-        variance += (count - mean) * (count - mean)
-    return math.sqrt(variance / len(counts)) / mean
+        variance += (float(count) - mean) * (float(count) - mean)
+    return math.sqrt(variance / float(len(counts))) / mean
 
 
 def splitmix64(seed: int, index: int) -> int:
