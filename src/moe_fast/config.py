@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, SupportsIndex, TypeVar
@@ -125,6 +126,22 @@ class MoeConfig:
         if gate_hidden_dim is not None:
             gate_hidden_dim = as_index(gate_hidden_dim, "gate_hidden_dim", minimum=None)
         put(self, "gate_hidden_dim", gate_hidden_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in plain values, as JSON has them."""
+        return {**vars(self), "routing_method": str(self.routing_method)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoeConfig:
+        """The configuration that `to_dict` gave.
+
+        Examples
+        --------
+        >>> from moe_fast import MoeConfig
+        >>> MoeConfig.from_dict({"num_experts": 4, "routing_method": "top_k"}).num_experts
+        4
+        """
+        return cls(**values)
 
     def validate(self) -> None:
         """Raise `MoeConfigError` for the first number that is out of range."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,11 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RouterInit, as_member
 from moe_fast.errors import MoeConfigError, as_index, shown
+from moe_fast.reports import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 __all__ = [
     "Assignments",
@@ -185,7 +190,7 @@ def shortened(items: Sequence[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class MoeReport:
+class MoeReport(Report):
     """What a plan amounts to.
 
     `load_balance` is the coefficient of variation of the source models' use (0.0: even);
@@ -340,6 +345,76 @@ class MoeConstructionPlan:
         if not gaps.size and self._num_models - end > LONGEST_TUPLE:
             return tail
         return (*gaps.tolist(), *tail)
+
+    def plot(self, ax: Axes | None = None, *, labels: Sequence[str] | None = None) -> Axes:
+        """Draw which model gives each expert of each layer: `moe_fast.plotting.plot_plan`."""
+        from moe_fast.plotting import plot_plan
+
+        return plot_plan(self, ax, labels=labels)
+
+    def to_frame(self) -> DataFrame:
+        """The assignments as a pandas data frame, one row an expert of a layer.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError as error:
+            if error.name != "pandas":
+                raise
+            raise ModuleNotFoundError(
+                "to_frame needs pandas: pip install pandas", name="pandas"
+            ) from None
+        layer, expert = np.indices(self._source_model.shape)
+        return DataFrame(
+            {
+                "layer": layer.reshape(-1),
+                "expert": expert.reshape(-1),
+                "source_model": self._source_model.reshape(-1),
+                "source_layer": self._source_layer.reshape(-1),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain values, as JSON has them: numbers, strings, lists.
+
+        Examples
+        --------
+        >>> from moe_fast import MoeConstructionPlan
+        >>> plan = MoeConstructionPlan([[0, 1]], [[0, 0]])
+        >>> plan.to_dict()["source_model"]
+        [[0, 1]]
+        >>> MoeConstructionPlan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        return {
+            "num_models": self._num_models,
+            "router_init": str(self._router_init),
+            "source_model": self._source_model.tolist(),
+            "source_layer": self._source_layer.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoeConstructionPlan:
+        """The plan that `to_dict` gave.
+
+        Raises
+        ------
+        TypeError, MoeConfigError
+            A key that is missing or unknown, or values that make no plan.
+        """
+        return cls(**values)
+
+    def _repr_html_(self) -> str:
+        from moe_fast.html import plan_picture
+
+        return (
+            f"<p>{self.num_layers:,} layers of {self.num_experts:,} experts from "
+            f"{self.num_models:,} models, routers start {self.router_init}</p>{plan_picture(self)}"
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MoeConstructionPlan):

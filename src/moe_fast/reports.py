@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,7 +11,10 @@ __all__ = ["Report"]
 
 
 class Report:
-    """Base of the frozen dataclasses that say what was done or found."""
+    """Base of the frozen dataclasses that say what was done or found.
+
+    In a notebook, a report shows itself as a table.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values: dicts, lists, strings, numbers, `None`."""
@@ -22,7 +24,15 @@ class Report:
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
+        import json
+
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        from moe_fast.html import pairs_table
+
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return pairs_table({name.replace("_", " "): getattr(self, name) for name in names})
 
 
 def plain(value: Any) -> Any:
