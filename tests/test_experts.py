@@ -103,7 +103,7 @@ def test_every_expert_layer_role_and_seed_has_noise_of_its_own(dense, tmp_path):
 def test_noise_does_not_depend_on_shards_or_chunks(dense, tmp_path, monkeypatch):
     noisy = ExpertSource(dense, noise_scale=0.02, residual_scale=1.5)
     build_moe([dense, noisy], tmp_path / "one", PAIR)
-    monkeypatch.setattr("moe_fast.checkpoint.noise.CHUNK", 1028)
+    monkeypatch.setattr("moe_fast.checkpoint.pieces.CHUNK", 1028)
     build_moe([dense, noisy], tmp_path / "many", PAIR, max_shard_size=100_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
     assert bits(tmp_path / "one") == bits(tmp_path / "many")

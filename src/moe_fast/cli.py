@@ -13,7 +13,8 @@ import typer
 from moe_fast.checkpoint.build import build_moe
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.inspection import inspect_model
-from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.checkpoint.targets import TARGETS
+from moe_fast.config import Layout, MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
 from moe_fast.recipe import build_recipe
@@ -34,7 +35,7 @@ app = typer.Typer(
     help="Turn dense language models on disk into Mixture-of-Experts checkpoints.",
 )
 RECIPE_ENDINGS = (".yml", ".yaml")
-SAID_BY_RECIPES = ("experts", "experts_per_token", "base", "router_init")
+SAID_BY_RECIPES = ("experts", "experts_per_token", "target", "layout", "base", "router_init")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
@@ -53,6 +54,13 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    target: Annotated[
+        str, typer.Option(help=f"auto, {', '.join(TARGETS)}.", metavar="FAMILY")
+    ] = "auto",
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="How experts are stored.", show_default="per-expert where there is one"),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -107,6 +115,8 @@ def build(
                 models,
                 output,
                 MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
+                target=target,
+                layout=layout,
                 base=base,
                 router_init=router_init,
                 **how,

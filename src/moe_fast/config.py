@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 from moe_fast.errors import MoeConfigError, as_index, shown
 
-__all__ = ["GateMode", "MoeConfig", "RouterInit", "RoutingMethod"]
+__all__ = ["GateMode", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
 
 
 class RoutingMethod(StrEnum):
@@ -49,6 +49,16 @@ class GateMode(StrEnum):
 
 
 PROMPT_MODES = frozenset({GateMode.CHEAP_EMBED, GateMode.HIDDEN})
+
+
+class Layout(StrEnum):
+    """How a checkpoint stores the experts of a layer."""
+
+    PER_EXPERT = "per-expert"
+    """Every matrix of every expert in a tensor of its own."""
+    FUSED = "fused"
+    """One tensor for gate and up of all experts, one for down."""
+
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

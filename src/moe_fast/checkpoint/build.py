@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from moe_fast.checkpoint.output import (
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, index_json, into_shards
-from moe_fast.checkpoint.targets import TARGETS, Mixtral
-from moe_fast.config import GateMode, MoeConfig, RouterInit, as_member
+from moe_fast.checkpoint.targets import Target, as_target_name, choose
+from moe_fast.config import GateMode, Layout, MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
@@ -55,7 +55,11 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class BuildReport(Report):
-    """What was built; `load_balance` and `unused_models` are those of the plan's report."""
+    """What was built; `load_balance` and `unused_models` are those of the plan's report.
+
+    Where the target was chosen by the sources, `rejected_targets` says why each other one that does
+    not fit was not target.
+    """
 
     output: Path
     target: str
@@ -74,6 +78,7 @@ class BuildReport(Report):
     """The bytes of each file of weights."""
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+    rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def build_moe(
@@ -81,7 +86,10 @@ def build_moe(
     output: ModelPath,
     config: MoeConfig | None = None,
     *,
+    target: str = "auto",
+    layout: Layout | str | None = None,
     base: ModelPath | None = None,
+    shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     router_init: RouterInit | str = RouterInit.BALANCED,
     gate_mode: GateMode | str | None = None,
     seed: int = 0,
@@ -104,14 +112,27 @@ def build_moe(
     Parameters
     ----------
     models : path, ExpertSource, or sequence of them
-        Folders of Llama or Mistral models in the Hugging Face layout, safetensors, of one shape. An
-        `ExpertSource` is a folder and what happens to its weights on the way.
+        Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
+        safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
+        the way.
     output : path
         The folder to create.
     config : MoeConfig, optional
         By default 8 experts, 2 per token.
+    target : str
+        The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
+        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
+        place for everything the base has.
+    layout : Layout or str, optional
+        `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
+        transformers 5. GraniteMoE has a fused layout of its own and no other.
     base : path, optional
         The model that gives attention, embeddings, norms and tokenizer; by default the first.
+    shared_experts : path, ExpertSource, or sequence of them
+        Models whose FFN every token goes through, where the target has such experts. Their output
+        is added to that of the routed experts, so to keep a model's function, scale both: with one
+        shared expert, each by a `residual_scale` of 0.5 (in Qwen2-MoE the routed ones alone; a gate
+        that starts near one half scales the shared one).
     router_init : RouterInit or str
         How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
@@ -170,10 +191,15 @@ def build_moe(
         raise TypeError(f"config must be a MoeConfig, got {config!r}")
     config.validate()
     experts = as_expert_sources(models)
+    if not experts:
+        raise CheckpointError("models must name at least one model folder")
     request = BuildRequest(
         models=experts,
         base=experts[0].model if base is None else str(Path(base).absolute()),
         config=config,
+        target=as_target_name(target),
+        layout=None if layout is None else as_member(layout, Layout, "layout"),
+        shared_experts=as_expert_sources(shared_experts),
         router_init=as_member(router_init, RouterInit, "router_init"),
         gate_mode=None if gate_mode is None else as_member(gate_mode, GateMode, "gate_mode"),
         seed=as_index(seed, "seed"),
@@ -244,18 +270,18 @@ def build_checkpoint(
         warnings=(
             *warnings,
             *construction.warnings(),
+            *target.warnings(construction),
             *warnings_for(request, report.unused_models),
         ),
+        rejected_targets=blueprint.rejected_targets,
     )
 
 
 def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
-    """The argument `models`, its folders absolute."""
+    """The argument `models` or `shared_experts`, its folders absolute."""
     if isinstance(models, (str, os.PathLike, ExpertSource)):
         models = [models]
     experts = [m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models]
-    if not experts:
-        raise CheckpointError("models must name at least one model folder")
     return tuple(replace(e, model=str(Path(e.model).absolute())) for e in experts)
 
 
@@ -263,45 +289,53 @@ def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
 class Blueprint:
     """What a request comes to: every tensor of the output, nothing written."""
 
-    target: Mixtral
+    target: Target
     construction: Construction
     tensors: tuple[OutputTensor, ...]
+    rejected_targets: Mapping[str, tuple[str, ...]]
 
 
 def prepare(request: BuildRequest) -> Blueprint:
     """Open the sources of a request and lay out its output, from headers alone."""
-    sources, base = open_sources([m.model for m in request.models], request.base)
-    target = TARGETS["mixtral"]
+    asked = (*request.models, *request.shared_experts)
+    sources, base = open_sources([m.model for m in asked], request.base)
     plan = plan_for(request, base.sizes.num_hidden_layers)
     construction = Construction(
-        base,
-        sources,
-        request.models,
-        plan,
-        request.config,
-        request.router_init,
-        request.gate_mode,
-        request.seed,
+        base=base,
+        sources=sources[: len(request.models)],
+        models=request.models,
+        plan=plan,
+        config=request.config,
+        router_init=request.router_init,
+        gate_mode=request.gate_mode,
+        seed=request.seed,
+        shared_sources=sources[len(request.models) :],
+        shared_experts=request.shared_experts,
     )
-    problems = construction.problems() + target.problems(construction)
+    problems = construction.problems()
+    try:
+        target, rejected = choose(request.target, construction, request.layout)
+    except CheckpointError as error:
+        problems += error.problems
     if problems:
         raise CheckpointError(*problems)
-    return Blueprint(target, construction, tuple(target.tensors(construction)))
+    tensors = tuple(target.tensors(construction, request.layout))
+    return Blueprint(target, construction, tensors, rejected)
 
 
 def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
     """Round robin over the models, each from its own source layers."""
-    plan = plan_moe_construction(len(request.models), num_layers, request.config)
-    if all(model.source_layers is None for model in request.models):
-        return plan
     problems = [
         f"source_layers of {m.model}: lists {len(m.source_layers)} layers, the output has "
         f"{num_layers}; list one for each"
-        for m in request.models
+        for m in (*request.models, *request.shared_experts)
         if m.source_layers is not None and len(m.source_layers) != num_layers
     ]
     if problems:
         raise CheckpointError(*problems)
+    plan = plan_moe_construction(len(request.models), num_layers, request.config)
+    if all(model.source_layers is None for model in request.models):
+        return plan
     layers = np.array([m.source_layers or range(num_layers) for m in request.models])
     return MoeConstructionPlan(
         plan.source_model, layers[plan.source_model[0]].T, num_models=plan.num_models

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -11,14 +10,12 @@ from typing import BinaryIO
 from moe_fast.checkpoint.build import prepare
 from moe_fast.checkpoint.header import Tensor, read_checkpoint
 from moe_fast.checkpoint.manifest import read_manifest
-from moe_fast.checkpoint.pieces import FileRange, Piece
+from moe_fast.checkpoint.pieces import FileRange
 from moe_fast.checkpoint.table import Weight
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
 
 __all__ = ["CheckReport", "check_moe"]
-
-CHUNK = 1024 * 1024  # two of these stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def first_difference(tensor: Tensor, weight: Weight) -> str | None:
     with Path(tensor.file.path).open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
         for piece in weight.pieces:
-            for chunk in chunks(piece):
+            for chunk in piece.chunks():
                 written = read_exactly(stream, len(chunk), tensor.file.path)
                 if written != chunk:  # a bytearray on the left compares with anything by memcmp
                     pairs = enumerate(zip(written, chunk, strict=True), start=position)
@@ -77,20 +74,6 @@ def first_difference(tensor: Tensor, weight: Weight) -> str | None:
                     return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
                 position += len(chunk)
     return None
-
-
-def chunks(piece: Piece) -> Iterator[bytearray | memoryview]:
-    """The bytes of any piece, bounded chunks at a time."""
-    if not isinstance(piece, FileRange):
-        yield from piece.chunks()
-        return
-    with Path(piece.file.path).open("rb", buffering=0) as stream:
-        stream.seek(piece.offset)
-        left = piece.nbytes
-        while left:
-            chunk = read_exactly(stream, min(left, CHUNK), piece.file.path)
-            left -= len(chunk)
-            yield chunk
 
 
 def read_exactly(stream: BinaryIO, count: int, path: str) -> bytearray:

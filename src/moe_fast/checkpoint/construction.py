@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moe_fast.checkpoint.header import SourceFile, Tensor
 from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
-from moe_fast.checkpoint.pieces import FileRange, Piece, Router
+from moe_fast.checkpoint.pieces import FileRange, Piece, Router, SideBySide
 from moe_fast.checkpoint.request import ExpertSource
 from moe_fast.checkpoint.source import FFN, DenseModel
 from moe_fast.checkpoint.table import OutputTensor, Weight
@@ -31,6 +31,9 @@ class Construction:
     router_init: RouterInit
     gate_mode: GateMode | None
     seed: int
+    shared_sources: Sequence[DenseModel] = ()
+    shared_experts: Sequence[ExpertSource] = ()
+    """What was asked of each of the shared sources."""
 
     @property
     def dtype(self) -> str:
@@ -39,41 +42,47 @@ class Construction:
 
     def files(self) -> tuple[SourceFile, ...]:
         """Every safetensors file of the base and the sources."""
-        models = {model.path: model for model in (self.base, *self.sources)}.values()
+        models = {
+            model.path: model for model in (self.base, *self.sources, *self.shared_sources)
+        }.values()
         return tuple(dict.fromkeys(t.file for model in models for t in model.tensors.values()))
 
-    def before_layers(self) -> Iterator[OutputTensor]:
-        """The embedding."""
-        for tensor in self.base.before_layers():
-            yield OutputTensor(tensor.name, Weight.of(tensor))
-
-    def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
-        """Attention and norms of a layer, under the base's names inside the layer."""
-        for name, tensor in self.base.layer(layer):
-            yield name, Weight.of(tensor)
-
-    def after_layers(self) -> Iterator[OutputTensor]:
-        """The last norm and the head."""
-        for tensor in self.base.after_layers():
-            yield OutputTensor(tensor.name, Weight.of(tensor))
-
-    def expert(self, layer: int, expert: int, role: str) -> Weight:
-        """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
-        model = self.plan.source_model[layer, expert]
-        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
-        return self.perturbed(tensor, self.models[model], f"{layer} {expert} {role}")
+    def carried(self, tensor: Tensor) -> Weight:
+        """A tensor of a source as the output holds it."""
+        return Weight.of(tensor)
 
     def perturbed(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
         """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
         weight = Weight.of(tensor)
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
         if model.noise_scale == 0 and scale == 1:
-            return weight
+            return self.carried(tensor)
         (source,) = weight.pieces
         assert isinstance(source, FileRange)
         stream = noise_stream(self.seed, name)
         piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
         return Weight(weight.dtype, weight.shape, (piece,))
+
+    def before_layers(self) -> Iterator[OutputTensor]:
+        """The embedding."""
+        for tensor in self.base.before_layers():
+            yield OutputTensor(tensor.name, self.carried(tensor))
+
+    def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
+        """Attention and norms of a layer, under the base's names inside the layer."""
+        for name, tensor in self.base.layer(layer):
+            yield name, self.carried(tensor)
+
+    def after_layers(self) -> Iterator[OutputTensor]:
+        """The last norm and the head."""
+        for tensor in self.base.after_layers():
+            yield OutputTensor(tensor.name, self.carried(tensor))
+
+    def expert(self, layer: int, expert: int, role: str) -> Weight:
+        """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
+        model = self.plan.source_model[layer, expert]
+        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
+        return self.perturbed(tensor, self.models[model], f"{layer} {expert} {role}")
 
     def router(self, layer: int) -> Weight:
         """The router of a layer, `(num_experts, hidden_size)`."""
@@ -86,49 +95,147 @@ class Construction:
             router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
         return Weight(self.dtype, shape, (router,))
 
+    def shared_expert(self, layer: int, index: int, role: str) -> Weight:
+        """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
+        model = self.shared_experts[index]
+        source_layer = layer if model.source_layers is None else model.source_layers[layer]
+        tensor = self.shared_sources[index].ffn(source_layer, role)
+        return self.perturbed(tensor, model, f"{layer} shared {index} {role}")
+
+    def shared(self, layer: int, role: str) -> Weight:
+        """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
+        weights = [self.shared_expert(layer, i, role) for i in range(len(self.shared_sources))]
+        rows, columns = weights[0].shape
+        if role != "down_proj":
+            return Weight.stacked(weights, (rows * len(weights), columns))
+        if len(weights) == 1:
+            return weights[0]
+        wide = SideBySide(rows, tuple(weight.pieces for weight in weights))
+        return Weight(weights[0].dtype, (rows, columns * len(weights)), (wide,))
+
+    def silent(self, layer: int, width: int, role: str) -> Weight:
+        """A shared expert that adds nothing, for targets that must have one.
+
+        Its down projection is zero. Gate and up are the first rows of the base's, so that training
+        can wake it: with those zero as well, no gradient would ever reach it.
+        """
+        if role == "down_proj":
+            return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
+        return self.carried(self.base.ffn(layer, role).first_rows(width))
+
+    def shared_gate(self, layer: int) -> Weight:
+        """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`.
+
+        Small, so that the sigmoid is about one half, and not zero: llama.cpp computes it as
+        `silu(x) / x`.
+        """
+        hidden = self.base.sizes.hidden_size
+        gate = Router(hidden, 1, layer, RouterInit.BALANCED, self.dtype, remove_base=True)
+        return Weight(self.dtype, (1, hidden), (gate,))
+
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = []
-        for source, model in zip(self.sources, self.models, strict=True):
+        for source, model in self.all_sources():
             problems += misfits(source, self.base, model.source_layers)
         return list(dict.fromkeys(problems))
 
     def warnings(self) -> list[str]:
         """What can be built, and may not be meant."""
-        vocabulary = self.base.sizes.vocab_size
-        return [
-            f"{source.path / 'config.json'}: vocab_size is {source.sizes.vocab_size}, the base "
-            f"model has {vocabulary}; only FFN weights are taken, which learnt from other tokens"
-            for source in {source.path: source for source in self.sources}.values()
-            if source.sizes.vocab_size != vocabulary
-        ]
+        warnings: list[str] = []
+        for source, _ in self.all_sources():
+            warnings += drifts(source, self.base)
+        return list(dict.fromkeys(warnings))
+
+    def all_sources(self) -> Iterator[tuple[DenseModel, ExpertSource]]:
+        """The models that give experts, with what was asked of each."""
+        yield from zip(self.sources, self.models, strict=True)
+        yield from zip(self.shared_sources, self.shared_experts, strict=True)
+
+
+# Where each size shows: the tensor of a dense model whose shape it decides.
+SEEN_IN = {
+    "vocab_size": "model.embed_tokens.weight",
+    "hidden_size": "model.embed_tokens.weight",
+    "intermediate_size": "model.layers.0.mlp.gate_proj.weight",
+    "num_attention_heads": "model.layers.0.self_attn.q_proj.weight",
+    "num_key_value_heads": "model.layers.0.self_attn.k_proj.weight",
+    "head_dim": "model.layers.0.self_attn.q_proj.weight",
+}
 
 
 def misfits(
     source: DenseModel, base: DenseModel, source_layers: Sequence[int] | None
 ) -> Iterator[str]:
     """Why experts of `source` cannot stand in `base`."""
-    where = source.path / "config.json"
+    config = f"{source.path / 'config.json'}"
     num_layers = source.sizes.num_hidden_layers
-    names = ["hidden_size", "intermediate_size"]
-    if source_layers is None:
-        names.append("num_hidden_layers")
-    elif max(source_layers, default=0) >= num_layers:
-        yield f"{where}: has {num_layers} layers, source_layers names {max(source_layers)}"
-    for name in names:
-        value, expected = getattr(source.sizes, name), getattr(base.sizes, name)
-        if value != expected:
-            yield f"{where}: {name} is {value}, the base model has {expected}"
-    for key in ("model_type", "hidden_act", "mlp_bias"):
-        if source.config[key] != base.config[key]:
+    if source_layers is not None and max(source_layers, default=0) >= num_layers:
+        yield f"{config}: has {num_layers} layers, source_layers names {max(source_layers)}"
+    for name, value in vars(source.sizes).items():
+        if name == "vocab_size" or (name == "num_hidden_layers" and source_layers is not None):
+            continue
+        if value != getattr(base.sizes, name):
+            where = config
+            if name in SEEN_IN:
+                tensor = source.tensors[SEEN_IN[name]]
+                where = f"{tensor.file.path}: tensor {tensor.name!r} {list(tensor.shape)}"
+            yield f"{where}: {name} is {value}, the base model has {getattr(base.sizes, name)}"
+    # A block of another form gives its FFN other inputs and does other things with the output.
+    for what, (its, bases) in {
+        "hidden_act": (source.config["hidden_act"], base.config["hidden_act"]),
+        "FFN biases": (source.ffn_biases, base.ffn_biases),
+        "attention biases": (source.attention_biases, base.attention_biases),
+        "norms": (source.family.norms, base.family.norms),
+        "norm of queries and keys": (source.family.qk_norm, base.family.qk_norm),
+        "residual_multiplier": (
+            source.multipliers.residual_multiplier,
+            base.multipliers.residual_multiplier,
+        ),
+    }.items():
+        if its != bases:
+            yield f"{config}: {what}: {in_words(its)}, the base model has {in_words(bases)}"
+    tensors = [source.ffn(layer, role) for layer in range(num_layers) for role in FFN]
+    foreign = [tensor for tensor in tensors if tensor.dtype != base.expert_dtype]
+    if foreign:
+        first, others = foreign[0], len(foreign) - 1
+        yield (
+            f"{first.file.path}: tensor {first.name!r}{f' and {others} others' * bool(others)}: "
+            f"{first.dtype}, the base model's FFN is {base.expert_dtype}"
+        )
+
+
+def drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
+    """What `source` was trained with otherwise, and the output takes from the base.
+
+    None of it is seen by an FFN, and fine-tuning changes it (rope to read longer texts, the
+    vocabulary for chats), so that it is no reason to refuse an expert.
+    """
+    if source.sizes.vocab_size != base.sizes.vocab_size:
+        yield (
+            f"{source.path / 'config.json'}: vocab_size is {source.sizes.vocab_size}, the base "
+            f"model has {base.sizes.vocab_size}; only FFN weights are taken, which learnt from "
+            "other tokens"
+        )
+    drifting = {
+        "rope": (source.rope, base.rope),
+        "multipliers": (source.multipliers, base.multipliers),
+        "rms_norm_eps": (source.config["rms_norm_eps"], base.config["rms_norm_eps"]),
+        "sliding windows": (source.windows, base.windows),
+        "tie_word_embeddings": (
+            source.config["tie_word_embeddings"],
+            base.config["tie_word_embeddings"],
+        ),
+    }
+    for what, (its, bases) in drifting.items():
+        if its != bases:
             yield (
-                f"{where}: {key} is {source.config[key]!r}, the base model has {base.config[key]!r}"
+                f"{source.path / 'config.json'}: {what} differs from the base model's, "
+                "which the output has"
             )
-    for layer in range(source.sizes.num_hidden_layers):
-        for role in FFN:
-            tensor = source.ffn(layer, role)
-            if tensor.dtype != base.expert_dtype:
-                yield (
-                    f"{tensor.file.path}: tensor {tensor.name!r} is {tensor.dtype}, "
-                    f"the base model's FFN is {base.expert_dtype}"
-                )
+
+
+def in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    return "none" if value is None or value is False else str(value)

@@ -67,6 +67,11 @@ class Tensor(NamedTuple):
     offset: int
     nbytes: int
 
+    def first_rows(self, number: int) -> Tensor:
+        """The first `number` rows, as a tensor of its own."""
+        shape = (number, *self.shape[1:])
+        return self._replace(shape=shape, nbytes=math.prod(shape) * ITEM_SIZES[self.dtype])
+
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face model folder, by name.

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 
@@ -17,10 +16,7 @@ from moe_fast import kernels
 from moe_fast.checkpoint.header import ITEM_SIZES
 from moe_fast.checkpoint.pieces import DTYPES, FileRange
 from moe_fast.config import GateMode
-from moe_fast.errors import CheckpointError
 from moe_fast.gates import as_dtype
-
-CHUNK = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ class Perturbed:
     def chunks(self) -> Iterator[memoryview]:
         dtype = as_dtype(DTYPES[self.dtype])
         first = 0
-        for chunk in read(self.source):
+        for chunk in self.source.chunks():
             values = np.frombuffer(chunk, dtype).astype(np.float32)
             # Infinite weights, and those that a scale makes so, are what was asked for.
             with np.errstate(over="ignore", invalid="ignore"):
@@ -91,15 +87,3 @@ class RandomRouter:
 def noise_stream(seed: int, weight: str) -> int:
     """Where the noise of a weight is drawn from: the first 64 bits of SHA-256 of `SEED WEIGHT`."""
     return int.from_bytes(sha256(f"{seed} {weight}".encode()).digest()[:8], "little")
-
-
-def read(piece: FileRange) -> Iterator[bytes]:
-    with Path(piece.file.path).open("rb") as stream:
-        stream.seek(piece.offset)
-        left = piece.nbytes
-        while left:
-            chunk = stream.read(min(left, CHUNK))
-            if len(chunk) < min(left, CHUNK):
-                raise CheckpointError(f"{piece.file.path}: ended while being read")
-            left -= len(chunk)
-            yield chunk

@@ -1,21 +1,36 @@
 """Where the bytes of an output tensor come from.
 
-A piece knows its size and is picklable, so that any process can write it. Bytes of a source file
-are a `FileRange`, which the writer moves without looking at them; anything else makes its bytes on
-demand, a bounded chunk at a time.
+A piece knows its size and is picklable, so that any process can write it. It gives its bytes a
+bounded chunk at a time; those of a `FileRange` the writer moves without looking at them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Protocol
 
-from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile
+import numpy as np
+
+from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, open_regular
 from moe_fast.config import RouterInit
+from moe_fast.errors import CheckpointError
 from moe_fast.gates import compute_gate_weights
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CHUNK = 1024 * 1024
+
+
+class Piece(Protocol):
+    """Some bytes of an output tensor."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes in order. A chunk is valid until the next one is asked for."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +41,71 @@ class FileRange:
     offset: int
     nbytes: int
 
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, read from a file that is the same before and after as when it was planned."""
+        buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
+        with open_regular(Path(self.file.path)) as stream:
+            self.file.check_unchanged(stream)
+            stream.seek(self.offset)
+            for start in range(0, self.nbytes, CHUNK):
+                chunk = left = buffer[: self.nbytes - start]
+                while left:
+                    count = stream.readinto(left)
+                    if not count:
+                        raise CheckpointError(f"{self.file.path}: ended while being read")
+                    left = left[count:]
+                yield chunk
+            self.file.check_unchanged(stream)
 
-@runtime_checkable
-class MadePiece(Protocol):
-    """Bytes that are made when they are written."""
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Zero bytes, which every dtype reads as zeros."""
+
+    nbytes: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        for start in range(0, self.nbytes, CHUNK):
+            yield memoryview(bytes(min(CHUNK, self.nbytes - start)))
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Matrices of the same number of rows as one wider matrix, each from its own pieces."""
+
+    rows: int
+    matrices: tuple[tuple[Piece, ...], ...]
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for matrix in self.matrices for piece in matrix)
 
-    def chunks(self) -> Iterator[memoryview]: ...
+    def chunks(self) -> Iterator[memoryview]:
+        widths = [sum(piece.nbytes for piece in matrix) // self.rows for matrix in self.matrices]
+        rows = max(1, CHUNK // max(1, sum(widths)))
+        blocks = [
+            in_blocks(matrix, rows * width)
+            for matrix, width in zip(self.matrices, widths, strict=True)
+        ]
+        for block in zip(*blocks, strict=True):
+            columns = [
+                np.frombuffer(part, np.uint8).reshape(-1, width)
+                for part, width in zip(block, widths, strict=True)
+            ]
+            yield np.concatenate(columns, axis=1).reshape(-1).data
 
 
-Piece = FileRange | MadePiece
+def in_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray]:
+    """The bytes of `pieces` in blocks of `size` bytes, the last one as long as what is left."""
+    block = bytearray()
+    for piece in pieces:
+        for chunk in piece.chunks():
+            block += chunk
+            while len(block) >= size:
+                yield block[:size]
+                del block[:size]
+    if block:
+        yield block
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +122,7 @@ class Router:
     layer: int
     init: RouterInit
     dtype: str
+    remove_base: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +136,7 @@ class Router:
             dtype=DTYPES[self.dtype],
             layer=self.layer,
             transpose=True,
-            remove_base=self.init is RouterInit.BALANCED and ITEM_SIZES[self.dtype] == 2,
+            remove_base=self.remove_base
+            or (self.init is RouterInit.BALANCED and ITEM_SIZES[self.dtype] == 2),
         )
         yield weights.view("uint8").reshape(-1).data

@@ -10,12 +10,18 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_json
 from moe_fast.errors import CheckpointError
 
 FFN = ("gate_proj", "up_proj", "down_proj")
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+QKV = QKVO[:3]
+# Norms before attention and FFN, as almost everywhere, or after them.
+NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
+NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclass(frozen=True)
@@ -31,31 +37,61 @@ class Sizes:
     head_dim: int
 
 
+class Multipliers(NamedTuple):
+    """What Granite multiplies its activations with; elsewhere all but the attention's are 1."""
+
+    embedding_multiplier: float
+    attention_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
+
+
 @dataclass(frozen=True)
 class Family:
-    """A dense architecture: `model_type`, defaults of its configuration, tensors of a layer."""
+    """A dense architecture: what its configuration says where it is silent, what a layer holds.
+
+    `qk_norm` is the span of the norm on queries and keys: each "head" by itself, their whole
+    "width", or none. `biases` names the projections that always have one; `None` leaves it to
+    `attention_bias`. `mlp_bias` says whether the FFN can have them. `windows` says which layers a
+    sliding window is for: "all", those that "layer_types" names, or "none".
+    """
 
     model_type: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[str, str] = NORMS_BEFORE
+    qk_norm: str | None = None
+    biases: tuple[str, ...] | None = None
+    mlp_bias: bool = False
+    windows: str = "none"
+    multipliers: bool = False
+
+    def attention_biases(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The projections that have a bias."""
+        if self.biases is not None:
+            return self.biases
+        return QKVO if config["attention_bias"] else ()
+
+    def ffn_bias_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The matrices of the FFN that have a bias."""
+        return FFN if self.mlp_bias and config["mlp_bias"] else ()
 
     def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The tensors of one layer, FFN apart, with their shapes."""
         hidden = sizes.hidden_size
         queries = sizes.num_attention_heads * sizes.head_dim
         keys = sizes.num_key_value_heads * sizes.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (queries, hidden),
-            "self_attn.k_proj.weight": (keys, hidden),
-            "self_attn.v_proj.weight": (keys, hidden),
-            "self_attn.o_proj.weight": (hidden, queries),
-        }
-        if config.get("attention_bias"):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                rows = shapes[f"self_attn.{name}.weight"][0]
-                shapes[f"self_attn.{name}.bias"] = (rows,)
-        shapes |= {f"{norm}.weight": (hidden,) for norm in self.norms}
-        return shapes
+        rows = dict(zip(QKVO, (queries, keys, keys, hidden), strict=True))
+        columns = dict(zip(QKVO, (hidden, hidden, hidden, queries), strict=True))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in QKVO:
+            shapes[f"self_attn.{name}.weight"] = (rows[name], columns[name])
+        for name in self.attention_biases(config):
+            shapes[f"self_attn.{name}.bias"] = (rows[name],)
+        if self.qk_norm is not None:
+            per_head = self.qk_norm == "head"
+            shapes["self_attn.q_norm.weight"] = (sizes.head_dim if per_head else queries,)
+            shapes["self_attn.k_norm.weight"] = (sizes.head_dim if per_head else keys,)
+        return shapes | {f"{norm}.weight": (hidden,) for norm in self.norms}
 
     def ffn_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The tensors of one layer's feed-forward network, with their shapes."""
@@ -65,16 +101,14 @@ class Family:
             "mlp.up_proj.weight": (intermediate, hidden),
             "mlp.down_proj.weight": (hidden, intermediate),
         }
-        if config.get("mlp_bias"):
-            shapes |= {
-                name.replace("weight", "bias"): shape[:1] for name, shape in list(shapes.items())
-            }
+        for name in self.ffn_bias_names(config):
+            shapes[f"mlp.{name}.bias"] = shapes[f"mlp.{name}.weight"][:1]
         return shapes
 
 
-# What transformers takes for a key that a config.json leaves out, where a target's own default
-# differs and would silently change the model.
-LLAMA_DEFAULTS: dict[str, Any] = {
+# What transformers takes for a key that a config.json leaves out. The families differ from each
+# other and from the targets, so that a key left out would silently change the model.
+DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -83,24 +117,62 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
-    "sliding_window": None,
     "attention_dropout": 0.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+QWEN_DEFAULTS: dict[str, Any] = {
+    **DEFAULTS,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", LLAMA_DEFAULTS),
+        Family("llama", DEFAULTS, mlp_bias=True),
         Family(
             "mistral",
             {
-                **LLAMA_DEFAULTS,
+                **DEFAULTS,
                 "max_position_embeddings": 131072,
                 "num_key_value_heads": 8,
                 "sliding_window": 4096,
             },
+            biases=(),
+            windows="all",
+        ),
+        Family("qwen2", QWEN_DEFAULTS, biases=QKV, windows="layer_types"),
+        Family("qwen3", {**QWEN_DEFAULTS, "head_dim": 128}, qk_norm="head", windows="layer_types"),
+        Family(
+            "olmo2",
+            {
+                **DEFAULTS,
+                "rms_norm_eps": 1e-5,
+                "pad_token_id": 1,
+                "bos_token_id": None,
+                "eos_token_id": 50279,
+            },
+            norms=NORMS_AFTER,
+            qk_norm="width",
+        ),
+        Family(
+            "granite",
+            {
+                **DEFAULTS,
+                "embedding_multiplier": 1.0,
+                "attention_multiplier": 1.0,
+                "residual_multiplier": 1.0,
+                "logits_scaling": 1.0,
+            },
+            mlp_bias=True,
+            multipliers=True,
         ),
     )
 }
@@ -116,13 +188,18 @@ class Rope:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense model folder, its headers read and every tensor accounted for."""
+    """A dense model folder, its headers read and every tensor accounted for.
+
+    `windows` holds the width of each layer's sliding window, `None` where a layer sees everything.
+    """
 
     path: Path
     family: Family
     config: Mapping[str, Any]
     sizes: Sizes
     rope: Rope
+    windows: tuple[int | None, ...]
+    multipliers: Multipliers
     tensors: Mapping[str, Tensor]
 
     def ffn(self, layer: int, role: str) -> Tensor:
@@ -148,6 +225,16 @@ class DenseModel:
     def expert_dtype(self) -> str:
         """The dtype of the FFN weights, as safetensors spells it."""
         return self.ffn(0, "gate_proj").dtype
+
+    @property
+    def attention_biases(self) -> tuple[str, ...]:
+        """The projections of the attention that have a bias."""
+        return self.family.attention_biases(self.config)
+
+    @property
+    def ffn_biases(self) -> tuple[str, ...]:
+        """The matrices of the FFN that have a bias."""
+        return self.family.ffn_bias_names(self.config)
 
 
 def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
@@ -177,11 +264,52 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             f"{config_file}: the model is quantised; dequantise it before it becomes experts"
         )
     config = {**family.defaults, **config}
+    check_values(config, config_file)
     sizes = read_sizes(config, config_file)
     rope = read_rope(config, config_file)
     tensors = read_checkpoint(folder)
     check_tensors(folder, family, config, sizes, tensors)
-    return DenseModel(folder, family, config, sizes, rope, tensors)
+    windows = read_windows(family, config, sizes, config_file)
+    multipliers = read_multipliers(family, config, sizes)
+    return DenseModel(folder, family, config, sizes, rope, windows, multipliers, tensors)
+
+
+def check_values(config: Mapping[str, Any], file: Path) -> None:
+    """The values that decide what a model computes have their types; raise all that have not."""
+
+    def is_positive(value: Any) -> bool:
+        return is_number(value) and value > 0
+
+    def is_string(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def is_bool(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value >= 1
+
+    kinds = {
+        "hidden_act": ("a string", is_string),
+        "max_position_embeddings": ("an integer of at least 1", is_count),
+        "rms_norm_eps": ("a positive number", is_positive),
+        **dict.fromkeys(Multipliers._fields, ("a positive number", is_positive)),
+        **dict.fromkeys(
+            ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+            ("true or false", is_bool),
+        ),
+    }
+    problems = [
+        f"{file}: {key} is {config[key]!r}; it must be {kind}"
+        for key, (kind, holds) in kinds.items()
+        if key in config and not holds(config[key])
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def read_sizes(config: Mapping[str, Any], file: Path) -> Sizes:
@@ -221,10 +349,51 @@ def read_rope(config: Mapping[str, Any], file: Path) -> Rope:
             raise CheckpointError(f"{file}: {key} is {value!r}; it must be an object or null")
     merged = {**(scaling or {}), **(parameters or {})}
     theta = merged.pop("rope_theta", config["rope_theta"])
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
+    if not is_number(theta) or not theta > 0:
         raise CheckpointError(f"{file}: rope_theta is {theta!r}; it must be a positive number")
     kind = merged.get("rope_type", merged.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(f"{file}: rope_type is {kind!r}; known are {', '.join(ROPE_TYPES)}")
+    part = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))
+    if part != 1:
+        raise CheckpointError(
+            f"{file}: partial_rotary_factor is {part!r}; no target rotates a part of a head"
+        )
     return Rope(theta, None if kind == "default" else {"rope_type": kind, **merged})
+
+
+def read_windows(
+    family: Family, config: Mapping[str, Any], sizes: Sizes, file: Path
+) -> tuple[int | None, ...]:
+    """Each layer's sliding window, `None` where the layer sees everything before it."""
+    layers = sizes.num_hidden_layers
+    used = family.windows == "all" or (
+        family.windows == "layer_types" and config["use_sliding_window"]
+    )
+    window = config["sliding_window"] if used else None
+    if window is None:
+        return (None,) * layers
+    if type(window) is not int or window < 1:
+        raise CheckpointError(
+            f"{file}: sliding_window is {window!r}; it must be an integer of at least 1, or null"
+        )
+    if family.windows == "all":
+        return (window,) * layers
+    types = config["layer_types"]
+    if types is None:
+        first = config["max_window_layers"]
+        if type(first) is not int:
+            raise CheckpointError(f"{file}: max_window_layers is {first!r}; it must be an integer")
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers:
+        raise CheckpointError(f"{file}: layer_types is {types!r}; it must list {layers} types")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def read_multipliers(family: Family, config: Mapping[str, Any], sizes: Sizes) -> Multipliers:
+    if family.multipliers:
+        return Multipliers(*(config[name] for name in Multipliers._fields))
+    return Multipliers(1.0, sizes.head_dim**-0.5, 1.0, 1.0)
 
 
 def check_tensors(

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from moe_fast.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, Tensor, header_bytes
-from moe_fast.checkpoint.pieces import FileRange, Piece
+from moe_fast.checkpoint.pieces import FileRange, Piece, Zeros
 
 BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
 
@@ -41,6 +41,15 @@ class Weight:
         """A tensor of a source file, as it is."""
         piece = FileRange(tensor.file, tensor.offset, tensor.nbytes)
         return cls(tensor.dtype, tensor.shape, (piece,))
+
+    @classmethod
+    def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Weight:
+        return cls(dtype, shape, (Zeros(math.prod(shape) * ITEM_SIZES[dtype]),))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Weight], shape: tuple[int, ...]) -> Weight:
+        """The bytes of `parts`, one after the other, as one tensor of `shape`."""
+        return cls(parts[0].dtype, shape, tuple(p for part in parts for p in part.pieces))
 
 
 class OutputTensor(NamedTuple):

@@ -5,82 +5,202 @@ One class a family. A target names shapes and pieces and never opens a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.table import OutputTensor
-from moe_fast.config import RoutingMethod
+from moe_fast.checkpoint.source import (
+    FFN,
+    NORMS_AFTER,
+    NORMS_BEFORE,
+    QKV,
+    QKVO,
+    ROPE_TYPES,
+    DenseModel,
+)
+from moe_fast.checkpoint.table import OutputTensor, Weight
+from moe_fast.config import Layout, RoutingMethod
+from moe_fast.errors import CheckpointError
 
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+GATE_UP = ("gate_proj", "up_proj")
+SPANS = {None: "nothing", "head": "each head", "width": "the full width"}
 
 
-class Mixtral:
-    """Mixtral (Jiang et al. 2024): top-k routing, weights renormalised over the chosen.
+class ExpertTensor(NamedTuple):
+    """A tensor with weights of experts: `parts` are `(expert, role)`, one after the other.
 
-    Experts are `block_sparse_moe.experts.E.w1` (gate), `w2` (down) and `w3` (up), one tensor each.
+    A stacked tensor has a first axis that counts the experts.
     """
 
-    name = "mixtral"
-    architecture = "MixtralForCausalLM"
-    expert_names = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+    name: str
+    parts: tuple[tuple[int, str], ...]
+    stacked: bool = False
 
-    def problems(self, construction: Construction) -> list[str]:
-        """Why this cannot become the target; empty where it can."""
-        base, config = construction.base, construction.config
-        problems = []
+
+class Target:
+    """A Mixture-of-Experts family: what fits it, its tensors, its configuration.
+
+    What it says of attention and norms is what its blocks have a place for. Its router is a softmax
+    over all experts; each token goes to the k with the greatest weights, which are divided by their
+    sum. So experts that are copies of one FFN compute what that FFN computes.
+    """
+
+    name: str
+    title: str
+    architecture: str
+    layouts: tuple[Layout, ...] = (Layout.PER_EXPERT, Layout.FUSED)
+    norms = NORMS_BEFORE
+    qk_norm: str | None = None
+    attention_biases: tuple[tuple[str, ...], ...] = ((),)
+    own_head_dim = True
+    sliding_window = True
+    multipliers = False
+    rope_types: Sequence[str] = ROPE_TYPES
+    shared_experts = False
+    expert_names: tuple[tuple[str, str], ...] = tuple((role, role) for role in FFN)
+    block = "mlp"
+
+    def problems(self, construction: Construction, layout: Layout | None = None) -> list[str]:
+        """Why this cannot become the target, all reasons; empty where it can."""
+        reasons = [*self.routing_problems(construction), *self.block_problems(construction.base)]
+        if layout not in (None, *self.layouts):
+            reasons.append(f"layout {str(layout)!r}: {self.title} has {self.layouts[0]!s} alone")
+        return reasons
+
+    def routing_problems(self, construction: Construction) -> Iterator[str]:
+        config, hidden = construction.config, construction.base.sizes.hidden_size
         if config.routing_method is not RoutingMethod.TOP_K:
-            problems.append(
-                f"routing_method {str(config.routing_method)!r}: readers of Mixtral checkpoints "
-                "route by 'top_k' alone"
+            yield (
+                f"routing_method {str(config.routing_method)!r}: readers of {self.title} "
+                "checkpoints route by 'top_k' alone"
             )
-        if config.gate_hidden_dim not in (None, base.sizes.hidden_size):
-            problems.append(
-                f"gate_hidden_dim {config.gate_hidden_dim}: Mixtral's router reads the model's "
-                f"hidden size, {base.sizes.hidden_size}"
+        if config.gate_hidden_dim not in (None, hidden):
+            yield (
+                f"gate_hidden_dim {config.gate_hidden_dim}: {self.title}'s router reads the "
+                f"model's hidden size, {hidden}"
             )
-        for key, what in (("attention_bias", "attention biases"), ("mlp_bias", "FFN biases")):
-            if base.config.get(key):
-                problems.append(
-                    f"{base.path / 'config.json'}: {key} is true; Mixtral has no place for {what}"
+        if construction.shared_experts and not self.shared_experts:
+            names = ", ".join(expert.model for expert in construction.shared_experts)
+            yield f"shared experts ({names}): {self.title} has none"
+
+    def block_problems(self, base: DenseModel) -> Iterator[str]:
+        """What the base's blocks have or lack."""
+
+        def at(name: str) -> str:
+            tensor = base.tensors[f"model.layers.0.{name}"]
+            return f"{tensor.file.path}: tensor {tensor.name!r}"
+
+        config, sizes = f"{base.path / 'config.json'}", base.sizes
+        if base.family.norms != self.norms:
+            place = "before" if self.norms == NORMS_BEFORE else "after"
+            (norm, *_) = (name for name in base.family.norms if name not in self.norms)
+            yield f"{at(f'{norm}.weight')}: {self.title} has norms {place} attention and FFN alone"
+        if base.family.qk_norm != self.qk_norm:
+            if base.family.qk_norm is None:
+                yield (
+                    f"{config}: model_type {base.family.model_type} has no norm on queries and "
+                    f"keys; {self.title} has one over {SPANS[self.qk_norm]}, which no weight undoes"
                 )
-        return problems
+            else:
+                yield (
+                    f"{at('self_attn.q_norm.weight')}: {self.title} has no place for a norm over "
+                    f"{SPANS[base.family.qk_norm]} of queries and keys"
+                )
+        if base.attention_biases not in self.attention_biases:
+            name = base.attention_biases[-1]
+            yield f"{at(f'self_attn.{name}.bias')}: {self.title} has no place for this bias"
+        if base.ffn_biases:
+            yield f"{at('mlp.gate_proj.bias')}: {self.title} has no place for FFN biases"
+        if not self.own_head_dim and sizes.head_dim * sizes.num_attention_heads != (
+            sizes.hidden_size
+        ):
+            yield (
+                f"{at('self_attn.q_proj.weight')}: head_dim is {sizes.head_dim}; readers of "
+                f"{self.title} take hidden_size / num_attention_heads, "
+                f"{sizes.hidden_size} / {sizes.num_attention_heads}"
+            )
+        longest = base.config["max_position_embeddings"]
+        windows = {width if width and width < longest else None for width in base.windows}
+        if len(windows) > 1:
+            yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
+        elif windows != {None} and not self.sliding_window:
+            yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
+        neutral = (1.0, sizes.head_dim**-0.5, 1.0, 1.0)
+        if not self.multipliers and base.multipliers != neutral:
+            names = zip(base.multipliers._fields, base.multipliers, neutral, strict=True)
+            found = [f"{name} {value}" for name, value, none in names if value != none]
+            yield f"{config}: {', '.join(found)}: {self.title} has no multipliers"
+        rope = "default" if base.rope.scaling is None else base.rope.scaling["rope_type"]
+        if rope not in self.rope_types:
+            yield (
+                f"{config}: rope_type is {rope!r}; "
+                f"{self.title} has {', '.join(self.rope_types)} alone"
+            )
 
-    def expert_tensor_names(self, layer: int, expert: int) -> Iterator[tuple[str, str]]:
-        """The tensors of one expert, each with the dense model's role that it holds."""
-        prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-        for name, role in self.expert_names:
-            yield f"{prefix}.{name}.weight", role
+    def warnings(self, construction: Construction) -> list[str]:
+        """What fits the target and may yet surprise."""
+        return []
 
-    def tensors(self, construction: Construction) -> Iterator[OutputTensor]:
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        """The tensors that hold a layer's experts, in order."""
+        experts = range(num_experts)
+        prefix = f"model.layers.{layer}.{self.block}.experts"
+        if layout is Layout.PER_EXPERT:
+            return [
+                ExpertTensor(f"{prefix}.{expert}.{name}.weight", ((expert, role),))
+                for expert in experts
+                for name, role in self.expert_names
+            ]
+        return stacks(f"{prefix}.gate_up_proj", f"{prefix}.down_proj", experts)
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return f"model.layers.{layer}.{self.block}.gate.weight"
+
+    def tensors(
+        self, construction: Construction, layout: Layout | None = None
+    ) -> Iterator[OutputTensor]:
         """Every tensor of the output, in the order of the model."""
+        layout = layout or self.layouts[0]
         yield from construction.before_layers()
         for layer in range(construction.plan.num_layers):
             prefix = f"model.layers.{layer}"
-            for name, weight in construction.layer(layer):
+            for name, weight in self.attention(construction, layer):
                 yield OutputTensor(f"{prefix}.{name}", weight)
-            yield OutputTensor(f"{prefix}.block_sparse_moe.gate.weight", construction.router(layer))
-            for expert in range(construction.plan.num_experts):
-                for name, role in self.expert_tensor_names(layer, expert):
-                    yield OutputTensor(name, construction.expert(layer, expert, role))
+            yield OutputTensor(self.router_name(layer, layout), construction.router(layer))
+            for tensor in self.expert_tensors(layer, construction.plan.num_experts, layout):
+                weights = [construction.expert(layer, e, role) for e, role in tensor.parts]
+                yield OutputTensor(tensor.name, joined(weights, tensor, construction))
+            for name, weight in self.shared(construction, layer):
+                yield OutputTensor(f"{prefix}.{name}", weight)
         yield from construction.after_layers()
 
+    def attention(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        """Attention and norms of a layer, with their names inside the layer."""
+        yield from construction.layer(layer)
+
+    def shared(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        """What belongs to the shared experts of a layer, with its names inside the layer."""
+        yield from ()
+
     def config(self, construction: Construction) -> dict[str, Any]:
-        """The output's config.json, in the spellings of transformers 4 and 5."""
+        """The output's config.json, in the spellings of transformers 4 and 5.
+
+        Every key stands there whose default differs from reader to reader or from the source's.
+        """
         carried = (
             "hidden_act",
             "max_position_embeddings",
             "initializer_range",
             "rms_norm_eps",
             "attention_dropout",
-            "sliding_window",
             "tie_word_embeddings",
             "bos_token_id",
             "eos_token_id",
             "pad_token_id",
         )
-        base, config = construction.base, construction.config
-        sizes, rope = base.sizes, base.rope
+        base, sizes = construction.base, construction.base.sizes
+        theta, scaling = base.rope.theta, base.rope.scaling
         dtype = TORCH_DTYPES[construction.dtype]
         return {
             "architectures": [self.architecture],
@@ -91,24 +211,347 @@ class Mixtral:
             "num_hidden_layers": sizes.num_hidden_layers,
             "num_attention_heads": sizes.num_attention_heads,
             "num_key_value_heads": sizes.num_key_value_heads,
-            "head_dim": sizes.head_dim,
+            **({"head_dim": sizes.head_dim} if self.own_head_dim else {}),
             **{key: base.config[key] for key in carried},
-            "num_local_experts": config.num_experts,
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
+            **self.own_config(construction),
+            "num_experts_per_tok": construction.config.num_experts_per_tok,
             "output_router_logits": False,
-            "router_aux_loss_coef": 0.001,
-            "router_jitter_noise": 0.0,
-            "rope_theta": rope.theta,
-            "rope_scaling": None if rope.scaling is None else dict(rope.scaling),
-            "rope_parameters": {
-                **({"rope_type": "default"} if rope.scaling is None else rope.scaling),
-                "rope_theta": rope.theta,
-            },
+            "rope_theta": theta,
+            "rope_scaling": None if scaling is None else dict(scaling),
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
             "use_cache": True,
             "dtype": dtype,
             "torch_dtype": dtype,
         }
 
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        """The keys that this family alone has."""
+        raise NotImplementedError
 
-TARGETS = {target.name: target for target in (Mixtral(),)}
+
+def stacks(gate_up: str, down: str, experts: range) -> list[ExpertTensor]:
+    """Gate over up of every expert in one tensor, down of every expert in another."""
+    pairs = tuple((expert, role) for expert in experts for role in GATE_UP)
+    downs = tuple((expert, "down_proj") for expert in experts)
+    return [ExpertTensor(gate_up, pairs, stacked=True), ExpertTensor(down, downs, stacked=True)]
+
+
+def joined(weights: Sequence[Weight], tensor: ExpertTensor, construction: Construction) -> Weight:
+    rows, columns = weights[0].shape
+    if not tensor.stacked:
+        return Weight.stacked(weights, (rows * len(weights), columns))
+    experts = construction.plan.num_experts
+    return Weight.stacked(weights, (experts, rows * len(weights) // experts, columns))
+
+
+def num_experts(construction: Construction) -> dict[str, int]:
+    """The number of experts in both spellings, of which each reader looks for one."""
+    number = construction.plan.num_experts
+    return {"num_local_experts": number, "num_experts": number}
+
+
+class Mixtral(Target):
+    """Mixtral (Jiang et al. 2024)."""
+
+    name = "mixtral"
+    title = "Mixtral"
+    architecture = "MixtralForCausalLM"
+    expert_names = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        tensors = super().expert_tensors(layer, num_experts, layout)
+        return [t._replace(name=self.block_name(t.name, layout)) for t in tensors]
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return self.block_name(super().router_name(layer, layout), layout)
+
+    def block_name(self, name: str, layout: Layout) -> str:
+        """transformers 5 renamed the block when it fused the experts."""
+        return name if layout is Layout.FUSED else name.replace(".mlp.", ".block_sparse_moe.")
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        return {
+            **num_experts(construction),
+            "sliding_window": construction.base.windows[0],
+            "router_aux_loss_coef": 0.001,
+            "router_jitter_noise": 0.0,
+        }
+
+
+class Qwen(Target):
+    """What Qwen2-MoE and Qwen3-MoE share."""
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        sizes, window = construction.base.sizes, construction.base.windows[0]
+        return {
+            **num_experts(construction),
+            "moe_intermediate_size": sizes.intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.001,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": sizes.num_hidden_layers if window is None else 0,
+        }
+
+
+class Qwen3Moe(Qwen):
+    """Qwen3-MoE (Yang et al. 2025): norms on each head's queries and keys."""
+
+    name = "qwen3_moe"
+    title = "Qwen3-MoE"
+    architecture = "Qwen3MoeForCausalLM"
+    qk_norm = "head"
+    attention_biases = ((), QKVO)
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        biased = bool(construction.base.attention_biases)
+        return {**super().own_config(construction), "attention_bias": biased}
+
+
+class Qwen2Moe(Qwen):
+    """Qwen2-MoE (Yang et al. 2024): biases on queries, keys and values, one gated shared FFN.
+
+    A source without those biases gets zeros. Where no shared expert is asked for, the one that the
+    family must have adds nothing.
+    """
+
+    name = "qwen2_moe"
+    title = "Qwen2-MoE"
+    architecture = "Qwen2MoeForCausalLM"
+    attention_biases = ((), QKV)
+    own_head_dim = False
+    shared_experts = True
+    # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
+    silent_width = 256
+
+    def attention(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        for name, weight in construction.layer(layer):
+            yield name, weight
+            projection = name.removeprefix("self_attn.").removesuffix(".weight")
+            if projection in QKV and not construction.base.attention_biases:
+                bias = Weight.zeros(weight.dtype, weight.shape[:1])
+                yield f"self_attn.{projection}.bias", bias
+
+    def shared(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        for role in FFN:
+            if construction.shared_experts:
+                weight = construction.shared(layer, role)
+            else:
+                weight = construction.silent(layer, self.shared_width(construction), role)
+            yield f"mlp.shared_expert.{role}.weight", weight
+        yield "mlp.shared_expert_gate.weight", construction.shared_gate(layer)
+
+    def shared_width(self, construction: Construction) -> int:
+        width = construction.base.sizes.intermediate_size
+        return len(construction.shared_experts) * width or min(self.silent_width, width)
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        windows = construction.base.windows
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        return {
+            **super().own_config(construction),
+            "shared_expert_intermediate_size": self.shared_width(construction),
+            "qkv_bias": True,
+            "layer_types": kinds,
+        }
+
+
+class GraniteMoe(Target):
+    """GraniteMoE: experts fused on disk, multipliers on embedding, attention, residual, logits."""
+
+    name = "granitemoe"
+    title = "GraniteMoE"
+    architecture = "GraniteMoeForCausalLM"
+    layouts = (Layout.FUSED,)
+    attention_biases = ((), QKVO)
+    own_head_dim = False
+    sliding_window = False
+    multipliers = True
+    block = "block_sparse_moe"
+
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        prefix = f"model.layers.{layer}.{self.block}"
+        names = (f"{prefix}.input_linear.weight", f"{prefix}.output_linear.weight")
+        return stacks(*names, range(num_experts))
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return f"model.layers.{layer}.{self.block}.router.layer.weight"
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        return {
+            **num_experts(construction),
+            "attention_bias": bool(construction.base.attention_biases),
+            **construction.base.multipliers._asdict(),
+            "router_aux_loss_coef": 0.001,
+        }
+
+
+class GraniteMoeShared(GraniteMoe):
+    """GraniteMoE with shared experts, whose outputs are added to the routed ones'."""
+
+    name = "granitemoeshared"
+    title = "GraniteMoE Shared"
+    architecture = "GraniteMoeSharedForCausalLM"
+    shared_experts = True
+
+    def shared(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        if construction.shared_experts:
+            gate, up = (construction.shared(layer, role) for role in GATE_UP)
+            width, hidden = gate.shape
+            yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
+            yield "shared_mlp.output_linear.weight", construction.shared(layer, "down_proj")
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        width = len(construction.shared_experts) * construction.base.sizes.intermediate_size
+        return {**super().own_config(construction), "shared_intermediate_size": width}
+
+
+class FlexOlmo(Target):
+    """FlexOlmo (Shi et al. 2025): OLMo2 with experts in place of each FFN."""
+
+    name = "flex_olmo"
+    title = "FlexOlmo"
+    architecture = "FlexOlmoForCausalLM"
+    norms = NORMS_AFTER
+    qk_norm = "width"
+    attention_biases = ((), QKVO)
+    sliding_window = False
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        return {
+            **num_experts(construction),
+            "attention_bias": bool(construction.base.attention_biases),
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.01,
+        }
+
+
+class DeepSeek(Target):
+    """DeepSeek-MoE, the first version (Dai et al. 2024): shared experts added to the routed ones.
+
+    transformers reads it with the code that DeepSeek keeps on the Hub.
+    """
+
+    name = "deepseek"
+    title = "DeepSeek-MoE"
+    architecture = "DeepseekForCausalLM"
+    layouts = (Layout.PER_EXPERT,)
+    own_head_dim = False
+    sliding_window = False
+    rope_types = ("default", "linear", "dynamic")
+    shared_experts = True
+
+    def warnings(self, construction: Construction) -> list[str]:
+        if construction.config.num_experts_per_tok > 1:
+            return []
+        return [
+            "num_experts_per_tok 1: DeepSeek-MoE leaves the weight of a single expert as it is, so "
+            "that each FFN's output shrinks to that share until training makes up for it"
+        ]
+
+    def shared(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
+        hidden = construction.base.sizes.hidden_size
+        for role in FFN:
+            if construction.shared_experts:
+                weight = construction.shared(layer, role)
+            else:  # An FFN of width 0: DeepSeek's code makes one where n_shared_experts is 0.
+                shape = (hidden, 0) if role == "down_proj" else (0, hidden)
+                weight = Weight.zeros(construction.dtype, shape)
+            yield f"mlp.shared_experts.{role}.weight", weight
+
+    def config(self, construction: Construction) -> dict[str, Any]:
+        config = super().config(construction)
+        if config["rope_scaling"] is not None:  # Its code takes exactly these two keys.
+            scaling = config["rope_scaling"]
+            config["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}
+        return config
+
+    def own_config(self, construction: Construction) -> dict[str, Any]:
+        code = "deepseek-ai/deepseek-moe-16b-base"
+        return {
+            "n_routed_experts": construction.plan.num_experts,
+            "n_shared_experts": len(construction.shared_experts),
+            "moe_intermediate_size": construction.base.sizes.intermediate_size,
+            "first_k_dense_replace": 0,
+            "moe_layer_freq": 1,
+            "scoring_func": "softmax",
+            "norm_topk_prob": True,
+            "aux_loss_alpha": 0.001,
+            "seq_aux": True,
+            "attention_bias": False,
+            "pretraining_tp": 1,
+            "auto_map": {
+                "AutoConfig": f"{code}--configuration_deepseek.DeepseekConfig",
+                "AutoModel": f"{code}--modeling_deepseek.DeepseekModel",
+                "AutoModelForCausalLM": f"{code}--modeling_deepseek.DeepseekForCausalLM",
+            },
+        }
+
+
+# In the order in which "auto" tries them: the more readers, the earlier.
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Mixtral(),
+        Qwen3Moe(),
+        Qwen2Moe(),
+        GraniteMoe(),
+        FlexOlmo(),
+        GraniteMoeShared(),
+        DeepSeek(),
+    )
+}
+# What people ask for and no dense family becomes.
+IMPOSSIBLE = {
+    "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
+    "before attention and FFN; no dense family has both",
+    "deepseek_v2": "its attention is latent (MLA), which no dense source has",
+    "deepseek_v3": "its attention is latent (MLA), which no dense source has",
+    "phimoe": "its norms are LayerNorm, with a mean and a bias, which no dense source here has",
+}
+
+
+def as_target_name(name: Any) -> str:
+    """The argument `target`: "auto" or the name of a target, hyphens and case aside.
+
+    Raises
+    ------
+    TypeError, CheckpointError
+        A target that is no string, is unknown, or cannot be made from any dense model.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"target must be the name of a target, got {name!r}")
+    plain = {key.replace("_", ""): key for key in ("auto", *TARGETS, *IMPOSSIBLE)}
+    plain["deepseekmoe"] = DeepSeek.name
+    key = plain.get(name.lower().replace("-", "").replace("_", ""))
+    if key in IMPOSSIBLE:
+        raise CheckpointError(f"target {name!r}: {IMPOSSIBLE[key]}")
+    if key is None:
+        raise CheckpointError(f"target {name!r} is not known; known are auto, {', '.join(TARGETS)}")
+    return key
+
+
+def choose(
+    name: str, construction: Construction, layout: Layout | None
+) -> tuple[Target, dict[str, tuple[str, ...]]]:
+    """The target of that name, or the first that fits; and why each other one does not.
+
+    Raises
+    ------
+    CheckpointError
+        With every reason why the target, or each of all, does not fit.
+    """
+    wanted = TARGETS.values() if name == "auto" else [TARGETS[as_target_name(name)]]
+    problems = {target.name: tuple(target.problems(construction, layout)) for target in wanted}
+    fitting = [target for target in wanted if not problems[target.name]]
+    if fitting:
+        return fitting[0], {name: reasons for name, reasons in problems.items() if reasons}
+    raise CheckpointError(
+        *(
+            reason if len(problems) == 1 else f"{target}: {reason}"
+            for target, reasons in problems.items()
+            for reason in reasons
+        )
+    )
