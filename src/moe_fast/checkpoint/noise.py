@@ -79,7 +79,7 @@ class RandomRouter:
         else:
             scale = 1.0 / math.sqrt(self.hidden_dim)
             kernels.compiled.fill_float32(
-                values, 0, values.size, values.size, self.stream, 0, 0, 1, True, 0.0, scale
+                values, 0, values.size, values.size, self.stream, 0, 0, 1, True, 0.0, scale, False
             )
         yield values.astype(as_dtype(DTYPES[self.dtype])).view(np.uint8).data
 
