@@ -43,7 +43,7 @@ test: build
 lint: $(VENV)/ready
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(VENV)/bin/cython-lint src
+	PATH=$(abspath $(VENV))/bin:$$PATH cython-lint src
 
 types: build
 	$(RUN) -m mypy

@@ -55,19 +55,27 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
-DEFINITIONS = sorted(map(str, Path("src/moe_fast/kernels").glob("*.pxi")))
+KERNELS = Path("src/moe_fast/kernels")
+DEFINITIONS = sorted(map(str, KERNELS.glob("*.pxi")))
+# What Cython adds to every module that takes buffers, compiled once instead of once a level.
+SHARED = "moe_fast.kernels._shared"
 
 
 def extension(name):
-    path = f"src/{name.replace('.', '/')}.pyx"
-    return Extension(name, [path], depends=DEFINITIONS)
+    return Extension(
+        f"moe_fast.kernels.{name}", [str(KERNELS / f"{name}.pyx")], depends=DEFINITIONS
+    )
 
 
 levels = ["_baseline", "_x86_64_v3", "_x86_64_v4"] if ON_X86_64 else ["_baseline"]
 
 setup(
     ext_modules=cythonize(
-        [extension(f"moe_fast.kernels.{name}") for name in ["_processor", *levels]],
+        [
+            Extension(SHARED, [str(KERNELS / "_shared.c")]),
+            *(extension(name) for name in ["_processor", *levels]),
+        ],
+        shared_utility_qualified_name=SHARED,
         compiler_directives={
             "language_level": 3,
             "boundscheck": DEBUG,
