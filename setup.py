@@ -76,6 +76,7 @@ setup(
             *(extension(name) for name in ["_processor", *levels]),
         ],
         shared_utility_qualified_name=SHARED,
+        module_name=SHARED,  # of the shared module alone; without it, it takes the name "_shared"
         compiler_directives={
             "language_level": 3,
             "boundscheck": DEBUG,

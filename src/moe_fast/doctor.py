@@ -21,6 +21,7 @@ PURPOSES = {
     "checkpoint": "bfloat16 weights, and the demo's models",
     "cli": "the command moe-fast",
     "plot": "pictures of plans, loads and routers",
+    "recipes": "recipe files, and tokenizers of several models",
 }
 REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<minimum>[\w.]+))?[^;]*"
