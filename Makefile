@@ -7,13 +7,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi')
 
-.PHONY: help build demo test lint types format bench sanitize dist clean
+.PHONY: help build demo test lint types format docs bench sanitize dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
 	@echo 'make test      run the tests'
 	@echo 'make build     (re)compile the kernels in place, in $(VENV)'
 	@echo 'make lint      ruff and cython-lint;  make types: mypy;  make format: ruff format'
+	@echo 'make docs      the documentation as a website, into site/'
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make dist      sdist, and from it a wheel, into dist/'
@@ -52,6 +53,10 @@ format: $(VENV)/ready
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # BENCH='--reference moe_construction.rs float64' adds the reference and chooses rows.
 bench: build
 	$(RUN) -m benchmarks $(BENCH)
@@ -64,6 +69,6 @@ dist: $(VENV)/ready
 	$(RUN) -m build
 
 clean:
-	rm -rf $(VENV) build demo dist src/*.egg-info benchmarks/reference_library/target .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo dist site src/*.egg-info benchmarks/reference_library/target .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src \( -name '*.c' -o -name '*.so' -o -name '*.pyd' \) -delete
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
