@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ PERIOD = 2**64
 VALUES_PER_THREAD = 2**17
 # Above this a result would not stay in the caches: the size of a large last-level one.
 STREAMED_BYTES = 2**25
+ALIGNMENT = 64
 # First state, spread of the draws, and whether they surround 1 / num_experts or 0.
 DRAWS = {
     RouterInit.RANDOM: (0x5DEECE66D1A4F681, 1.0, False),
@@ -94,15 +94,10 @@ def compute_gate_weights(
     >>> bool((shard == weights[1024:2048]).all())
     True
     """
-    hidden_dim, num_experts, layer = as_sizes(hidden_dim, num_experts, layer)
-    start, stop = as_rows(rows, num_experts if transpose else hidden_dim)
-    shape = (stop - start, hidden_dim if transpose else num_experts)
-    out = as_output(out, shape, dtype)
-    fill(
-        out, hidden_dim, num_experts, as_member(init, RouterInit, "init"), layer, start,
-        as_threads(threads), full_range, remove_base, transpose,
+    return draw_routers(
+        (), hidden_dim, num_experts, init, dtype, layer, rows, out, threads, full_range,
+        remove_base, transpose,
     )  # fmt: skip
-    return out
 
 
 def compute_router_weights(
@@ -134,73 +129,69 @@ def compute_router_weights(
     >>> bool((routers[31] == last).all())
     True
     """
-    num_layers = as_index(num_layers, "num_layers")
-    hidden_dim, num_experts, layer = as_sizes(hidden_dim, num_experts, layer)
-    init = as_member(init, RouterInit, "init")
-    start, stop = as_rows(rows, num_experts if transpose else hidden_dim)
-    shape = (num_layers, stop - start, hidden_dim if transpose else num_experts)
-    out = as_output(out, shape, dtype)
-    threads = as_threads(threads)
-    options = (threads, full_range, remove_base, transpose)
-    if rows is None and not transpose:
-        # Whole layers follow one another in the stream: one tall matrix.
-        tall = out.reshape(num_layers * hidden_dim, num_experts)
-        fill(tall, hidden_dim, num_experts, init, layer, 0, *options)
-    else:
-        for i in range(num_layers):
-            fill(out[i], hidden_dim, num_experts, init, layer + i, start, *options)
-    return out
+    layers = (as_index(num_layers, "num_layers"),)
+    return draw_routers(
+        layers, hidden_dim, num_experts, init, dtype, layer, rows, out, threads, full_range,
+        remove_base, transpose,
+    )  # fmt: skip
 
 
-def fill(
-    out: npt.NDArray[Any],
+def draw_routers(
+    layers: tuple[int, ...],
     hidden_dim: int,
     num_experts: int,
-    init: RouterInit,
+    init: RouterInit | str,
+    dtype: npt.DTypeLike | None,
     layer: int,
-    start: int,
-    threads: int,
+    rows: tuple[int, int] | None,
+    out: npt.NDArray[Any] | None,
+    threads: int | None,
     full_range: bool,
     remove_base: bool,
     transpose: bool,
-) -> None:
-    """Write the rows of `layer` from `start` on into `out`."""
+) -> npt.NDArray[Any]:
+    """Router weights of shape `layers` followed by one layer's; from `layer` on."""
+    hidden_dim = as_index(hidden_dim, "hidden_dim", maximum=LARGEST_INDEX)
+    num_experts = as_index(num_experts, "num_experts", maximum=LARGEST_INDEX)
+    layer = as_index(layer, "layer")
+    threads = as_threads(threads)
+    seed, spread, has_base = DRAWS[as_member(init, RouterInit, "init")]
+    size, row_length = (num_experts, hidden_dim) if transpose else (hidden_dim, num_experts)
+    start, stop = as_rows(rows, size)
+    out = as_output(out, (*layers, stop - start, row_length), dtype)
     if out.size == 0:
-        return
-    seed, spread, has_base = DRAWS[init]
+        return out
+
+    # Draws from one layer, row and column to the next, and to the first of all.
+    to_layer = hidden_dim * num_experts
+    to_row, to_column = (1, num_experts) if transpose else (num_experts, 1)
+    first = layer * to_layer + start * to_row
+    num_rows = stop - start
+    if not transpose:  # Rows follow one another in the stream: they are one long row.
+        num_rows, row_length = 1, num_rows * row_length
+    if row_length == to_layer:  # And so do layers.
+        row_length = out.size
     base = 1.0 / num_experts if has_base and not remove_base else 0.0
     scale = spread / math.sqrt(hidden_dim)
-    first = layer * hidden_dim * num_experts
-    if transpose:  # Row by row a stretch of the stream in equal steps, or one such row in all.
-        first, row_length, row_step, step = first + start, hidden_dim, 1, num_experts
-    else:
-        first, row_length, row_step, step = first + start * num_experts, out.size, 0, 1
+    draws = (
+        num_rows, row_length, seed, first % PERIOD, to_layer % PERIOD, to_row % PERIOD, to_column,
+        full_range, base, scale, out.nbytes > STREAMED_BYTES,
+    )  # fmt: skip
+
     flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
     kernel = getattr(kernels.compiled, kernel_name(out.dtype))
-    stream = out.nbytes > STREAMED_BYTES
-    draws = (
-        row_length, seed, first % PERIOD, row_step, step, full_range, base, scale, stream,
-    )  # fmt: skip
-    if not scale:
+    if not spread:
         kernel(flat, 0, 1, *draws)
         flat.fill(flat[0])
     elif threads == 1:
         kernel(flat, 0, flat.size, *draws)
     else:
-        share(partial(drawn, kernel, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
+        share(partial(draw_range, kernel, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
+    return out
 
 
-def drawn(kernel: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
+def draw_range(kernel: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
     kernel(flat, begin, end, *draws)
-
-
-def as_sizes(hidden_dim: Any, num_experts: Any, layer: Any) -> tuple[int, int, int]:
-    hidden_dim = as_index(hidden_dim, "hidden_dim")
-    num_experts = as_index(num_experts, "num_experts")
-    if hidden_dim > LARGEST_INDEX or num_experts > LARGEST_INDEX:
-        name = "hidden_dim" if hidden_dim > LARGEST_INDEX else "num_experts"
-        raise MoeConfigError(f"{name} must be at most {LARGEST_INDEX}")
-    return hidden_dim, num_experts, as_index(layer, "layer")
 
 
 def as_rows(rows: Any, size: int) -> tuple[int, int]:
@@ -219,7 +210,7 @@ def as_rows(rows: Any, size: int) -> tuple[int, int]:
     return start, stop
 
 
-@functools.cache
+@cache
 def kernel_name(dtype: np.dtype[Any]) -> str:
     """The kernel that writes `dtype`; empty where there is none."""
     return f"fill_{dtype.name}" if dtype.name in DTYPES and dtype.isnative else ""
@@ -249,11 +240,7 @@ def as_output(
 ) -> npt.NDArray[Any]:
     """The argument `out`, checked, or a new array."""
     if out is None:
-        wanted = as_dtype(dtype)
-        try:
-            return np.empty(shape, wanted)
-        except (MemoryError, ValueError):
-            raise MemoryError(f"no memory for weights of shape {shape} and {wanted}") from None
+        return aligned(shape, as_dtype(dtype))
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
     wanted = as_dtype(out.dtype if dtype is None else dtype)
@@ -264,3 +251,14 @@ def as_output(
     if not out.flags.carray:
         raise MoeConfigError("out must be C-contiguous, aligned, writable")
     return out
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A new array whose address JAX takes without a copy: a multiple of `ALIGNMENT`."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+        begin = -memory.__array_interface__["data"][0] % ALIGNMENT
+        return memory[begin : begin + size].view(dtype).reshape(shape)
+    except (MemoryError, OverflowError, ValueError):
+        raise MemoryError(f"no memory for weights of shape {shape} and {dtype}") from None

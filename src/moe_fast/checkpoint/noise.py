@@ -79,8 +79,10 @@ class RandomRouter:
         else:
             scale = 1.0 / math.sqrt(self.hidden_dim)
             kernels.compiled.fill_float32(
-                values, 0, values.size, values.size, self.stream, 0, 0, 1, True, 0.0, scale, False
-            )
+                values, begin=0, end=values.size, num_rows=1, row_length=values.size,
+                seed=self.stream, first=0, to_layer=0, to_row=0, to_column=1, full_range=True,
+                base=0.0, scale=scale, stream=False,
+            )  # fmt: skip
         yield values.astype(as_dtype(DTYPES[self.dtype])).view(np.uint8).data
 
 

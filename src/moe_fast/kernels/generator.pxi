@@ -222,18 +222,21 @@ cdef extern from *:
             put_part(out, size, states, stretch, format);
     }
 
+    /* A row begins at draw first + layer * to_layer + row * to_row. */
     INLINE void fill(
-        void *out, size_t begin, size_t end, size_t row_length, uint64_t seed, uint64_t first,
-        uint64_t row_step, uint64_t column_step, int full_range, double base, double scale,
-        int format, int stream
+        void *out, size_t begin, size_t end, size_t num_rows, size_t row_length, uint64_t seed,
+        uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column, int full_range,
+        double base, double scale, int format, int stream
     ) {
         const size_t itemsize = format == AS_FLOAT64 ? 8 : format == AS_FLOAT32 ? 4 : 2;
-        const Jump to_row = jump_of(row_step);
-        size_t row = begin / row_length, column = begin % row_length;
-        uint64_t origin = jumped(seed, jump_of(first + row * row_step + 1));
-        uint64_t state = jumped(origin, jump_of(column * column_step));
+        const Jump row_jump = jump_of(to_row);
+        size_t layer = begin / row_length / num_rows;
+        size_t row = begin / row_length % num_rows;
+        size_t column = begin % row_length;
+        uint64_t origin = jumped(seed, jump_of(first + layer * to_layer + row * to_row + 1));
+        uint64_t state = jumped(origin, jump_of(column * to_column));
         Stretch stretch;
-        set_stretch(&stretch, jump_of(column_step), format, full_range, base, scale);
+        set_stretch(&stretch, jump_of(to_column), format, full_range, base, scale);
         while (begin < end) {
             size_t size = row_length - column < end - begin ? row_length - column : end - begin;
             char *target = (char *)out + begin * itemsize;
@@ -243,7 +246,13 @@ cdef extern from *:
                 fill_row(target, size, state, &stretch, format, 0);
             begin += size;
             column = 0;
-            origin = state = jumped(origin, to_row);
+            if (++row < num_rows)
+                origin = jumped(origin, row_jump);
+            else {
+                row = 0;
+                origin = jumped(seed, jump_of(first + ++layer * to_layer + 1));
+            }
+            state = origin;
         }
         if (format == AS_FLOAT64 && stream)
             STREAMED();
@@ -251,65 +260,65 @@ cdef extern from *:
     """
     enum: AS_FLOAT64, AS_FLOAT32, AS_FLOAT16, AS_BFLOAT16
     void fill(
-        void *out, size_t begin, size_t end, size_t row_length, uint64_t seed, uint64_t first,
-        uint64_t row_step, uint64_t column_step, bint full_range, double base, double scale,
-        int format, bint stream,
+        void *out, size_t begin, size_t end, size_t num_rows, size_t row_length, uint64_t seed,
+        uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column, bint full_range,
+        double base, double scale, int format, bint stream,
     ) noexcept nogil
 
 
 def fill_float64(
-    double[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
-    uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale, bint stream,
+    double[::1] out not None, size_t begin, size_t end, size_t num_rows, size_t row_length,
+    uint64_t seed, uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column,
+    bint full_range, double base, double scale, bint stream,
 ):
-    """Write `out[begin:end]` of a matrix with rows of `row_length`, each value rounded once.
+    """Write `out[begin:end]` of layers of `num_rows` rows of `row_length`, each value rounded once.
 
-    The value in row `i`, column `j` is `base + (f * 2 - 1) * scale` with `f` the top 31 bits (32
-    with `full_range`), over 2^32 - 1, of the generator's state. That started from `seed` and made
-    `first + i * row_step + j * column_step` draws before this one. `stream` writes around the
-    caches.
+    The value in layer `l`, row `i`, column `j` is `base + (f * 2 - 1) * scale`, `f` the top 31 bits
+    (32 with `full_range`), over 2^32 - 1, of the generator's state. That started from `seed` and
+    made `first + l * to_layer + i * to_row + j * to_column` draws before this one. `stream` writes
+    around the caches.
     """
     with nogil:
         fill(
-            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale, AS_FLOAT64, stream,
+            &out[0], begin, end, num_rows, row_length, seed, first, to_layer, to_row, to_column,
+            full_range, base, scale, AS_FLOAT64, stream,
         )
 
 
 def fill_float32(
-    float[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
-    uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale, bint stream,
+    float[::1] out not None, size_t begin, size_t end, size_t num_rows, size_t row_length,
+    uint64_t seed, uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column,
+    bint full_range, double base, double scale, bint stream,
 ):
     """As `fill_float64`."""
     with nogil:
         fill(
-            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale, AS_FLOAT32, stream,
+            &out[0], begin, end, num_rows, row_length, seed, first, to_layer, to_row, to_column,
+            full_range, base, scale, AS_FLOAT32, stream,
         )
 
 
 def fill_float16(
-    uint16_t[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
-    uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale, bint stream,
+    uint16_t[::1] out not None, size_t begin, size_t end, size_t num_rows, size_t row_length,
+    uint64_t seed, uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column,
+    bint full_range, double base, double scale, bint stream,
 ):
     """As `fill_float64`, as the bits of float16."""
     with nogil:
         fill(
-            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale, AS_FLOAT16, stream,
+            &out[0], begin, end, num_rows, row_length, seed, first, to_layer, to_row, to_column,
+            full_range, base, scale, AS_FLOAT16, stream,
         )
 
 
 def fill_bfloat16(
-    uint16_t[::1] out not None, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row_length,
-    uint64_t seed, uint64_t first, uint64_t row_step, uint64_t column_step, bint full_range,
-    double base, double scale, bint stream,
+    uint16_t[::1] out not None, size_t begin, size_t end, size_t num_rows, size_t row_length,
+    uint64_t seed, uint64_t first, uint64_t to_layer, uint64_t to_row, uint64_t to_column,
+    bint full_range, double base, double scale, bint stream,
 ):
     """As `fill_float64`, as the bits of bfloat16."""
     with nogil:
         fill(
-            &out[0], begin, end, row_length, seed, first, row_step, column_step, full_range,
-            base, scale, AS_BFLOAT16, stream,
+            &out[0], begin, end, num_rows, row_length, seed, first, to_layer, to_row, to_column,
+            full_range, base, scale, AS_BFLOAT16, stream,
         )
