@@ -1,14 +1,17 @@
 """What `show_config` says, how a SIMD level is chosen, and that none is missing from a build."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_fast import kernels, show_config
+from moe_fast.kernels._processor import supports
 from moe_fast.kernels.level import LEVELS, levels_available, levels_built, load
 
 PLATFORM = sysconfig.get_platform()
@@ -28,6 +31,16 @@ def python(code, **environment):
 
 def test_no_level_is_missing():
     assert levels_built() == (LEVELS if ON_X86_64 else ("baseline",))
+
+
+@pytest.mark.skipif(
+    not (ON_X86_64 and Path("/proc/cpuinfo").exists()), reason="needs Linux's list of features"
+)
+def test_the_processor_is_asked_what_the_system_knows():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    v3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"} <= flags
+    v4 = v3 and {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags
+    assert (supports("x86-64-v3"), supports("x86-64-v4")) == (v3, v4)
 
 
 @pytest.mark.parametrize("level", levels_available())
