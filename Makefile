@@ -28,10 +28,8 @@ $(VENV)/ready: pyproject.toml
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[all]'
 	touch $@
 
-# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed. Cython sees
-# that, but not that setup.py asks for something else.
+# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed.
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(if $(filter setup.py,$?),rm -f src/moe_fast/kernels/*.c)
 	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@
 

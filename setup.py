@@ -79,7 +79,6 @@ setup(
         module_name=SHARED,  # of the shared module alone; without it, it takes the name "_shared"
         compiler_directives={
             "language_level": 3,
-            "autotestdict": False,
             "boundscheck": DEBUG,
             "wraparound": False,
             "initializedcheck": DEBUG,
