@@ -28,8 +28,10 @@ $(VENV)/ready: pyproject.toml
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[all]'
 	touch $@
 
-# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed.
+# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed. Cython sees
+# that, but not that setup.py asks for something else.
 $(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(if $(filter setup.py,$?),rm -f src/moe_fast/kernels/*.c)
 	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@
 

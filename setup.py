@@ -79,6 +79,7 @@ setup(
         module_name=SHARED,  # of the shared module alone; without it, it takes the name "_shared"
         compiler_directives={
             "language_level": 3,
+            "autotestdict": False,
             "boundscheck": DEBUG,
             "wraparound": False,
             "initializedcheck": DEBUG,

@@ -1,0 +1,182 @@
+"""The kernels as mypy sees them, the same at every SIMD level."""
+
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result", covariant=True)
+
+_Bytes = npt.NDArray[np.uint8]
+_Index32 = npt.NDArray[np.int32]
+_Index64 = npt.NDArray[np.int64]
+_Half = npt.NDArray[np.uint16]  # the bits of a float16 or a bfloat16
+_Float32 = npt.NDArray[np.float32]
+_Float64 = npt.NDArray[np.float64]
+_Real = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
+class _Fused(Generic[_Arguments, _Result]):
+    """A kernel of several dtypes: `kernel["float"]` is that of one."""
+
+    def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result: ...
+    def __getitem__(self, dtype: str, /) -> Callable[_Arguments, _Result]: ...
+
+def _fused(kernel: Callable[_Arguments, _Result]) -> _Fused[_Arguments, _Result]: ...
+
+# counting.pxi
+def count(values: _Index64, tables: npt.NDArray[np.uint64]) -> int: ...
+def coefficient_of_variation(counts: npt.NDArray[np.uint64]) -> float: ...
+
+# generator.pxi
+def fill_float64(
+    out: _Float64,
+    begin: int,
+    end: int,
+    num_rows: int,
+    row_length: int,
+    seed: int,
+    first: int,
+    to_layer: int,
+    to_row: int,
+    to_column: int,
+    full_range: bool,
+    base: float,
+    scale: float,
+    stream: bool,
+) -> None: ...
+def fill_float32(
+    out: _Float32,
+    begin: int,
+    end: int,
+    num_rows: int,
+    row_length: int,
+    seed: int,
+    first: int,
+    to_layer: int,
+    to_row: int,
+    to_column: int,
+    full_range: bool,
+    base: float,
+    scale: float,
+    stream: bool,
+) -> None: ...
+def fill_float16(
+    out: _Half,
+    begin: int,
+    end: int,
+    num_rows: int,
+    row_length: int,
+    seed: int,
+    first: int,
+    to_layer: int,
+    to_row: int,
+    to_column: int,
+    full_range: bool,
+    base: float,
+    scale: float,
+    stream: bool,
+) -> None: ...
+def fill_bfloat16(
+    out: _Half,
+    begin: int,
+    end: int,
+    num_rows: int,
+    row_length: int,
+    seed: int,
+    first: int,
+    to_layer: int,
+    to_row: int,
+    to_column: int,
+    full_range: bool,
+    base: float,
+    scale: float,
+    stream: bool,
+) -> None: ...
+
+# normal.pxi
+def fill_normal(
+    out: _Float32, begin: int, end: int, seed: int, first: int, scale: float
+) -> None: ...
+
+# The first row that holds a NaN, or -1, is what those return that read logits.
+# routing_tokens.pxi
+@_fused
+def route_tokens(
+    logits: _Bytes,
+    encoding: int,
+    bias: _Real,
+    is_sigmoid: bool,
+    norm_topk_prob: bool,
+    by_score: bool,
+    n_group: int,
+    topk_group: int,
+    experts_per_group_score: int,
+    routed_scaling_factor: float,
+    expert_indices: _Index32,
+    weights: _Real,
+    tokens_per_expert: _Index64,
+    start: int,
+    stop: int,
+) -> int: ...
+
+# routing_order.pxi
+def sort_by_expert(
+    expert_indices: _Index32, offsets: _Index64, permutation: _Index32, inverse: _Index32
+) -> None: ...
+@_fused
+def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> None: ...
+@_fused
+def drop_improbable(
+    expert_indices: _Index32,
+    weights: _Real,
+    capacity: int,
+    offsets: _Index64,
+    permutation: _Index32,
+    work: _Real,
+) -> None: ...
+
+# routing_experts.pxi
+@_fused
+def softmax_sums(
+    logits: _Bytes,
+    encoding: int,
+    num_experts: int,
+    largest: _Real,
+    total: _Real,
+    row: _Real,
+    start: int,
+    stop: int,
+) -> int: ...
+@_fused
+def choose_tokens(
+    logits: _Bytes,
+    encoding: int,
+    is_sigmoid: bool,
+    largest: _Real,
+    total: _Real,
+    token_indices: _Index32,
+    weights: _Real,
+    scores: _Real,
+    start: int,
+    stop: int,
+) -> None: ...
+
+# routing_statistics.pxi
+@_fused
+def add_statistics(
+    logits: _Bytes,
+    encoding: int,
+    num_experts: int,
+    is_sigmoid: bool,
+    work: _Real,
+    probability: _Float64,
+    totals: _Float64,
+    start: int,
+    stop: int,
+) -> int: ...
+@_fused
+def add_weights(
+    expert_indices: _Index32, weights: _Real, scale: float, importance: _Float64
+) -> None: ...
