@@ -6,9 +6,13 @@ import json
 import pickle
 from pathlib import Path
 
+import pytest
+
+for extra in ("ml_dtypes", "safetensors"):
+    pytest.importorskip(extra)
+
 import ml_dtypes
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+for extra in ("ml_dtypes", "safetensors", "typer"):
+    pytest.importorskip(extra)
+
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model

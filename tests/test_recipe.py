@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+for extra in ("ml_dtypes", "safetensors", "typer", "yaml"):
+    pytest.importorskip(extra)
+
+import numpy as np
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -25,8 +29,6 @@ from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.noise import noise_stream
 from moe_fast.demo import make_dense_model
 from moe_fast.kernels import reference
-
-pytest.importorskip("yaml")
 
 
 @pytest.fixture(autouse=True)
