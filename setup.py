@@ -7,6 +7,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 platform = sysconfig.get_platform()
 ON_X86_64 = platform.endswith(("x86_64", "amd64")) and not platform.startswith("macosx")
@@ -25,6 +26,13 @@ LEVEL_FLAGS = {
         "_x86_64_v4": ["/arch:AVX512"],
     },
 }
+ADVICE = """moe_fast has a compiled part. Where there is no wheel for your Python and platform,
+installing it takes a C compiler and Python's headers:
+    Debian, Ubuntu   apt install build-essential python3-dev
+    Fedora           dnf install gcc python3-devel
+    macOS            xcode-select --install
+    Windows          the "Desktop development with C++" of the Visual Studio Build Tools
+To be told whether there is a wheel: pip install --only-binary moe-fast moe-fast"""
 
 
 class BuildKernels(build_ext):
@@ -52,7 +60,10 @@ class BuildKernels(build_ext):
                     extension.extra_compile_args.append("-g0")
                 level_flags = LEVEL_FLAGS["unix"]
             extension.extra_compile_args += level_flags.get(level, [])
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except (CCompilerError, ExecError, PlatformError) as error:
+            raise SystemExit(f"error: {error}\n\n{ADVICE}") from None
 
 
 KERNELS = Path("src/moe_fast/kernels")

@@ -8,6 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
+if tuple(map(int, numpy.__version__.split(".")[:2])) < (1, 26):
+    raise ImportError(
+        f"moe_fast needs NumPy 1.26 or later, this is {numpy.__version__}: "
+        "pip install --upgrade numpy"
+    )
+
 from moe_fast.config import GateMode, MoeConfig, RouterInit, RoutingMethod
 from moe_fast.errors import (
     CheckpointError,

@@ -49,7 +49,10 @@ def commands() -> None:
 def build(
     context: typer.Context,
     models: Annotated[
-        list[Path], typer.Argument(help="Folders of dense models, or one recipe (.yml or .yaml).")
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...", help="Folders of dense models, or one recipe (.yml or .yaml)."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
@@ -150,7 +153,9 @@ def check(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A folder with any model, MoE or dense.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
+    ],
     copies: Annotated[
         bool,
         typer.Option(help="Find experts that are copies of each other; reads them where alike."),

@@ -28,7 +28,15 @@ def make_dense_model(
     ModuleNotFoundError
         Without safetensors: `pip install "moe-fast[checkpoint]"`.
     """
-    from safetensors.numpy import save_file
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            "the demo's models need safetensors: pip install 'moe-fast[checkpoint]'",
+            name="safetensors",
+        ) from None
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

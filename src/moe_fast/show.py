@@ -53,10 +53,10 @@ def show_build(report: BuildReport) -> None:
             "seconds": f"{report.seconds:.2f}",
         }
     )
-    for target, reasons in report.rejected_targets.items():
-        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        say(f"not {target}: {reasons[0]}{more}")
     if report.dry_run:
+        for target, reasons in report.rejected_targets.items():
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            say(f"not {target}: {reasons[0]}{more}")
         show_layout(report)
         say("\ndry run: nothing is written")
     for warning in report.warnings:

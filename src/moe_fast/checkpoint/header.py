@@ -228,6 +228,31 @@ def read_json(path: Path, limit: int = 10_000_000) -> Any:
     return parse_json(text, path)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder.
+
+    Raises
+    ------
+    CheckpointError
+        For what is no model folder, saying what it might be instead.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder with a model")
+    path = folder / "config.json"
+    if not path.exists():
+        advice = ""
+        if gguf := sorted(file.name for file in folder.glob("*.gguf")):
+            advice = (
+                f"; it holds {gguf[0]}, and GGUF is not read: load it with transformers "
+                f"(from_pretrained with gguf_file={gguf[0]!r}) and save it with save_pretrained"
+            )
+        raise CheckpointError(f"{folder}: is no model folder, it has no config.json{advice}")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must be a JSON object")
+    return config
+
+
 def parse_json(text: bytes, path: Path) -> Any:
     def refuse_constant(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.header import ITEM_SIZES, Tensor, read_checkpoint, read_json
+from moe_fast.checkpoint.header import ITEM_SIZES, Tensor, read_checkpoint, read_config
 from moe_fast.checkpoint.source import FFN
-from moe_fast.errors import CheckpointError
 
 BLOCK = r"(?P<block>(?:.+\.)?layers\.(?P<layer>\d{1,6})\.\w+)"
 PER_EXPERT = re.compile(BLOCK + r"\.experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight", re.ASCII)
@@ -125,11 +124,7 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
         For a folder that holds no model, and for headers that do not hold.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder with a model")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: must be a JSON object")
+    config = read_config(folder)
     tensors = read_checkpoint(folder)
     return MoeModel(folder, config, tensors, find_layers(tensors))
 

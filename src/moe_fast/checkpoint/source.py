@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_json
+from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_config
 from moe_fast.errors import CheckpointError
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -246,15 +246,16 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
         With every problem of the folder, each naming its file and tensor.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder with a model")
     config_file = folder / "config.json"
-    config = read_json(config_file)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_file}: must be a JSON object")
+    config = read_config(folder)
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        if any(key in config for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+            raise CheckpointError(
+                f"{config_file}: the model ({model_type}) is a Mixture of Experts already; experts "
+                "are made from dense models"
+            )
         raise CheckpointError(
             f"{config_file}: model_type {model_type!r} is not supported; "
             f"supported are {', '.join(FAMILIES)}"

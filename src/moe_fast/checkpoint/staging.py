@@ -100,7 +100,10 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
     if not os.path.lexists(output):
         return None
     if not overwrite:
-        return f"{output}: exists already; choose another output, or allow overwriting it"
+        return (
+            f"{output}: exists already; choose another output, or replace it: --overwrite, "
+            "in Python overwrite=True"
+        )
     if not output.is_dir():
         return f"{output}: is not a folder"
     names = {entry.name for entry in output.iterdir()}

@@ -10,9 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
+from pathlib import Path
 from types import ModuleType
 
-from moe_fast.kernels._processor import supports
+try:
+    from moe_fast.kernels._processor import supports
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("moe_fast.kernels."):
+        raise
+    raise ImportError(
+        f"{Path(__file__).parent} holds no kernels compiled for this Python ({sys.version_info[0]}."
+        f"{sys.version_info[1]} on {sys.platform}). In a checkout: make build, with the same "
+        "Python. Otherwise: pip install --force-reinstall moe-fast"
+    ) from None
 
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 ENVIRONMENT_VARIABLE = "MOE_FAST_LEVEL"
