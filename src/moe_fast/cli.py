@@ -140,12 +140,18 @@ def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
 
 @app.command()
 def check(
-    output: Annotated[Path, typer.Argument(help="A folder that build wrote.")],
+    output: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A source model, once for each: where the manifest is missing or they have moved."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every expert with its source, byte for byte."""
-    with reported_errors():
-        report = check_moe(output)
+    """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
+    with reported_errors(), progress_bar("comparing") as progress:
+        report = check_moe(output, against=against or (), progress=progress)
     show(report, show_check, as_json)
     if not report.passed:
         raise typer.Exit(1)

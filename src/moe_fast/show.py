@@ -18,9 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_fast.checkpoint.build import BuildReport
-from moe_fast.checkpoint.check import CheckReport
+from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.inspection import ModelReport, Place
 from moe_fast.doctor import Diagnosis
+
+MOST_PROBLEMS = 10
+STATUS_STYLES = {Status.PASSED: "green", Status.FAILED: "red", Status.NOT_POSSIBLE: "yellow"}
 
 output_console = Console()
 error_console = Console(stderr=True)
@@ -77,12 +80,20 @@ def show_layout(report: BuildReport) -> None:
 
 
 def show_check(report: CheckReport) -> None:
-    for problem in report.problems:
-        complain(problem)
-    say(
-        f"{report.num_tensors} tensors, {report.num_experts_compared} experts compared with their "
-        f"sources: {'all equal' if report.passed else counted(len(report.problems), 'problem')}"
-    )
+    width = max(len(finding.check) for finding in report.findings)
+    for finding in report.findings:
+        status = Text(f"{finding.status:<12}", style=STATUS_STYLES[finding.status])
+        line = Text.assemble(status, "  ", f"{finding.check:<{width}}  ", finding.summary)
+        output_console.print(line, soft_wrap=True)
+        for problem in finding.problems[:MOST_PROBLEMS]:
+            output_console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
+        if len(finding.problems) > MOST_PROBLEMS:
+            say(f"  and {len(finding.problems) - MOST_PROBLEMS} more, which --json lists")
+    for reader in report.readers:
+        if not reader.loads:
+            say(f"{reader.name} does not load it: {'; '.join(reader.reasons)}")
+    failed = sum(finding.status is Status.FAILED for finding in report.findings)
+    say(f"{report.path}: {f'{failed} checks failed' if failed else 'passed'}")
 
 
 def show_model(report: ModelReport) -> None:
@@ -213,7 +224,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
+def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on a terminal, nothing in a pipe."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -226,5 +237,5 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         transient=True,
     )
     with bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda written, total: bar.update(task, completed=written, total=total)
+        number = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(number, completed=done, total=total)

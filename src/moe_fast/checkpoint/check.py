@@ -1,64 +1,340 @@
-"""Is what was written right? Reads a built checkpoint back and compares it with its sources."""
+"""Is what was written right? Reads a checkpoint back: its files, its sources, its readers."""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from moe_fast.checkpoint.build import prepare
-from moe_fast.checkpoint.header import Tensor, read_checkpoint
-from moe_fast.checkpoint.manifest import read_manifest
-from moe_fast.checkpoint.pieces import FileRange
+from moe_fast.checkpoint.build import Blueprint, companions_of, prepare
+from moe_fast.checkpoint.copies import equal_groups
+from moe_fast.checkpoint.header import Tensor, is_plain_name
+from moe_fast.checkpoint.inspection import router_reports
+from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
+from moe_fast.checkpoint.pieces import FileRange, Piece
+from moe_fast.checkpoint.readers import Reader, readers_of
+from moe_fast.checkpoint.request import BuildRequest
+from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
+from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import Weight
+from moe_fast.checkpoint.targets import TARGETS
+from moe_fast.checkpoint.writer import sha256_of
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
 
-__all__ = ["CheckReport", "check_moe"]
+__all__ = ["CheckReport", "Finding", "Status", "check_moe"]
+
+ModelPath = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+class Status(StrEnum):
+    """How one check ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_POSSIBLE = "not possible"
+    """There is nothing to check against; the summary says what would be needed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, or why it could not be, and every problem found."""
+
+    check: str
+    status: Status
+    summary: str
+    problems: tuple[str, ...] = ()
+
+
+def finding(check: str, summary: str, problems: Sequence[str] = ()) -> Finding:
+    status = Status.FAILED if problems else Status.PASSED
+    return Finding(check, status, summary, tuple(problems))
+
+
+def not_possible(check: str, reason: str) -> Finding:
+    return Finding(check, Status.NOT_POSSIBLE, reason)
 
 
 @dataclass(frozen=True)
 class CheckReport(Report):
-    """How many tensors were compared, byte for byte, and every difference found."""
+    """All that was checked. `passed` is false where any check failed."""
 
-    num_tensors: int
-    num_experts_compared: int
-    problems: tuple[str, ...]
+    path: Path
+    passed: bool
+    findings: tuple[Finding, ...]
+    readers: tuple[Reader, ...] = ()
 
     @property
-    def passed(self) -> bool:
-        return not self.problems
+    def problems(self) -> tuple[str, ...]:
+        """The problems of all findings."""
+        return tuple(problem for finding in self.findings for problem in finding.problems)
+
+    def __getitem__(self, check: str) -> Finding:
+        """The finding of that name."""
+        return {finding.check: finding for finding in self.findings}[check]
 
 
-def check_moe(output: str | os.PathLike[str]) -> CheckReport:
-    """Compare a checkpoint that `build_moe` wrote with what its sources give, byte for byte.
+# The parts of a checkpoint that come from different places and are compared one by one.
+PARTS = ("experts", "routers", "other weights")
+
+
+def check_moe(
+    output: ModelPath,
+    *,
+    against: ModelPath | Sequence[ModelPath] = (),
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Check an MoE checkpoint, whoever made it, as far as there is something to check it against.
+
+    What `build_moe` wrote is compared byte for byte with what its sources give: its manifest keeps
+    the request, from which the same table of tensors is made again, noise and routers included. Of
+    other people's checkpoints, each expert is looked for among the FFNs of `against`.
+
+    Parameters
+    ----------
+    output : path
+        The folder to check.
+    against : path or sequence of paths
+        The source models, where the manifest is missing or names folders that have moved. Moved
+        folders are recognised by their names, or else by the order in which the build had them.
+    progress : callable, optional
+        Called many times with the bytes compared so far and the bytes to compare in all.
+
+    Returns
+    -------
+    CheckReport
+        A finding per check, and which readers load the checkpoint.
 
     Raises
     ------
     CheckpointError
-        A folder without the manifest, headers that do not hold, sources that are gone.
+        For a folder without an MoE, and for `against` that does not fit the manifest.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, build_moe, check_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
+    >>> report = check_moe(f"{folder}/moe")
+    >>> report.passed, report["experts"].summary
+    (True, '8 experts equal their sources, byte for byte')
     """
     folder = Path(output)
-    blueprint = prepare(read_manifest(folder).request)
-    tensors = read_checkpoint(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder with a model")
+    sources = [against] if isinstance(against, (str, os.PathLike)) else list(against)
+    try:
+        model = open_moe_model(folder)
+    except CheckpointError as error:
+        unreadable = finding("headers", "the checkpoint cannot be read", error.problems)
+        return CheckReport(folder, False, (unreadable,))
+    if not model.layers:
+        raise CheckpointError(f"{folder}: holds no experts; it is not an MoE")
+    files = len({tensor.file for tensor in model.tensors.values()})
+    where = "one file" if files == 1 else f"{files} files"
+    headers = finding("headers", f"{len(model.tensors)} tensors in {where}, without holes")
+    manifest, manifest_finding = check_manifest(model)
+    findings = [
+        headers,
+        manifest_finding,
+        *check_sources(model, manifest, sources, progress),
+        check_structure(model),
+        check_routing(model),
+    ]
+    readers = readers_of(model)
+    findings.append(check_readers(model, readers))
+    passed = not any(finding.status is Status.FAILED for finding in findings)
+    return CheckReport(folder, passed, tuple(findings), readers)
+
+
+def check_manifest(model: MoeModel) -> tuple[Manifest | None, Finding]:
+    """The manifest, and whether the files are those it tells of."""
+    folder = model.path
+    if not (folder / MANIFEST).exists():
+        return None, not_possible("manifest", f"there is no {MANIFEST}: not built by moe_fast")
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return None, finding("manifest", "cannot be read", error.problems)
+    headers = {Path(t.file.path).name: t.file.header_sha256 for t in model.tensors.values()}
+    problems = []
+    for name, record in manifest.files.items():
+        if not is_plain_name(name):
+            where = f"{folder / MANIFEST}: files"
+            problems.append(f"{where}: {name!r} is not the name of a file in the same folder")
+        else:
+            problems += file_problems(folder / name, record, headers.get(name))
+    digests = sum(record.sha256 is not None for record in manifest.files.values())
+    summary = f"{len(manifest.files)} files have the recorded sizes and headers"
+    if digests:
+        summary += f", {digests} of them the recorded SHA-256"
+    return manifest, finding("manifest", summary, problems)
+
+
+def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> Iterator[str]:
+    """How a file of the output is another than the one that was written."""
+    if not file.is_file():
+        yield f"{file}: is missing"
+        return
+    size = file.stat().st_size
+    if size != record.size:
+        yield f"{file}: has {size} bytes, {record.size} were written"
+    elif record.header_sha256 is not None and header_sha256 != record.header_sha256:
+        yield f"{file}: its header is not the one that was written"
+    elif record.sha256 is not None and sha256_of(file) != record.sha256:
+        yield f"{file}: its SHA-256 is not {record.sha256}"
+
+
+def check_sources(
+    model: MoeModel,
+    manifest: Manifest | None,
+    against: Sequence[ModelPath],
+    progress: Progress | None,
+) -> list[Finding]:
+    """Compare with the sources: those of the manifest's request, or those that were given."""
+    names = (*PARTS, "configuration", "tokenizer")
+    if manifest is None and against:
+        return check_origins(model, against)
+    if manifest is None:
+        reason = "neither a manifest nor sources to compare with (--against) are there"
+        return [not_possible(name, reason) for name in names]
+    request = manifest.request
+    if request.config.num_experts != model.num_experts:  # before planning for a number from a file
+        where = f"{model.path / MANIFEST}: request"
+        problem = (
+            f"{where} is for {request.config.num_experts} experts, {model.num_experts} are here"
+        )
+        return [finding(names[0], "the manifest is another checkpoint's", [problem])]
+    if against:
+        request = moved(request, against)
+    elif shares := [path for path in folders_of(request) if path.startswith(("//", "\\\\"))]:
+        # Opening one would send the user's credentials to whoever wrote the manifest.
+        reason = f"the manifest names network shares ({', '.join(shares)}): name them by --against"
+        return [not_possible(name, reason) for name in names]
+    try:
+        blueprint = prepare(request)
+    except CheckpointError as error:
+        reason = "; ".join(error.problems) + " (--against names where the sources are now)"
+        return [not_possible(name, reason) for name in names]
+    return [
+        *compare_weights(model, blueprint, progress),
+        compare_config(model, blueprint),
+        compare_companions(model, blueprint.construction.base.path),
+    ]
+
+
+def moved(request: BuildRequest, against: Sequence[ModelPath]) -> BuildRequest:
+    """The request with its folders replaced by those they are in now.
+
+    Raises
+    ------
+    CheckpointError
+        Where names do not tell them apart and their number is not that of the request.
+    """
+    recorded = folders_of(request)
+    given = [str(Path(path).absolute()) for path in against]
+    by_name = {Path(path).name: path for path in given}
+    if len(by_name) == len(given) and all(Path(path).name in by_name for path in recorded):
+        places = {path: by_name[Path(path).name] for path in recorded}
+    elif len(given) == len(recorded):
+        places = dict(zip(recorded, given, strict=True))
+    else:
+        raise CheckpointError(
+            f"against: {len(given)} folders for the {len(recorded)} that the manifest names: "
+            f"{', '.join(recorded)}"
+        )
+    return replace(
+        request,
+        models=tuple(replace(e, model=places[e.model]) for e in request.models),
+        shared_experts=tuple(replace(e, model=places[e.model]) for e in request.shared_experts),
+        base=places[request.base],
+    )
+
+
+def folders_of(request: BuildRequest) -> list[str]:
+    """Every folder that the request names, once, in order."""
+    experts = (*request.models, *request.shared_experts)
+    return list(dict.fromkeys([*(expert.model for expert in experts), request.base]))
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a tensor belongs to, by its name."""
+    if PER_EXPERT.fullmatch(name) or FUSED.fullmatch(name):
+        return "experts"
+    return "routers" if ROUTER.fullmatch(name) else "other weights"
+
+
+def compare_weights(
+    model: MoeModel, blueprint: Blueprint, progress: Progress | None
+) -> list[Finding]:
+    """Every tensor against the pieces that it should have been written from."""
     expected = dict(blueprint.tensors)
-    problems = [f"{folder}: tensor {name!r} is missing" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
+    problems: dict[str, list[str]] = {part: [] for part in PARTS}
+    total = sum(tensor.nbytes for tensor in model.tensors.values())
+    done = 0
+    for name in expected:
+        if name not in model.tensors:
+            problems[part_of(name)].append(f"{model.path}: tensor {name!r} is missing")
+    origins = Origins(blueprint)
+    for name, tensor in model.tensors.items():
         where = f"{tensor.file.path}: tensor {name!r}"
         if name not in expected:
-            problems.append(f"{where} is none that was asked for")
-        elif (difference := first_difference(tensor, expected[name])) is not None:
-            problems.append(f"{where}: {difference}")
+            problems[part_of(name)].append(f"{where} is none that was asked for")
+        elif (difference := first_difference(tensor, expected[name], origins)) is not None:
+            problems[part_of(name)].append(f"{where} {difference}")
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
     plan = blueprint.construction.plan
-    return CheckReport(len(tensors), plan.num_layers * plan.num_experts, tuple(problems))
+    counts = {part: sum(part_of(name) == part for name in expected) for part in PARTS}
+    summaries = {
+        "experts": f"{plan.num_layers * plan.num_experts} experts equal their sources",
+        "routers": f"{counts['routers']} routers equal what was asked for",
+        "other weights": f"{counts['other weights']} tensors equal the base model's",
+    }
+    return [
+        finding(
+            part,
+            f"{len(problems[part])} of {counts[part]} tensors differ"
+            if problems[part]
+            else f"{summaries[part]}, byte for byte",
+            problems[part],
+        )
+        for part in PARTS
+    ]
 
 
-def first_difference(tensor: Tensor, weight: Weight) -> str | None:
+class Origins:
+    """The names of source tensors, found by their place in a file when a difference is told."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        construction = blueprint.construction
+        self.models = [construction.base, *(source for source, _ in construction.all_sources())]
+
+    def of(self, piece: Piece) -> str:
+        if not isinstance(piece, FileRange):
+            return "what is made for it"
+        for model in self.models:
+            for tensor in model.tensors.values():
+                if (tensor.file, tensor.offset) == (piece.file, piece.offset):
+                    return f"{tensor.name!r} of {piece.file.path}"
+        return piece.file.path
+
+
+def first_difference(tensor: Tensor, weight: Weight, origins: Origins) -> str | None:
     """How a written tensor differs from the pieces it was made of; `None` where it does not."""
     if (tensor.dtype, tensor.shape) != (weight.dtype, weight.shape):
         return (
-            f"{tensor.dtype} of shape {list(tensor.shape)} where "
+            f"is {tensor.dtype} of shape {list(tensor.shape)} where "
             f"{weight.dtype} of shape {list(weight.shape)} was asked for"
         )
     position = 0
@@ -70,8 +346,7 @@ def first_difference(tensor: Tensor, weight: Weight) -> str | None:
                 if written != chunk:  # a bytearray on the left compares with anything by memcmp
                     pairs = enumerate(zip(written, chunk, strict=True), start=position)
                     byte = next(i for i, (left, right) in pairs if left != right)
-                    origin = piece.file.path if isinstance(piece, FileRange) else "what was made"
-                    return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
+                    return f"differs from {origins.of(piece)} at byte {byte} of {tensor.nbytes}"
                 position += len(chunk)
     return None
 
@@ -85,3 +360,125 @@ def read_exactly(stream: BinaryIO, count: int, path: str) -> bytearray:
             raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
         view = view[read:]
     return data
+
+
+def compare_config(model: MoeModel, blueprint: Blueprint) -> Finding:
+    """Every key of config.json against what the build writes."""
+    file = model.path / "config.json"
+    expected = json.loads(json.dumps(blueprint.target.config(blueprint.construction)))
+    problems = [f"{file}: {key} is missing" for key in expected if key not in model.config]
+    for key, value in model.config.items():
+        if key not in expected:
+            problems.append(f"{file}: {key} is none of the keys that the build writes")
+        elif value != expected[key]:
+            problems.append(f"{file}: {key} is {value!r}, the build writes {expected[key]!r}")
+    return finding("configuration", f"{len(expected)} keys as the build writes them", problems)
+
+
+def compare_companions(model: MoeModel, base: Path) -> Finding:
+    """Tokenizer and generation settings against the base model's."""
+    names = sorted(file.name for file in companions_of(base))
+    problems = []
+    for name in names:
+        if not (model.path / name).is_file():
+            problems.append(f"{model.path / name}: is missing; the base model has it")
+        elif (model.path / name).read_bytes() != (base / name).read_bytes():
+            problems.append(f"{model.path / name}: differs from {base / name}")
+    if not names:
+        return not_possible("tokenizer", "the base model has none")
+    return finding("tokenizer", f"{len(names)} files equal the base model's", problems)
+
+
+def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding]:
+    """Without a manifest: each expert, and each other weight, looked for in the sources."""
+    sources = [open_dense_model(path) for path in against]
+    experts = [expert for layer in model.layers for expert in layer.experts.items()]
+    blocks = [layer.block for layer in model.layers for _ in layer.experts]
+    ffns = [
+        [source.ffn(layer, role) for role in FFN]
+        for source in sources
+        for layer in range(source.sizes.num_hidden_layers)
+    ]
+    weights = [[e[role] for role in FFN if role in e] for _, e in experts]
+    known: set[int] = set()
+    for group in equal_groups([*weights, *ffns]):
+        if group[-1] >= len(weights):
+            known.update(index for index in group if index < len(weights))
+    problems = [
+        f"{model.path}: expert {number} of {block} equals no FFN of the sources"
+        for index, ((number, _), block) in enumerate(zip(experts, blocks, strict=True))
+        if index not in known
+    ]
+    summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
+    reason = "a checkpoint without a manifest does not say how its {} were made"
+    return [
+        finding("experts", summary, problems),
+        not_possible("routers", reason.format("routers")),
+        check_other_weights(model, sources),
+        not_possible("configuration", reason.format("keys")),
+        compare_companions(model, sources[0].path),
+    ]
+
+
+def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Finding:
+    others = [t for name, t in model.tensors.items() if part_of(name) == "other weights"]
+    problems = []
+    compared = 0
+    for tensor in others:
+        candidates = [s.tensors[tensor.name] for s in sources if tensor.name in s.tensors]
+        if not candidates:
+            continue  # shared experts, biases of zeros: the structure is checked elsewhere
+        compared += 1
+        groups = equal_groups([[tensor], *([c] for c in candidates)])
+        if not any(group[0] == 0 for group in groups):
+            where = f"{tensor.file.path}: tensor {tensor.name!r}"
+            problems.append(f"{where} equals that of none of the sources")
+    summary = f"{compared - len(problems)} of {compared} tensors equal one of the sources'"
+    return finding("other weights", summary, problems)
+
+
+def check_structure(model: MoeModel) -> Finding:
+    """Names and shapes against what config.json says and the family asks for."""
+    problems = model.problems()
+    if model.model_type not in TARGETS:
+        known = ", ".join(TARGETS)
+        reason = f"no rules for model_type {model.model_type!r}; there are some for {known}"
+        if problems:
+            return finding("structure", reason, problems)
+        return not_possible("structure", f"experts and routers fit each other; {reason}")
+    if not problems:
+        try:
+            problems = structure_problems(model)
+        except CheckpointError as error:
+            problems = list(error.problems)
+    title = TARGETS[model.model_type].title
+    return finding("structure", f"names, shapes and config.json are those of {title}", problems)
+
+
+def check_routing(model: MoeModel) -> Finding:
+    """Whether the routers can send tokens anywhere at all."""
+    reports = router_reports(model)
+    problems = [
+        f"{model.path}: the router of layer {router.layer} holds numbers that are not finite"
+        for router in reports
+        if not router.finite
+    ]
+    tied = [router.layer for router in reports if router.tied_experts == model.num_experts > 1]
+    summary = f"{len(reports)} routers, all numbers finite"
+    if tied:
+        summary += (
+            f"; in {len(tied)} of them all logits tie, "
+            "so that every token goes to the same experts until training moves them"
+        )
+    return finding("routing", summary, problems)
+
+
+def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
+    """Whether anything loads the checkpoint."""
+    if not readers:
+        return not_possible("readers", f"no rules for model_type {model.model_type!r}")
+    able = [reader.name for reader in readers if reader.loads]
+    if able:
+        return finding("readers", f"loads in {', '.join(able)}")
+    problems = [f"{reader.name}: {'; '.join(reader.reasons)}" for reader in readers]
+    return finding("readers", "nothing loads it", problems)

@@ -1,0 +1,167 @@
+"""What a checkpoint of a known family must hold, by its config.json: every name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_fast.checkpoint.moe import MoeModel
+from moe_fast.checkpoint.source import FAMILIES, FFN, Sizes, read_rope, read_sizes
+from moe_fast.checkpoint.targets import TARGETS, Target
+from moe_fast.config import Layout
+from moe_fast.errors import CheckpointError
+
+# Outside of its experts, each family is this dense one.
+DENSE_TWINS = {
+    "mixtral": "mistral",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "granitemoe": "granite",
+    "granitemoeshared": "granite",
+    "flex_olmo": "olmo2",
+    "deepseek": "llama",
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def structure_problems(model: MoeModel) -> list[str]:
+    """Where configuration and tensors are not those of the model's family.
+
+    Raises
+    ------
+    CheckpointError
+        For a configuration whose numbers are none.
+    """
+    target = TARGETS[model.model_type]
+    file = model.path / "config.json"
+    twin = FAMILIES[DENSE_TWINS[target.name]]
+    config = {**twin.defaults, "intermediate_size": 1, **model.config}
+    sizes = read_sizes(config, file)
+    read_rope(config, file)
+    present = {name.split(".")[2] for name in model.tensors if name.startswith("model.layers.")}
+    if sizes.num_hidden_layers != len(present):  # before looping over a number from a file
+        return [
+            f"{file}: num_hidden_layers is {sizes.num_hidden_layers}, "
+            f"the safetensors hold tensors of {len(present)} layers"
+        ]
+    problems = list(config_problems(model))
+    expected = expected_shapes(target, model, config, sizes)
+    problems += [
+        f"{model.path}: tensor {name!r} is missing"
+        for name in expected
+        if name not in model.tensors
+    ]
+    for name, tensor in model.tensors.items():
+        where = f"{tensor.file.path}: tensor {name!r}"
+        if name not in expected:
+            optional = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+            if not optional:
+                problems.append(f"{where} is not part of a {target.title} model")
+        elif tensor.shape != expected[name]:
+            problems.append(
+                f"{where} has the shape {list(tensor.shape)}, "
+                f"config.json makes it {list(expected[name])}"
+            )
+    return problems
+
+
+def config_problems(model: MoeModel) -> Iterator[str]:
+    """Keys that decide how tokens are routed, and do not fit the experts that are there."""
+    file = model.path / "config.json"
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        value = model.config.get(key)
+        if value is not None and value != model.num_experts:
+            yield f"{file}: {key} is {value!r}, the safetensors hold {model.num_experts} experts"
+    top_k = model.config.get("num_experts_per_tok")
+    if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= model.num_experts):
+        yield (
+            f"{file}: num_experts_per_tok is {top_k!r}; "
+            f"it must be an integer from 1 to {model.num_experts}"
+        )
+    theta, parameters = model.config.get("rope_theta"), model.config.get("rope_parameters")
+    if theta is not None and isinstance(parameters, Mapping):
+        other = parameters.get("rope_theta", theta)
+        if other != theta:
+            yield (
+                f"{file}: rope_theta is {theta}, that of rope_parameters {other}; "
+                "transformers 4 takes the first, 5 the second"
+            )
+
+
+def expected_shapes(
+    target: Target, model: MoeModel, config: Mapping[str, Any], sizes: Sizes
+) -> Shapes:
+    twin = FAMILIES[DENSE_TWINS[target.name]]
+    vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
+    expected: Shapes = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        expected["lm_head.weight"] = (vocabulary, hidden)
+    moe_layers = {layer.number for layer in model.layers}
+    for layer in range(sizes.num_hidden_layers):
+        shapes = dict(twin.layer_shapes(sizes, config))
+        if layer not in moe_layers:
+            shapes |= twin.ffn_shapes(sizes, config)
+        else:
+            shapes |= shared_shapes(target, config, hidden)
+            expected |= expert_shapes(target, model, config, layer, hidden)
+        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+    return expected
+
+
+def expert_shapes(
+    target: Target, model: MoeModel, config: Mapping[str, Any], layer: int, hidden: int
+) -> Shapes:
+    """Experts and router of a layer."""
+    width = as_size(config, "moe_intermediate_size", as_size(config, "intermediate_size"))
+    matrix = {"gate_proj": (width, hidden), "up_proj": (width, hidden)}
+    matrix["down_proj"] = (hidden, width)
+    layout = Layout.FUSED if model.layout == "fused" else Layout.PER_EXPERT
+    if layout not in target.layouts:
+        layout = target.layouts[0]
+    expected: Shapes = {target.router_name(layer, layout): (model.num_experts, hidden)}
+    for tensor in target.expert_tensors(layer, model.num_experts, layout):
+        rows, columns = matrix[tensor.parts[0][1]]
+        parts = len(tensor.parts)
+        if tensor.stacked:
+            shape: tuple[int, ...] = (model.num_experts, rows * parts // model.num_experts, columns)
+        else:
+            shape = (rows * parts, columns)
+        expected[tensor.name] = shape
+    return expected
+
+
+def shared_shapes(target: Target, config: Mapping[str, Any], hidden: int) -> Shapes:
+    """The shared experts of a layer, under their names inside the layer."""
+    if target.name == "qwen2_moe":
+        width = as_size(config, "shared_expert_intermediate_size")
+        shapes = ffn_shapes("mlp.shared_expert", width, hidden)
+        return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
+    if target.name == "deepseek":
+        number = as_size(config, "n_shared_experts", 0)
+        width = number * as_size(config, "moe_intermediate_size")
+        return ffn_shapes("mlp.shared_experts", width, hidden)
+    width = as_size(config, "shared_intermediate_size", 0)
+    if target.name == "granitemoeshared" and width:
+        return {
+            "shared_mlp.input_linear.weight": (2 * width, hidden),
+            "shared_mlp.output_linear.weight": (hidden, width),
+        }
+    return {}
+
+
+def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
+    down = FFN[-1]
+    return {
+        f"{prefix}.{role}.weight": (hidden, width) if role == down else (width, hidden)
+        for role in FFN
+    }
+
+
+def as_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}; it must be an integer")
+    return value

@@ -1,0 +1,479 @@
+"""Damage is found and named; what is sound passes; what cannot be checked says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from families import OWN, make_model
+from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe
+from moe_fast.checkpoint.check import Status
+from moe_fast.demo import make_dense_model
+
+CONFIG = MoeConfig(num_experts=4)
+BLOCK = "model.layers.1.block_sparse_moe"
+CHECKS = (
+    "headers",
+    "manifest",
+    "experts",
+    "routers",
+    "other weights",
+    "configuration",
+    "tokenizer",
+    "structure",
+    "routing",
+    "readers",
+)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    for seed, name in enumerate(("first", "second")):
+        make_dense_model(tmp_path / name, seed=seed)
+    return [tmp_path / "first", tmp_path / "second"]
+
+
+@pytest.fixture
+def moe(models: list[Path], tmp_path: Path) -> Path:
+    build_moe(models, tmp_path / "moe", CONFIG)
+    return tmp_path / "moe"
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    value = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in value.items() if v != "absent"}))
+
+
+def flip(name: str, position: int = 37):
+    """Change one bit of one byte of a tensor."""
+
+    def change(tensors):
+        tensors[name].reshape(-1).view(np.uint8)[position] ^= 1
+        return tensors
+
+    return change
+
+
+def failed(report) -> list[str]:
+    return [finding.check for finding in report.findings if finding.status is Status.FAILED]
+
+
+def statuses(report) -> dict[str, str]:
+    return {finding.check: str(finding.status) for finding in report.findings}
+
+
+def test_a_sound_output_passes_every_check(moe):
+    report = check_moe(moe)
+    assert statuses(report) == dict.fromkeys(CHECKS, "passed")
+    assert report.passed
+    assert report.problems == ()
+    assert [reader.name for reader in report.readers if reader.loads] == [
+        "transformers 4",
+        "transformers 5",
+        "vLLM",
+        "llama.cpp",
+    ]
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+def test_every_family_and_layout_passes(tmp_path, family, layout):
+    make_model(tmp_path / "dense", family)
+    if family == "granite" and layout == "per-expert":
+        layout = None
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, layout=layout)
+    report = check_moe(tmp_path / "moe")
+    expected = dict.fromkeys(CHECKS, "passed") | {"tokenizer": "not possible"}
+    assert statuses(report) == expected, report.problems
+
+
+@pytest.mark.parametrize("target", ["qwen2_moe", "granitemoeshared", "deepseek"])
+def test_shared_experts_pass(tmp_path, target):
+    make_model(tmp_path / "dense", "llama")
+    build_moe(
+        tmp_path / "dense",
+        tmp_path / "moe",
+        CONFIG,
+        target=target,
+        shared_experts=[tmp_path / "dense"] * 2,
+    )
+    report = check_moe(tmp_path / "moe")
+    assert report.passed, report.problems
+
+
+def test_noise_and_scale_are_made_again_from_the_seed(models, tmp_path):
+    noisy = [ExpertSource(models[0], noise_scale=0.1), ExpertSource(models[1], residual_scale=0.5)]
+    build_moe(noisy, tmp_path / "moe", CONFIG, seed=7)
+    assert check_moe(tmp_path / "moe").passed
+    edit_json_request(tmp_path / "moe", seed=8)
+    assert failed(check_moe(tmp_path / "moe")) == ["experts"]
+
+
+def edit_json_request(moe: Path, **changes: object) -> None:
+    file = moe / "moe_fast.json"
+    manifest = json.loads(file.read_text())
+    manifest["request"] |= changes
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "origin"),
+    [
+        (f"{BLOCK}.experts.3.w2.weight", "experts", "'model.layers.1.mlp.down_proj.weight' of"),
+        (f"{BLOCK}.gate.weight", "routers", "what is made for it"),
+        ("model.layers.0.input_layernorm.weight", "other weights", "'model.layers.0.input_"),
+        ("model.norm.weight", "other weights", "'model.norm.weight' of"),
+        ("model.embed_tokens.weight", "other weights", "'model.embed_tokens.weight' of"),
+    ],
+    ids=["expert", "router", "layer norm", "last norm", "embedding"],
+)
+def test_one_bit_is_found_and_named(moe, name, check, origin):
+    rewrite(moe, flip(name))
+    report = check_moe(moe)
+    assert failed(report) == [check]
+    (problem,) = report.problems
+    assert f"tensor '{name}' differs from {origin}" in problem
+    assert "at byte 37 of" in problem
+
+
+@pytest.mark.parametrize("position", [0, 32767])
+def test_the_first_and_the_last_byte(moe, position):
+    rewrite(moe, flip(f"{BLOCK}.experts.0.w1.weight", position))
+    assert f"at byte {position} of 32768" in check_moe(moe).problems[0]
+
+
+def test_a_bit_in_a_fused_tensor_names_the_source(models, tmp_path):
+    build_moe(models, tmp_path / "moe", CONFIG, layout="fused")
+    up_of_expert_1 = 3 * 128 * 64 * 4
+    rewrite(tmp_path / "moe", flip("model.layers.0.mlp.experts.gate_up_proj", up_of_expert_1))
+    (problem,) = check_moe(tmp_path / "moe").problems
+    assert "differs from 'model.layers.0.mlp.up_proj.weight' of" in problem
+    assert str(models[1]) in problem
+
+
+def test_swapped_experts_are_both_named(moe):
+    def swap(tensors):
+        for part in ("w1", "w2", "w3"):
+            a, b = (f"{BLOCK}.experts.{e}.{part}.weight" for e in (0, 1))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+        return tensors
+
+    rewrite(moe, swap)
+    report = check_moe(moe)
+    assert failed(report) == ["experts"]
+    assert len(report.problems) == 6
+    for expert in (0, 1):
+        assert sum(f"experts.{expert}.w" in problem for problem in report.problems) == 3
+
+
+def test_a_truncated_file(moe):
+    file = moe / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+    report = check_moe(moe)
+    assert not report.passed
+    assert "model.safetensors" in report.problems[0]
+    assert statuses(report) == {"headers": "failed"}
+
+
+def test_missing_and_foreign_tensors(moe):
+    def change(tensors):
+        del tensors["model.layers.0.self_attn.q_proj.weight"]
+        return tensors | {"model.layers.0.extra.weight": np.zeros(3, np.float32)}
+
+    rewrite(moe, change)
+    problems = check_moe(moe)["other weights"].problems
+    assert "tensor 'model.layers.0.self_attn.q_proj.weight' is missing" in problems[0]
+    assert "tensor 'model.layers.0.extra.weight' is none that was asked for" in problems[1]
+    structure = check_moe(moe)["structure"].problems
+    assert any("q_proj.weight' is missing" in p for p in structure)
+    assert any("extra.weight' is not part of a Mixtral model" in p for p in structure)
+
+
+def test_another_dtype_is_told(moe):
+    name = f"{BLOCK}.gate.weight"
+    rewrite(moe, lambda tensors: tensors | {name: tensors[name].astype(np.float16)})
+    (problem,) = check_moe(moe)["routers"].problems
+    assert "is F16 of shape [4, 64] where F32 of shape [4, 64] was asked for" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06, the build writes 1e-05"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, the build writes 10000.0"),
+        ({"hidden_act": "absent"}, "hidden_act is missing"),
+        ({"surprise": 1}, "surprise is none of the keys that the build writes"),
+    ],
+    ids=["value", "rope", "missing", "extra"],
+)
+def test_a_wrong_key_of_the_configuration_is_named(moe, changes, problem):
+    edit_json(moe / "config.json", **changes)
+    report = check_moe(moe)
+    assert "configuration" in failed(report)
+    assert problem in report["configuration"].problems[0]
+
+
+def test_a_changed_and_a_missing_tokenizer_file(moe):
+    (moe / "tokenizer.json").write_text("{}")
+    (moe / "generation_config.json").unlink()
+    problems = check_moe(moe)["tokenizer"].problems
+    assert "generation_config.json: is missing; the base model has it" in problems[0]
+    assert "tokenizer.json: differs from" in problems[1]
+
+
+def test_routers_that_are_no_numbers(moe):
+    name = f"{BLOCK}.gate.weight"
+
+    def change(tensors):
+        tensors[name][2, 3] = np.nan
+        return tensors
+
+    rewrite(moe, change)
+    (problem,) = check_moe(moe)["routing"].problems
+    assert "the router of layer 1 holds numbers that are not finite" in problem
+
+
+def test_routers_that_tie_are_told(models, tmp_path):
+    build_moe(models, tmp_path / "moe", CONFIG, router_init="uniform")
+    report = check_moe(tmp_path / "moe")
+    assert report.passed
+    assert "in 2 of them all logits tie" in report["routing"].summary
+
+
+# Manifests
+
+
+def test_recorded_sizes_are_compared(moe):
+    edit_json(moe / "moe_fast.json", files={"model.safetensors": 3, "other.safetensors": 5})
+    problems = check_moe(moe)["manifest"].problems
+    assert "bytes, 3 were written" in problems[0]
+    assert "other.safetensors: is missing" in problems[1]
+
+
+@pytest.mark.parametrize("name", ["../first/model.safetensors", "/etc/passwd", "a\\b", "c:d", ""])
+def test_a_manifest_names_files_of_its_folder_alone(moe, name):
+    edit_json(moe / "moe_fast.json", files={name: 3})
+    problems = check_moe(moe)["manifest"].problems
+    assert f"{name!r} is not the name of a file in the same folder" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("[]", "files must be an object"), ("{", "not valid JSON"), ('{"files": 3}', "files must be")],
+)
+def test_a_manifest_that_is_none(moe, text, problem):
+    (moe / "moe_fast.json").write_text(text)
+    report = check_moe(moe)
+    assert problem in report["manifest"].problems[0]
+    assert report["experts"].status is Status.NOT_POSSIBLE
+
+
+def test_a_request_of_the_wrong_kind(moe):
+    edit_json_request(moe, models=[{"model": 3}])
+    report = check_moe(moe)
+    assert failed(report) == ["experts"]
+    assert "request.models[0].model: 3 is not str" in report["experts"].problems[0]
+
+
+def test_a_request_for_a_huge_number_of_experts_plans_nothing(moe):
+    edit_json_request(moe, config={"num_experts": 10**15})
+    (problem,) = check_moe(moe)["experts"].problems
+    assert "is for 1000000000000000 experts, 4 are here" in problem
+
+
+@pytest.mark.parametrize("share", [r"\\server\share\model", "//server/share/model"])
+def test_a_manifest_opens_no_network_share(moe, share):
+    edit_json_request(moe, base=share)
+    report = check_moe(moe)
+    assert report["experts"].status is Status.NOT_POSSIBLE
+    assert "names network shares" in report["experts"].summary
+
+
+# Sources that have moved, checkpoints without a manifest
+
+
+def test_sources_that_are_gone_are_asked_for(moe, models):
+    models[1].rename(models[1].parent / "elsewhere")
+    report = check_moe(moe)
+    assert report.passed
+    assert report["experts"].status is Status.NOT_POSSIBLE
+    assert "second: is not a folder with a model" in report["experts"].summary
+    assert "--against" in report["experts"].summary
+
+
+def test_moved_sources_are_recognised_by_name_or_by_order(moe, models, tmp_path):
+    (tmp_path / "there").mkdir()
+    moved = [shutil.move(model, tmp_path / "there" / model.name) for model in models]
+    for against in (moved, moved[::-1]):
+        report = check_moe(moe, against=against)
+        assert statuses(report) == dict.fromkeys(CHECKS, "passed")
+    renamed = [Path(path).rename(tmp_path / f"{i}") for i, path in enumerate(moved)]
+    assert check_moe(moe, against=renamed).passed
+    assert failed(check_moe(moe, against=renamed[::-1])) == ["experts", "other weights"]
+    with pytest.raises(CheckpointError, match="against: 1 folders for the 2 that the manifest"):
+        check_moe(moe, against=renamed[0])
+
+
+def test_without_a_manifest_experts_are_looked_for(moe, models):
+    (moe / "moe_fast.json").unlink()
+    report = check_moe(moe)
+    assert report["experts"].status is Status.NOT_POSSIBLE
+    assert report["structure"].status is Status.PASSED
+    report = check_moe(moe, against=models)
+    assert report.passed
+    assert report["experts"].summary == (
+        "8 of 8 experts equal an FFN of the sources, byte for byte"
+    )
+    assert report["other weights"].status is Status.PASSED
+    report = check_moe(moe, against=models[:1])
+    assert len(report["experts"].problems) == 4
+    assert f"expert 1 of {BLOCK} equals no FFN of the sources" in report["experts"].problems[2]
+    rewrite(moe, flip("model.norm.weight"))
+    report = check_moe(moe, against=models)
+    assert "'model.norm.weight' equals that of none" in report["other weights"].problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, the safetensors hold"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be an integer"),
+        ({"intermediate_size": 64}, "has the shape [128, 64], config.json makes it [64, 64]"),
+        ({"vocab_size": 255}, "config.json makes it [255, 64]"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; it must be an integer from 1 to 4"),
+        ({"num_local_experts": 5}, "holds 4 experts, config.json has 5"),
+        ({"num_experts": 5}, "num_experts is 5, the safetensors hold 4 experts"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, that of rope_parameters 10000.0"),
+        ({"rope_parameters": 3}, "rope_parameters is 3; it must be an object"),
+        ({"tie_word_embeddings": False}, "tensor 'lm_head.weight' is missing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configuration_and_shapes_are_held_to_the_familys_rules(moe, changes, problem):
+    (moe / "moe_fast.json").unlink()
+    edit_json(moe / "config.json", **changes)
+    report = check_moe(moe)
+    assert failed(report)[0] == "structure"
+    assert any(problem in found for found in report["structure"].problems)
+
+
+def test_a_family_without_rules_is_checked_as_far_as_it_goes(moe):
+    (moe / "moe_fast.json").unlink()
+    edit_json(moe / "config.json", model_type="olmoe")
+    report = check_moe(moe)
+    assert report.passed
+    assert report["structure"].status is report["readers"].status is Status.NOT_POSSIBLE
+    assert "no rules for model_type 'olmoe'" in report["structure"].summary
+    rewrite(moe, lambda tensors: {n: t for n, t in tensors.items() if n != f"{BLOCK}.gate.weight"})
+    assert "has no router" in check_moe(moe)["structure"].problems[0]
+
+
+# Readers
+
+
+def readers(moe: Path) -> dict[str, tuple[str, ...]]:
+    """Why each reader does not load it; nothing for those that do."""
+    found = check_moe(moe).readers
+    assert all(reader.loads == (not reader.reasons) for reader in found)
+    return {reader.name: reader.reasons for reader in found}
+
+
+def test_readers_of_the_fused_layout(tmp_path):
+    make_model(tmp_path / "llama", "llama")
+    make_model(tmp_path / "qwen3", "qwen3")
+    build_moe(tmp_path / "llama", tmp_path / "mixtral", CONFIG, layout="fused")
+    build_moe(tmp_path / "qwen3", tmp_path / "qwen3_moe", CONFIG, layout="fused")
+    reason = "does not read the fused layout; convert it to per-expert"
+    found = readers(tmp_path / "mixtral")
+    assert found["transformers 5"] == ()
+    assert found["transformers 4"] == found["vLLM"] == (reason,)
+    assert found["llama.cpp"][0] == reason
+    (tmp_path / "qwen3_moe" / "tokenizer.json").write_text("{}")
+    assert readers(tmp_path / "qwen3_moe")["llama.cpp"] == ()
+
+
+def test_readers_of_families(tmp_path):
+    make_model(tmp_path / "llama", "llama")
+    make_model(tmp_path / "olmo2", "olmo2")
+    build_moe(tmp_path / "llama", tmp_path / "deepseek", CONFIG, target="deepseek")
+    build_moe(tmp_path / "llama", tmp_path / "granite", CONFIG, target="granitemoe")
+    build_moe(tmp_path / "olmo2", tmp_path / "flex", CONFIG)
+    assert "has no deepseek of its own" in readers(tmp_path / "deepseek")["transformers 5"]
+    assert readers(tmp_path / "deepseek")["vLLM"] == ()
+    assert readers(tmp_path / "granite")["transformers 4"] == ()
+    assert "has no flex_olmo of its own" in readers(tmp_path / "flex")["llama.cpp"]
+
+
+def test_keys_that_transformers_4_does_not_look_at(moe):
+    edit_json(moe / "config.json", rope_theta="absent")
+    (reason,) = readers(moe)["transformers 4"]
+    assert "rope_theta is 10000.0; it would take 1000000.0" in reason
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0}
+    edit_json(moe / "config.json", rope_parameters=llama3, rope_theta=1e6)
+    (reason,) = readers(moe)["transformers 4"]
+    assert "looks for rope_scaling, config.json has it in rope_parameters alone" in reason
+    edit_json(moe / "config.json", rope_parameters="absent", num_local_experts="absent")
+    found = readers(moe)
+    assert "looks for num_local_experts, config.json has num_experts" in found["transformers 4"][0]
+    assert found["transformers 5"] == ()
+    assert found["llama.cpp"] != ()
+
+
+def test_nothing_loads_it(moe):
+    edit_json(moe / "config.json", num_local_experts="absent", num_experts="absent")
+    report = check_moe(moe)
+    assert len(report["readers"].problems) == 4
+
+
+# Arguments and the command
+
+
+def test_what_is_no_moe_is_refused(models, tmp_path):
+    with pytest.raises(CheckpointError, match="absent: is not a folder with a model"):
+        check_moe(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="first: holds no experts; it is not an MoE"):
+        check_moe(models[0])
+
+
+def test_progress_ends_at_the_total(moe):
+    calls = []
+    check_moe(moe, progress=lambda done, total: calls.append((done, total)))
+    size = sum(t.nbytes for t in load_file(moe / "model.safetensors").values())
+    assert calls[-1] == (size, size)
+    assert calls == sorted(calls)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_command(moe, models):
+    done = run("check", moe)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "loads in transformers 4, transformers 5, vLLM, llama.cpp" in done.stdout
+    (moe / "moe_fast.json").unlink()
+    done = run("check", moe, "--against", models[0], "--against", models[1])
+    assert done.returncode == 0
+    assert "8 of 8 experts equal an FFN of the sources" in done.stdout
+    rewrite(moe, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+    done = run("check", moe, "--against", models[0])
+    assert done.returncode == 1
+    assert "and 4 more, which --json lists" in done.stdout  # of 14 weights beside the experts
+    done = run("check", moe, "--against", models[0], "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["passed"] is False
