@@ -20,6 +20,7 @@ from rich.text import Text
 from moe_fast.checkpoint.build import BuildReport
 from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.inspection import ModelReport, Place
+from moe_fast.checkpoint.provenance import ranges
 from moe_fast.doctor import Diagnosis
 
 MOST_PROBLEMS = 10
@@ -210,17 +211,6 @@ def size(nbytes: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from moe_fast.checkpoint.output import (
     obstacles,
     write_checkpoint,
 )
+from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, index_json, into_shards
@@ -222,12 +223,16 @@ def build_checkpoint(
         raise CheckpointError(*error.problems, *in_the_way) from None
     target, construction = blueprint.target, blueprint.construction
     tensors, plan = blueprint.tensors, construction.plan
-    shards = into_shards(tensors, request.max_shard_size)
-    contents = Contents(
-        shards,
-        {"config.json": json_text(target.config(construction)), **index_json(shards)},
-        companions_of(construction.base.path),
-    )
+    moe_fast_version = version("moe-fast")
+    config_json = target.config(construction)
+    metadata = file_metadata(construction, moe_fast_version)
+    shards = into_shards(tensors, request.max_shard_size, metadata)
+    texts = {
+        "config.json": json_text(config_json),
+        CARD: model_card(request, target, construction, config_json, moe_fast_version),
+        **index_json(shards),
+    }
+    contents = Contents(shards, texts, companions_of(construction.base.path))
     source_files = construction.files()
     problems = [
         *obstacles(output, source_files, how),
@@ -239,7 +244,7 @@ def build_checkpoint(
 
         def manifest(files: dict[str, FileRecord]) -> str:
             return Manifest(
-                moe_fast=version("moe-fast"),
+                moe_fast=moe_fast_version,
                 request=request,
                 target=target.name,
                 source_model=plan.source_model.tolist(),

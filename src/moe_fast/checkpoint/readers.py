@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.moe import MoeModel
-
-__all__ = ["Reader", "readers_of"]
+__all__ = ["Reader", "has_tokenizer", "readers_of"]
 
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
 VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
@@ -66,31 +65,42 @@ RULES = {
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
 
-def readers_of(model: MoeModel) -> tuple[Reader, ...]:
-    """Each reader with what keeps it from loading the model; none for a family without rules."""
-    rules = RULES.get(model.model_type)
-    if rules is None or not model.layers:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer that llama.cpp could convert."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def readers_of(
+    config: Mapping[str, Any], layout: str, num_experts: int, *, has_tokenizer: bool
+) -> tuple[Reader, ...]:
+    """Each reader with what keeps it from loading a checkpoint of this `config.json` and layout.
+
+    There are none for a family without rules.
+    """
+    family = config.get("model_type")
+    rules = RULES.get(family) if isinstance(family, str) else None
+    if rules is None:
         return ()
     found = []
     for name in READERS:
-        reasons = tuple(obstacles(name, rules, model))
-        found.append(Reader(name, not reasons, reasons))
+        reasons = list(obstacles(name, rules, layout, has_tokenizer))
+        if name in rules.natively:
+            reasons += misread_keys(name, rules, config, num_experts)
+        else:
+            reasons = [f"has no {family} of its own"]
+        found.append(Reader(name, not reasons, tuple(reasons)))
     return tuple(found)
 
 
-def obstacles(reader: str, rules: Rules, model: MoeModel) -> Iterator[str]:
-    if reader not in rules.natively:
-        yield f"has no {model.model_type} of its own"
-        return
+def obstacles(reader: str, rules: Rules, layout: str, has_tokenizer: bool) -> Iterator[str]:
     readable = {"per-expert": rules.per_expert, "fused": rules.fused}
-    if reader not in readable.get(model.layout, ()):
-        others = [layout for layout, readers in readable.items() if reader in readers]
-        yield f"does not read the {model.layout} layout" + "".join(
-            f"; convert it to {layout}" for layout in others
+    if reader not in readable.get(layout, ()):
+        others = [other for other, readers in readable.items() if reader in readers]
+        yield f"does not read the {layout} layout" + "".join(
+            f"; convert it to {other}" for other in others
         )
-    if reader == LLAMA_CPP and not any((model.path / name).is_file() for name in TOKENIZERS):
+    if reader == LLAMA_CPP and not has_tokenizer:
         yield "needs the tokenizer, and no file of one is here"
-    yield from misread_keys(reader, rules, model.config, model.num_experts)
 
 
 def misread_keys(

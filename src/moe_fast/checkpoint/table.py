@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class Shard:
 
     file_name: str
     tensors: tuple[OutputTensor, ...]
-    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+    metadata: tuple[tuple[str, str], ...]
 
     @cached_property
     def header(self) -> bytes:
@@ -95,7 +95,9 @@ class Shard:
         return len(self.header) + sum(t.weight.nbytes for t in self.tensors)
 
 
-def into_shards(tensors: Iterable[OutputTensor], max_shard_size: int) -> list[Shard]:
+def into_shards(
+    tensors: Iterable[OutputTensor], max_shard_size: int, metadata: Mapping[str, str]
+) -> list[Shard]:
     """The tensors in order, in files of at most `max_shard_size` bytes of data.
 
     A tensor larger than that gets a file to itself.
@@ -109,9 +111,11 @@ def into_shards(tensors: Iterable[OutputTensor], max_shard_size: int) -> list[Sh
         groups[-1].append(tensor)
         size += tensor.weight.nbytes
     if len(groups) == 1:
-        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+        return [Shard(SINGLE_FILE, tuple(groups[0]), tuple(metadata.items()))]
     return [
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        Shard(
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group), tuple(metadata.items())
+        )
         for i, group in enumerate(groups, start=1)
     ]
 

@@ -1,0 +1,226 @@
+"""Where an output came from, for people: a model card, and a line in each file's metadata.
+
+Models are named by their folder or their name on the Hub, never by a path: who reads a card has no
+business with somebody else's home directory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.header import open_regular
+from moe_fast.checkpoint.readers import has_tokenizer, readers_of
+from moe_fast.checkpoint.request import BuildRequest, ExpertSource
+from moe_fast.checkpoint.targets import Target
+from moe_fast.errors import CheckpointError
+
+CARD = "README.md"
+LONGEST_CARD = 1_000_000
+LONGEST_METADATA = 1000
+MOST_IN_TITLE = 4
+# The folder in which the Hub's cache keeps a revision of a model.
+SNAPSHOT = re.compile(r"models--(?P<name>[\w.-]+)[/\\]snapshots[/\\]\w+[/\\]?$")
+# What the Hub takes for the name of a model; other folder names stay out of its metadata.
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+LICENSE_KEYS = ("license", "license_name", "license_link")
+SIMPLE_VALUE = re.compile(r"""(['"]?)(?P<value>[\w.+:/-]+)\1""", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Experts that were made alike: their numbers, and what they were made of."""
+
+    experts: tuple[int, ...]
+    models: str
+    layers: str
+    changes: str
+
+
+def origins(construction: Construction) -> list[Origin]:
+    """Which experts come from where, alike ones together."""
+    names = names_of(construction)
+    plan = construction.plan
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for expert in range(plan.num_experts):
+        models = tuple(plan.source_model[:, expert].tolist())
+        layers = tuple(plan.source_layer[:, expert].tolist())
+        groups.setdefault((models, layers), []).append(expert)
+    found = []
+    for (models, layers), experts in groups.items():
+        used = [construction.models[model] for model in dict.fromkeys(models)]
+        found.append(
+            Origin(
+                tuple(experts),
+                ", ".join(dict.fromkeys(names[source.model] for source in used)),
+                "the same" if layers == tuple(range(len(layers))) else ranges(layers),
+                ", ".join(dict.fromkeys(changes(source) for source in used)),
+            )
+        )
+    return found
+
+
+def changes(source: ExpertSource) -> str:
+    """What happened to the weights of a source on their way."""
+    noise = f"noise of {source.noise_scale:g}" if source.noise_scale else ""
+    scale = f"output times {source.residual_scale:g}" if source.residual_scale != 1 else ""
+    return " and ".join(filter(None, (noise, scale))) or "none"
+
+
+def names_of(construction: Construction) -> dict[str, str]:
+    """A name for each source folder; equal names of different folders are numbered."""
+    names: dict[str, str] = {}
+    sources = [source.model for source in (*construction.models, *construction.shared_experts)]
+    for path in dict.fromkeys([*sources, str(construction.base.path)]):
+        name = model_name(path)
+        taken = sum(model_name(other) == name for other in names)
+        names[path] = f"{name} ({taken + 1})" if taken else name
+    return names
+
+
+def model_name(path: str) -> str:
+    """The name on the Hub where the folder is of its cache, else the folder's own."""
+    cached = SNAPSHOT.search(path)
+    if cached:
+        return cached["name"].replace("--", "/", 1)
+    return Path(path).name or "model"
+
+
+def file_metadata(construction: Construction, version: str) -> dict[str, str]:
+    """What every safetensors file of the output says of itself; short, and strings alone."""
+    experts = "; ".join(f"{ranges(o.experts)}: {o.models}" for o in origins(construction))
+    if len(experts) > LONGEST_METADATA:
+        experts = experts[:LONGEST_METADATA] + " ..."
+    return {"format": "pt", "moe_fast": version, "experts": printable(experts)}
+
+
+def model_card(
+    request: BuildRequest,
+    target: Target,
+    construction: Construction,
+    config_json: Mapping[str, Any],
+    version: str,
+) -> str:
+    """The README.md of an output, with the metadata that the Hub shows."""
+    names = names_of(construction)
+    base = names[str(construction.base.path)]
+    config = construction.config
+    plan, config = construction.plan, construction.config
+    sources = list(dict.fromkeys(names[source.model] for source in construction.models))
+    listed = ", ".join(sources[:MOST_IN_TITLE]) + ", ..." * (len(sources) > MOST_IN_TITLE)
+    parts = "one dense model" if len(sources) == 1 else f"{len(sources)} dense models"
+    lines = [
+        *front_matter(target, [base, *sources], license_of(construction.base.path)),
+        "",
+        f"# {target.title} of {plan.num_experts} experts from {escaped(listed)}",
+        "",
+        f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {plan.num_layers} "
+        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {version} "
+        f"made it from {parts}; nothing in it has been trained since. Its routers start by the "
+        f"method `{request.gate_mode or request.router_init}`.",
+        "",
+        "## Experts",
+        "",
+        "| experts | from | layers | changes |",
+        "|---|---|---|---|",
+    ]
+    for origin in origins(construction):
+        cells = (ranges(origin.experts), escaped(origin.models), origin.layers, origin.changes)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Everything else comes from {escaped(base)}."]
+    shared = [names[source.model] for source in construction.shared_experts]
+    if shared:
+        lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."
+    remote = ", trust_remote_code=True" if target.name == "deepseek" else ""
+    lines += [
+        "",
+        "## Loading it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "."  # the folder of this file, or the name on the Hub',
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "```",
+        "",
+    ]
+    layout = request.layout or target.layouts[0]
+    tokenizer = has_tokenizer(construction.base.path)
+    readers = readers_of(config_json, layout, plan.num_experts, has_tokenizer=tokenizer)
+    able = [reader.name for reader in readers if reader.loads]
+    lines.append(f"Readers: {', '.join(able) or 'none known'}.")
+    lines += [
+        f"{reader.name} does not load it: {'; '.join(reader.reasons)}."
+        for reader in readers
+        if not reader.loads
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def front_matter(
+    target: Target, models: Iterable[str], license_values: Mapping[str, str]
+) -> list[str]:
+    """The YAML block that the Hub reads; every value is a quoted string."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"{key}: {quoted(value)}" for key, value in license_values.items()]
+    named = [model for model in dict.fromkeys(models) if HUB_NAME.fullmatch(model)]
+    if named:
+        lines += ["base_model:", *(f"- {quoted(model)}" for model in named)]
+    tags = ("moe", "merge", "moe_fast", target.name)
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---"]
+
+
+def license_of(model: Path) -> dict[str, str]:
+    """The license that a model's own card names, where it has a card that names one plainly."""
+    try:
+        with open_regular(model / CARD) as stream:
+            text = stream.read(LONGEST_CARD).decode()
+    except (CheckpointError, UnicodeDecodeError):
+        return {}
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    found: dict[str, str] = {}
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return found
+        key, _, value = line.partition(":")
+        match = SIMPLE_VALUE.fullmatch(value.strip())
+        if key in LICENSE_KEYS and match:
+            found[key] = match["value"]
+    return {}
+
+
+def quoted(text: str) -> str:
+    """`text` as a YAML string in double quotes."""
+    return '"' + "".join(escape(c) for c in printable(text)) + '"'
+
+
+def escape(character: str) -> str:
+    return f"\\{character}" if character in '"\\' else character
+
+
+def escaped(text: str) -> str:
+    """`text` as Markdown shows it, whatever is in it."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~&])", r"\\\1", printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with a question mark for each character that is none to look at."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
