@@ -240,7 +240,7 @@ def test_a_changed_and_a_missing_tokenizer_file(moe):
     (moe / "tokenizer.json").write_text("{}")
     (moe / "generation_config.json").unlink()
     problems = check_moe(moe)["tokenizer"].problems
-    assert "generation_config.json: is missing; the base model has it" in problems[0]
+    assert "generation_config.json: is missing; the source has it" in problems[0]
     assert "tokenizer.json: differs from" in problems[1]
 
 
@@ -262,22 +262,39 @@ def test_routers_that_tie_are_told(models, tmp_path):
 
 
 def test_recorded_sizes_are_compared(moe):
-    edit_json(moe / "moe_fast.json", files={"model.safetensors": 3, "other.safetensors": 5})
+    files = {"model.safetensors": {"size": 3}, "other.safetensors": {"size": 5}}
+    edit_json(moe / "moe_fast.json", files=files)
     problems = check_moe(moe)["manifest"].problems
     assert "bytes, 3 were written" in problems[0]
     assert "other.safetensors: is missing" in problems[1]
 
 
+def test_recorded_digests_are_compared(models, tmp_path):
+    build_moe(models, tmp_path / "moe", CONFIG, checksum=True)
+    assert "of them the recorded SHA-256" in check_moe(tmp_path / "moe")["manifest"].summary
+    file = tmp_path / "moe" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "its SHA-256 is not" in check_moe(tmp_path / "moe")["manifest"].problems[0]
+    file.write_bytes(data.replace(b'"format":"pt"', b'"format":"PT"'))
+    assert "its header is not the one" in check_moe(tmp_path / "moe")["manifest"].problems[0]
+
+
+def test_people_may_edit_the_card(moe):
+    (moe / "README.md").write_text("# My model\n")
+    assert check_moe(moe).passed
+
+
 @pytest.mark.parametrize("name", ["../first/model.safetensors", "/etc/passwd", "a\\b", "c:d", ""])
 def test_a_manifest_names_files_of_its_folder_alone(moe, name):
-    edit_json(moe / "moe_fast.json", files={name: 3})
+    edit_json(moe / "moe_fast.json", files={name: {"size": 3}})
     problems = check_moe(moe)["manifest"].problems
     assert f"{name!r} is not the name of a file in the same folder" in problems[0]
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("[]", "files must be an object"), ("{", "not valid JSON"), ('{"files": 3}', "files must be")],
+    [("[]", "must be a JSON object"), ("{", "not valid JSON"), ("{}", "the key 'moe_fast' is")],
 )
 def test_a_manifest_that_is_none(moe, text, problem):
     (moe / "moe_fast.json").write_text(text)
@@ -289,8 +306,8 @@ def test_a_manifest_that_is_none(moe, text, problem):
 def test_a_request_of_the_wrong_kind(moe):
     edit_json_request(moe, models=[{"model": 3}])
     report = check_moe(moe)
-    assert failed(report) == ["experts"]
-    assert "request.models[0].model: 3 is not str" in report["experts"].problems[0]
+    assert failed(report) == ["manifest"]
+    assert "request.models[0].model: 3 is not str" in report["manifest"].problems[0]
 
 
 def test_a_request_for_a_huge_number_of_experts_plans_nothing(moe):

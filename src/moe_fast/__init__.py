@@ -38,6 +38,7 @@ from moe_fast.statistics import RoutingStats, plan_capacity, update_selection_bi
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import build_moe as build_moe
     from moe_fast.checkpoint.check import check_moe as check_moe
+    from moe_fast.checkpoint.convert import convert_moe as convert_moe
     from moe_fast.checkpoint.inspection import inspect_model as inspect_model
     from moe_fast.checkpoint.request import ExpertSource as ExpertSource
     from moe_fast.doctor import show_config as show_config
@@ -50,6 +51,7 @@ LATER = {
     "build_moe": "moe_fast.checkpoint.build",
     "build_recipe": "moe_fast.recipe",
     "check_moe": "moe_fast.checkpoint.check",
+    "convert_moe": "moe_fast.checkpoint.convert",
     "inspect_model": "moe_fast.checkpoint.inspection",
     "read_recipe": "moe_fast.recipe",
     "show_config": "moe_fast.doctor",
@@ -77,6 +79,7 @@ __all__ = [
     "compute_expert_load_balance",
     "compute_gate_weights",
     "compute_router_weights",
+    "convert_moe",
     "inspect_model",
     "plan_capacity",
     "plan_moe_construction",

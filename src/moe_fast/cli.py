@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +13,27 @@ import typer
 
 from moe_fast.checkpoint.build import build_moe
 from moe_fast.checkpoint.check import check_moe
+from moe_fast.checkpoint.convert import convert_moe
 from moe_fast.checkpoint.inspection import inspect_model
+from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Layout, MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
+from moe_fast.gates import compute_router_weights
+from moe_fast.plan import plan_moe_construction
 from moe_fast.recipe import build_recipe
 from moe_fast.reports import Report
 from moe_fast.show import (
     complain,
     progress_bar,
+    say,
     show_build,
     show_check,
+    show_conversion,
     show_diagnosis,
     show_model,
+    show_plan,
 )
 
 app = typer.Typer(
@@ -37,6 +45,29 @@ app = typer.Typer(
 RECIPE_ENDINGS = (".yml", ".yaml")
 SAID_BY_RECIPES = ("experts", "experts_per_token", "target", "layout", "base", "router_init")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
+MaxShardSize = Annotated[
+    int,
+    typer.Option(
+        parser=lambda text: parse_size(str(text)),
+        metavar="SIZE",
+        help="Bytes of weights per file, such as 500MB or 5GB.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+]
+Checksum = Annotated[
+    bool, typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest.")
+]
+Fsync = Annotated[
+    bool, typer.Option("--fsync", help="Wait until the output would last through a power cut.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
+]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
@@ -54,7 +85,7 @@ def build(
             metavar="MODEL...", help="Folders of dense models, or one recipe (.yml or .yaml)."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")],
+    output: OutputFolder,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
     target: Annotated[
@@ -73,30 +104,12 @@ def build(
     router_init: Annotated[
         RouterInit, typer.Option(help="How routers start.")
     ] = RouterInit.BALANCED,
-    max_shard_size: Annotated[
-        int,
-        typer.Option(
-            parser=lambda text: parse_size(str(text)),
-            metavar="SIZE",
-            help="Bytes of weights per file, such as 500MB or 5GB.",
-        ),
-    ] = 5_000_000_000,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output.")
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
-    ] = None,
-    checksum: Annotated[
-        bool, typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest.")
-    ] = False,
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Wait until the output would last through a power cut.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
-    ] = False,
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
@@ -158,6 +171,39 @@ def check(
 
 
 @app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
+    output: OutputFolder,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="How experts are stored.", show_default="as they are"),
+    ] = None,
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an MoE in another layout; weights keep their bytes."""
+    with reported_errors(), progress_bar() as progress:
+        report = convert_moe(
+            model,
+            output,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_conversion, as_json)
+
+
+@app.command()
 def inspect(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
@@ -172,6 +218,51 @@ def inspect(
     with reported_errors():
         report = inspect_model(model, copies=copies)
     show(report, show_model, as_json)
+
+
+@app.command()
+def plan(
+    models: Annotated[int, typer.Argument(help="Number of dense models.")],
+    layers: Annotated[int, typer.Argument(help="Layers of each.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show which model every expert would come from, by numbers alone."""
+    with reported_errors():
+        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
+        made = plan_moe_construction(models, layers, config)
+        report = made.report(hidden_size, intermediate_size, experts)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict() | {"report": report.to_dict()}, indent=2))
+    else:
+        show_plan(made, report)
+
+
+@app.command()
+def gates(
+    hidden_size: Annotated[int, typer.Argument(help="Width of the router's input.")],
+    experts: Annotated[int, typer.Argument(help="Experts per layer.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to create: .npy or .safetensors.")
+    ],
+    layers: Annotated[int, typer.Option(help="Number of routers.")] = 1,
+    init: Annotated[RouterInit, typer.Option(help="How routers start.")] = RouterInit.BALANCED,
+    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    transpose: Annotated[
+        bool, typer.Option(help="One row an expert, as checkpoints have it.")
+    ] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the weights of new routers to a file."""
+    with reported_errors():
+        weights = compute_router_weights(
+            layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
+        )
+        nbytes = write_router_weights(output, weights, overwrite=overwrite)
+    say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
 @app.command()

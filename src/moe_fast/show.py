@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,11 +20,15 @@ from rich.text import Text
 
 from moe_fast.checkpoint.build import BuildReport
 from moe_fast.checkpoint.check import CheckReport, Status
+from moe_fast.checkpoint.convert import ConvertReport
 from moe_fast.checkpoint.inspection import ModelReport, Place
 from moe_fast.checkpoint.provenance import ranges
+from moe_fast.checkpoint.readers import Reader
 from moe_fast.doctor import Diagnosis
+from moe_fast.plan import MoeConstructionPlan, MoeReport
 
 MOST_PROBLEMS = 10
+MOST_LINES = 100
 STATUS_STYLES = {Status.PASSED: "green", Status.FAILED: "red", Status.NOT_POSSIBLE: "yellow"}
 
 output_console = Console()
@@ -90,11 +95,52 @@ def show_check(report: CheckReport) -> None:
             output_console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
         if len(finding.problems) > MOST_PROBLEMS:
             say(f"  and {len(finding.problems) - MOST_PROBLEMS} more, which --json lists")
-    for reader in report.readers:
-        if not reader.loads:
-            say(f"{reader.name} does not load it: {'; '.join(reader.reasons)}")
+    show_readers(reader for reader in report.readers if not reader.loads)
     failed = sum(finding.status is Status.FAILED for finding in report.findings)
     say(f"{report.path}: {f'{failed} checks failed' if failed else 'passed'}")
+
+
+def show_conversion(report: ConvertReport) -> None:
+    before = report.layout_before
+    show_pairs(
+        {
+            "output": f"{report.output} ({report.model_type})",
+            "layout": before if before == report.layout else f"{before} to {report.layout}",
+            "tensors": f"{report.num_tensors:,}",
+            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "seconds": f"{report.seconds:.2f}",
+        }
+    )
+    show_readers(report.readers)
+    if report.dry_run:
+        say("\ndry run: nothing is written")
+
+
+def show_readers(readers: Iterable[Reader]) -> None:
+    for reader in readers:
+        why = "" if reader.loads else f" does not load it: {'; '.join(reader.reasons)}"
+        say(f"{reader.name}{why or ' loads it'}")
+
+
+def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
+    pairs = {
+        "layers": f"{plan.num_layers:,}",
+        "experts": f"{plan.num_experts:,} per layer",
+        "models": f"{plan.num_models:,}",
+        "load balance": f"{report.load_balance:.4f} (0 is even)",
+    }
+    if report.total_params_estimate:
+        pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
+    if report.unused_models:
+        pairs["no expert"] = f"comes from {counted(len(report.unused_models), 'model')}"
+    show_pairs(pairs)
+    say("\nexperts of each layer, each from the same layer of its model")
+    experts = plan.source_model[0]
+    for model in range(min(plan.num_models, plan.num_experts, MOST_LINES)):
+        numbers = np.flatnonzero(experts == model).tolist()
+        say(f"  model {model}: {ranges(numbers)}")
+    if min(plan.num_models, plan.num_experts) > MOST_LINES:
+        say("  ...")
 
 
 def show_model(report: ModelReport) -> None:

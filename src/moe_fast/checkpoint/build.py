@@ -245,7 +245,7 @@ def build_checkpoint(
         def manifest(files: dict[str, FileRecord]) -> str:
             return Manifest(
                 moe_fast=moe_fast_version,
-                request=request,
+                request=replace(request, target=target.name),  # "auto" may choose otherwise one day
                 target=target.name,
                 source_model=plan.source_model.tolist(),
                 source_layer=plan.source_layer.tolist(),

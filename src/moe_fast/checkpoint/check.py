@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from moe_fast.checkpoint.build import Blueprint, companions_of, prepare
+from moe_fast.checkpoint.build import companions_of, prepare
+from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
 from moe_fast.checkpoint.header import Tensor, is_plain_name
 from moe_fast.checkpoint.inspection import router_reports
@@ -19,7 +20,6 @@ from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_mo
 from moe_fast.checkpoint.pieces import FileRange, Piece
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
-from moe_fast.checkpoint.request import BuildRequest
 from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
 from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import Weight
@@ -199,6 +199,19 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
         yield f"{file}: its SHA-256 is not {record.sha256}"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an output should hold, by its manifest: its tensors and where they come from."""
+
+    tensors: Mapping[str, Weight]
+    config: Mapping[str, Any]
+    companions: Path
+    """The folder that tokenizer and generation settings come from."""
+    sources: Sequence[Mapping[str, Tensor]]
+    num_experts: int
+    """In all layers together."""
+
+
 def check_sources(
     model: MoeModel,
     manifest: Manifest | None,
@@ -213,62 +226,99 @@ def check_sources(
         reason = "neither a manifest nor sources to compare with (--against) are there"
         return [not_possible(name, reason) for name in names]
     request = manifest.request
-    if request.config.num_experts != model.num_experts:  # before planning for a number from a file
+    if request is not None and request.config.num_experts != model.num_experts:
+        # Said before planning for a number from a file.
         where = f"{model.path / MANIFEST}: request"
         problem = (
             f"{where} is for {request.config.num_experts} experts, {model.num_experts} are here"
         )
         return [finding(names[0], "the manifest is another checkpoint's", [problem])]
-    if against:
-        request = moved(request, against)
-    elif shares := [path for path in folders_of(request) if path.startswith(("//", "\\\\"))]:
+    recorded = folders_of(manifest)
+    shares = [path for path in recorded if path.startswith(("//", "\\\\"))]
+    if shares and not against:
         # Opening one would send the user's credentials to whoever wrote the manifest.
         reason = f"the manifest names network shares ({', '.join(shares)}): name them by --against"
         return [not_possible(name, reason) for name in names]
+    now = places(recorded, [str(Path(path).absolute()) for path in against])
     try:
-        blueprint = prepare(request)
+        expected = expect(manifest, now)
     except CheckpointError as error:
         reason = "; ".join(error.problems) + " (--against names where the sources are now)"
         return [not_possible(name, reason) for name in names]
     return [
-        *compare_weights(model, blueprint, progress),
-        compare_config(model, blueprint),
-        compare_companions(model, blueprint.construction.base.path),
+        *compare_weights(model, expected, progress),
+        compare_config(model, expected.config),
+        compare_companions(model, expected.companions),
     ]
 
 
-def moved(request: BuildRequest, against: Sequence[ModelPath]) -> BuildRequest:
-    """The request with its folders replaced by those they are in now.
+def folders_of(manifest: Manifest) -> list[str]:
+    """Every folder that the manifest's request names, once, in order."""
+    if manifest.conversion is not None:
+        return [manifest.conversion.model]
+    request = manifest.request
+    assert request is not None
+    experts = (*request.models, *request.shared_experts)
+    return list(dict.fromkeys([*(expert.model for expert in experts), request.base]))
+
+
+def places(recorded: Sequence[str], against: Sequence[str]) -> dict[str, str]:
+    """Where each recorded folder is now.
 
     Raises
     ------
     CheckpointError
-        Where names do not tell them apart and their number is not that of the request.
+        Where names do not tell them apart, and their numbers differ.
     """
-    recorded = folders_of(request)
-    given = [str(Path(path).absolute()) for path in against]
-    by_name = {Path(path).name: path for path in given}
-    if len(by_name) == len(given) and all(Path(path).name in by_name for path in recorded):
-        places = {path: by_name[Path(path).name] for path in recorded}
-    elif len(given) == len(recorded):
-        places = dict(zip(recorded, given, strict=True))
-    else:
-        raise CheckpointError(
-            f"against: {len(given)} folders for the {len(recorded)} that the manifest names: "
-            f"{', '.join(recorded)}"
-        )
-    return replace(
-        request,
-        models=tuple(replace(e, model=places[e.model]) for e in request.models),
-        shared_experts=tuple(replace(e, model=places[e.model]) for e in request.shared_experts),
-        base=places[request.base],
+    by_name = {Path(path).name: path for path in against or recorded}
+    if len(by_name) == len(against) and all(Path(path).name in by_name for path in recorded):
+        return {path: by_name[Path(path).name] for path in recorded}
+    if len(against) in (0, len(recorded)):
+        return dict(zip(recorded, against or recorded, strict=True))
+    raise CheckpointError(
+        f"against: {len(against)} folders for the {len(recorded)} that the manifest names: "
+        f"{', '.join(recorded)}"
     )
 
 
-def folders_of(request: BuildRequest) -> list[str]:
-    """Every folder that the request names, once, in order."""
-    experts = (*request.models, *request.shared_experts)
-    return list(dict.fromkeys([*(expert.model for expert in experts), request.base]))
+def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
+    """What the request of a manifest gives today, with its folders where they are `now`.
+
+    Raises
+    ------
+    CheckpointError
+        For sources that are gone, or are no longer what they were.
+    """
+    if manifest.conversion is not None:
+        request = replace(manifest.conversion, model=now[manifest.conversion.model])
+        conversion = prepare_conversion(request)
+        model = conversion.model
+        return Expected(
+            dict(conversion.tensors),
+            conversion.config,
+            model.path,
+            [model.tensors],
+            model.num_experts * len(model.layers),
+        )
+    build = manifest.request
+    assert build is not None
+    blueprint = prepare(
+        replace(
+            build,
+            models=tuple(replace(e, model=now[e.model]) for e in build.models),
+            shared_experts=tuple(replace(e, model=now[e.model]) for e in build.shared_experts),
+            base=now[build.base],
+        )
+    )
+    construction = blueprint.construction
+    models = [construction.base, *(source for source, _ in construction.all_sources())]
+    return Expected(
+        dict(blueprint.tensors),
+        blueprint.target.config(construction),
+        construction.base.path,
+        [model.tensors for model in models],
+        construction.plan.num_layers * construction.plan.num_experts,
+    )
 
 
 def part_of(name: str) -> str:
@@ -279,32 +329,29 @@ def part_of(name: str) -> str:
 
 
 def compare_weights(
-    model: MoeModel, blueprint: Blueprint, progress: Progress | None
+    model: MoeModel, expected: Expected, progress: Progress | None
 ) -> list[Finding]:
     """Every tensor against the pieces that it should have been written from."""
-    expected = dict(blueprint.tensors)
     problems: dict[str, list[str]] = {part: [] for part in PARTS}
     total = sum(tensor.nbytes for tensor in model.tensors.values())
     done = 0
-    for name in expected:
+    for name in expected.tensors:
         if name not in model.tensors:
             problems[part_of(name)].append(f"{model.path}: tensor {name!r} is missing")
-    origins = Origins(blueprint)
     for name, tensor in model.tensors.items():
         where = f"{tensor.file.path}: tensor {name!r}"
-        if name not in expected:
+        if name not in expected.tensors:
             problems[part_of(name)].append(f"{where} is none that was asked for")
-        elif (difference := first_difference(tensor, expected[name], origins)) is not None:
+        elif (difference := first_difference(tensor, expected, name)) is not None:
             problems[part_of(name)].append(f"{where} {difference}")
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    plan = blueprint.construction.plan
-    counts = {part: sum(part_of(name) == part for name in expected) for part in PARTS}
+    counts = {part: sum(part_of(name) == part for name in expected.tensors) for part in PARTS}
     summaries = {
-        "experts": f"{plan.num_layers * plan.num_experts} experts equal their sources",
+        "experts": f"{expected.num_experts} experts equal their sources",
         "routers": f"{counts['routers']} routers equal what was asked for",
-        "other weights": f"{counts['other weights']} tensors equal the base model's",
+        "other weights": f"{counts['other weights']} tensors equal their sources",
     }
     return [
         finding(
@@ -318,25 +365,21 @@ def compare_weights(
     ]
 
 
-class Origins:
-    """The names of source tensors, found by their place in a file when a difference is told."""
-
-    def __init__(self, blueprint: Blueprint) -> None:
-        construction = blueprint.construction
-        self.models = [construction.base, *(source for source, _ in construction.all_sources())]
-
-    def of(self, piece: Piece) -> str:
-        if not isinstance(piece, FileRange):
-            return "what is made for it"
-        for model in self.models:
-            for tensor in model.tensors.values():
-                if (tensor.file, tensor.offset) == (piece.file, piece.offset):
-                    return f"{tensor.name!r} of {piece.file.path}"
-        return piece.file.path
+def origin_of(piece: Piece, sources: Sequence[Mapping[str, Tensor]]) -> str:
+    """What a piece is, in words."""
+    if not isinstance(piece, FileRange):
+        return "what is made for it"
+    for tensors in sources:
+        for tensor in tensors.values():
+            if tensor.file == piece.file and 0 <= piece.offset - tensor.offset < tensor.nbytes:
+                part = "" if piece.nbytes == tensor.nbytes else "its part of "
+                return f"{part}{tensor.name!r} of {piece.file.path}"
+    return piece.file.path
 
 
-def first_difference(tensor: Tensor, weight: Weight, origins: Origins) -> str | None:
+def first_difference(tensor: Tensor, expected: Expected, name: str) -> str | None:
     """How a written tensor differs from the pieces it was made of; `None` where it does not."""
+    weight = expected.tensors[name]
     if (tensor.dtype, tensor.shape) != (weight.dtype, weight.shape):
         return (
             f"is {tensor.dtype} of shape {list(tensor.shape)} where "
@@ -351,7 +394,8 @@ def first_difference(tensor: Tensor, weight: Weight, origins: Origins) -> str | 
                 if written != chunk:  # a bytearray on the left compares with anything by memcmp
                     pairs = enumerate(zip(written, chunk, strict=True), start=position)
                     byte = next(i for i, (left, right) in pairs if left != right)
-                    return f"differs from {origins.of(piece)} at byte {byte} of {tensor.nbytes}"
+                    origin = origin_of(piece, expected.sources)
+                    return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
                 position += len(chunk)
     return None
 
@@ -367,10 +411,10 @@ def read_exactly(stream: BinaryIO, count: int, path: str) -> bytearray:
     return data
 
 
-def compare_config(model: MoeModel, blueprint: Blueprint) -> Finding:
+def compare_config(model: MoeModel, config: Mapping[str, Any]) -> Finding:
     """Every key of config.json against what the build writes."""
     file = model.path / "config.json"
-    expected = json.loads(json.dumps(blueprint.target.config(blueprint.construction)))
+    expected = json.loads(json.dumps(config))
     problems = [f"{file}: {key} is missing" for key in expected if key not in model.config]
     for key, value in model.config.items():
         if key not in expected:
@@ -386,12 +430,12 @@ def compare_companions(model: MoeModel, base: Path) -> Finding:
     problems = []
     for name in names:
         if not (model.path / name).is_file():
-            problems.append(f"{model.path / name}: is missing; the base model has it")
+            problems.append(f"{model.path / name}: is missing; the source has it")
         elif (model.path / name).read_bytes() != (base / name).read_bytes():
             problems.append(f"{model.path / name}: differs from {base / name}")
     if not names:
-        return not_possible("tokenizer", "the base model has none")
-    return finding("tokenizer", f"{len(names)} files equal the base model's", problems)
+        return not_possible("tokenizer", "the source has none")
+    return finding("tokenizer", f"{len(names)} files equal the source's", problems)
 
 
 def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding]:

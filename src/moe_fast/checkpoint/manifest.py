@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_fast.checkpoint.header import SourceFile, read_json
-from moe_fast.checkpoint.request import BuildRequest, typed
+from moe_fast.checkpoint.request import BuildRequest, ConvertRequest, typed
 from moe_fast.errors import CheckpointError
 
 MANIFEST = "moe_fast.json"
@@ -45,19 +45,23 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the builder knew. `source_model` and `source_layer` are the plan's, per layer."""
+    """What the writer knew: the request to build, or to convert, and what came of it.
+
+    `source_model` and `source_layer` are the plan's, per layer.
+    """
 
     moe_fast: str
-    request: BuildRequest
     target: str
-    source_model: tuple[tuple[int, ...], ...]
-    source_layer: tuple[tuple[int, ...], ...]
     source_files: tuple[SourceRecord, ...]
     files: dict[str, FileRecord]
+    request: BuildRequest | None = None
+    conversion: ConvertRequest | None = None
+    source_model: tuple[tuple[int, ...], ...] = ()
+    source_layer: tuple[tuple[int, ...], ...] = ()
 
     def text(self) -> str:
         """The manifest as JSON; digests that were not computed are left out."""
-        value = asdict(self)
+        value = {key: item for key, item in asdict(self).items() if item not in (None, ())}
         value["files"] = {
             name: {key: item for key, item in record.items() if item is not None}
             for name, record in value["files"].items()
@@ -78,5 +82,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
     manifest: Manifest = typed(value, Manifest, str(path))
-    BuildRequest.from_dict(value["request"], f"{path}: request")  # numbers out of range, too
+    if (manifest.request is None) == (manifest.conversion is None):
+        raise CheckpointError(f"{path}: must have one of the keys 'request' and 'conversion'")
+    if manifest.request is not None:  # numbers out of range, too
+        BuildRequest.from_dict(value["request"], f"{path}: request")
     return manifest

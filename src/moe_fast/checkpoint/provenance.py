@@ -7,15 +7,16 @@ business with somebody else's home directory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_fast.checkpoint.construction import Construction
 from moe_fast.checkpoint.header import open_regular
-from moe_fast.checkpoint.readers import has_tokenizer, readers_of
+from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
+from moe_fast.checkpoint.table import FORMAT
 from moe_fast.checkpoint.targets import Target
 from moe_fast.errors import CheckpointError
 
@@ -95,7 +96,7 @@ def file_metadata(construction: Construction, version: str) -> dict[str, str]:
     experts = "; ".join(f"{ranges(o.experts)}: {o.models}" for o in origins(construction))
     if len(experts) > LONGEST_METADATA:
         experts = experts[:LONGEST_METADATA] + " ..."
-    return {"format": "pt", "moe_fast": version, "experts": printable(experts)}
+    return FORMAT | {"moe_fast": version, "experts": printable(experts)}
 
 
 def model_card(
@@ -152,14 +153,28 @@ def model_card(
     layout = request.layout or target.layouts[0]
     tokenizer = has_tokenizer(construction.base.path)
     readers = readers_of(config_json, layout, plan.num_experts, has_tokenizer=tokenizer)
-    able = [reader.name for reader in readers if reader.loads]
-    lines.append(f"Readers: {', '.join(able) or 'none known'}.")
-    lines += [
-        f"{reader.name} does not load it: {'; '.join(reader.reasons)}."
-        for reader in readers
-        if not reader.loads
-    ]
+    return "\n".join(lines) + reader_lines(readers)
+
+
+READERS = "\nReaders: "
+
+
+def reader_lines(readers: Sequence[Reader]) -> str:
+    """The end of a card: who loads the checkpoint, and why others do not."""
+    able = ", ".join(reader.name for reader in readers if reader.loads)
+    lines = [f"{READERS}{able or 'none known'}."]
+    for reader in readers:
+        if not reader.loads:
+            lines.append(f"{reader.name} does not load it: {'; '.join(reader.reasons)}.")
     return "\n".join(lines) + "\n"
+
+
+def updated_card(card: Path, readers: Sequence[Reader]) -> str | None:
+    """The text of a card that `model_card` wrote, with other readers; `None` for other cards."""
+    text = read_card(card)
+    if text is None or "\n- moe_fast\n" not in text or READERS not in text:
+        return None
+    return text[: text.index(READERS)] + reader_lines(readers)
 
 
 def front_matter(
@@ -177,12 +192,7 @@ def front_matter(
 
 def license_of(model: Path) -> dict[str, str]:
     """The license that a model's own card names, where it has a card that names one plainly."""
-    try:
-        with open_regular(model / CARD) as stream:
-            text = stream.read(LONGEST_CARD).decode()
-    except (CheckpointError, UnicodeDecodeError):
-        return {}
-    lines = text.splitlines()
+    lines = (read_card(model / CARD) or "").splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
     found: dict[str, str] = {}
@@ -194,6 +204,15 @@ def license_of(model: Path) -> dict[str, str]:
         if key in LICENSE_KEYS and match:
             found[key] = match["value"]
     return {}
+
+
+def read_card(card: Path) -> str | None:
+    """The text of a card; `None` where there is none that can be read."""
+    try:
+        with open_regular(card) as stream:
+            return bytes(stream.read(LONGEST_CARD)).decode()
+    except (CheckpointError, UnicodeDecodeError):
+        return None
 
 
 def quoted(text: str) -> str:

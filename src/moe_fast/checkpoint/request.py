@@ -120,6 +120,15 @@ class BuildRequest:
         return request
 
 
+@dataclass(frozen=True)
+class ConvertRequest:
+    """One MoE to write in another layout; `model` is a folder."""
+
+    model: str
+    layout: Layout | None = None
+    max_shard_size: int = 5_000_000_000
+
+
 def typed(value: Any, kind: Any, where: str) -> Any:
     """`value`, fresh from JSON, as `kind`; `CheckpointError` beginning with `where` if it is none.
 

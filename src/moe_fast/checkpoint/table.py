@@ -16,6 +16,9 @@ from moe_fast.checkpoint.pieces import FileRange, Piece, Zeros
 BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
 
 
+FORMAT = {"format": "pt"}  # what transformers asks of every file's metadata
+
+
 @dataclass(frozen=True)
 class Weight:
     """The dtype, the shape and the bytes of a tensor: its pieces, one after the other."""
@@ -65,7 +68,7 @@ class Shard:
 
     file_name: str
     tensors: tuple[OutputTensor, ...]
-    metadata: tuple[tuple[str, str], ...]
+    metadata: tuple[tuple[str, str], ...] = tuple(FORMAT.items())
 
     @cached_property
     def header(self) -> bytes:
@@ -96,7 +99,7 @@ class Shard:
 
 
 def into_shards(
-    tensors: Iterable[OutputTensor], max_shard_size: int, metadata: Mapping[str, str]
+    tensors: Iterable[OutputTensor], max_shard_size: int, metadata: Mapping[str, str] = FORMAT
 ) -> list[Shard]:
     """The tensors in order, in files of at most `max_shard_size` bytes of data.
 

@@ -162,15 +162,16 @@ class Target:
     ) -> Iterator[OutputTensor]:
         """Every tensor of the output, in the order of the model."""
         layout = layout or self.layouts[0]
+        num_experts = construction.plan.num_experts
         yield from construction.before_layers()
         for layer in range(construction.plan.num_layers):
             prefix = f"model.layers.{layer}"
             for name, weight in self.attention(construction, layer):
                 yield OutputTensor(f"{prefix}.{name}", weight)
             yield OutputTensor(self.router_name(layer, layout), construction.router(layer))
-            for tensor in self.expert_tensors(layer, construction.plan.num_experts, layout):
+            for tensor in self.expert_tensors(layer, num_experts, layout):
                 weights = [construction.expert(layer, e, role) for e, role in tensor.parts]
-                yield OutputTensor(tensor.name, joined(weights, tensor, construction))
+                yield OutputTensor(tensor.name, joined(weights, tensor, num_experts))
             for name, weight in self.shared(construction, layer):
                 yield OutputTensor(f"{prefix}.{name}", weight)
         yield from construction.after_layers()
@@ -236,12 +237,12 @@ def stacks(gate_up: str, down: str, experts: range) -> list[ExpertTensor]:
     return [ExpertTensor(gate_up, pairs, stacked=True), ExpertTensor(down, downs, stacked=True)]
 
 
-def joined(weights: Sequence[Weight], tensor: ExpertTensor, construction: Construction) -> Weight:
+def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) -> Weight:
+    """The weights of a tensor's parts as that tensor."""
     rows, columns = weights[0].shape
     if not tensor.stacked:
         return Weight.stacked(weights, (rows * len(weights), columns))
-    experts = construction.plan.num_experts
-    return Weight.stacked(weights, (experts, rows * len(weights) // experts, columns))
+    return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
 
 
 def num_experts(construction: Construction) -> dict[str, int]:

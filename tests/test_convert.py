@@ -1,0 +1,252 @@
+"""An MoE in another layout is the same MoE: the same bytes, in both directions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from families import make_model
+from forward import Model
+from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, check_moe, convert_moe
+from moe_fast.demo import make_dense_model
+
+CONFIG = MoeConfig(num_experts=4)
+TARGETS = {
+    "mixtral": ("llama", {}),
+    "qwen2_moe": ("qwen2", {}),
+    "qwen3_moe": ("qwen3", {}),
+    "flex_olmo": ("olmo2", {}),
+    "qwen2_moe, shared": ("qwen2", {"shared": 1}),
+}
+
+
+def built(tmp_path: Path, name: str, layout: str | None = None, **options) -> Path:
+    family, extra = TARGETS[name]
+    dense = tmp_path / "dense"
+    if not dense.exists():
+        make_model(dense, family)
+    shared = [dense] * extra.get("shared", 0)
+    output = tmp_path / f"built-{layout}"
+    target = name.partition(",")[0]
+    build_moe(dense, output, CONFIG, target=target, layout=layout, shared_experts=shared, **options)
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which tells of other sources."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "moe_fast.json"}
+
+
+@pytest.fixture
+def moe(tmp_path: Path) -> Path:
+    make_dense_model(tmp_path / "dense", seed=0)
+    make_dense_model(tmp_path / "other", seed=1)
+    build_moe([tmp_path / "dense", tmp_path / "other"], tmp_path / "moe", CONFIG)
+    return tmp_path / "moe"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_there_and_back_is_the_identity(tmp_path, name):
+    moe = built(tmp_path, name)
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    convert_moe(tmp_path / "fused", tmp_path / "back", layout="per-expert")
+    assert contents(tmp_path / "back") == contents(moe)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("layout", ["fused", "per-expert"])
+def test_a_conversion_is_what_a_build_gives(tmp_path, name, layout):
+    other = {"fused": "per-expert", "per-expert": "fused"}[layout]
+    convert_moe(built(tmp_path, name, other), tmp_path / "converted", layout=layout)
+    expected = contents(built(tmp_path, name, layout))
+    assert contents(tmp_path / "converted") == expected
+
+
+def test_a_conversion_passes_its_check(moe, tmp_path):
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    assert check_moe(tmp_path / "fused").passed
+    moved = shutil.move(moe, tmp_path / "elsewhere")
+    report = check_moe(tmp_path / "fused")
+    assert "moe: is not a folder with a model" in report["experts"].summary
+    report = check_moe(tmp_path / "fused", against=moved)
+    assert report["experts"].summary == "8 experts equal their sources, byte for byte"
+    with (tmp_path / "fused" / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read()[0]
+        stream.seek(-1, 2)
+        stream.write(bytes([last ^ 1]))
+    assert not check_moe(tmp_path / "fused", against=moved).passed
+
+
+@pytest.mark.parametrize("target", ["granitemoe", "granitemoeshared", "deepseek"])
+def test_families_of_one_layout_are_rewritten_in_it(tmp_path, target):
+    make_model(tmp_path / "dense", "llama")
+    shared = [] if target == "granitemoe" else tmp_path / "dense"
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target, shared_experts=shared)
+    report = convert_moe(tmp_path / "moe", tmp_path / "again")
+    assert report.layout == report.layout_before
+    assert contents(tmp_path / "again") == contents(tmp_path / "moe")
+    other = {"fused": "per-expert", "per-expert": "fused"}[report.layout]
+    title = {"granitemoe": "GraniteMoE", "granitemoeshared": "GraniteMoE Shared"}
+    message = f"layout '{other}': {title.get(target, 'DeepSeek-MoE')} has '{report.layout}' alone"
+    with pytest.raises(CheckpointError, match=message):
+        convert_moe(tmp_path / "moe", tmp_path / "no", layout=other)
+
+
+def test_the_function_stays(tmp_path):
+    moe = built(tmp_path, "qwen3_moe", "fused")
+    convert_moe(moe, tmp_path / "per-expert", layout="per-expert")
+    tokens = np.arange(20)
+    expected = Model(tmp_path / "dense").logits(tokens)
+    tolerance = 1e-12 * np.abs(expected).max()
+    found = Model(tmp_path / "per-expert").logits(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def test_shards_in_and_out(moe, tmp_path):
+    report = convert_moe(moe, tmp_path / "sharded", max_shard_size=300_000)
+    assert report.num_files > 2
+    convert_moe(tmp_path / "sharded", tmp_path / "fused", layout="fused", max_shard_size=400_000)
+    convert_moe(tmp_path / "fused", tmp_path / "back", layout="per-expert")
+    assert contents(tmp_path / "back") == contents(moe)
+    with safe_open(next((tmp_path / "sharded").glob("*.safetensors")), "numpy") as file:
+        assert file.metadata()["experts"] == "0, 2: dense; 1, 3: other"
+
+
+def test_the_card_names_the_readers_of_the_new_layout(moe, tmp_path):
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert "Readers: transformers 5.\n" in card
+    assert "| 0, 2 | dense | the same | none |" in card
+    (moe / "README.md").write_bytes(b"# Mine \xff")
+    convert_moe(moe, tmp_path / "with-mine", layout="fused")
+    assert (tmp_path / "with-mine" / "README.md").read_bytes() == b"# Mine \xff"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_experts": "absent", "torch_dtype": "absent"},
+            {"num_experts": 4, "num_local_experts": 4, "torch_dtype": "float32"},
+        ),
+        (
+            {"rope_theta": "absent", "rope_scaling": "absent"},
+            {"rope_theta": 10000.0, "rope_scaling": None},
+        ),
+        (
+            {
+                "rope_theta": "absent",
+                "rope_scaling": "absent",
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0},
+            },
+            {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {
+                "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.0},
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 10000.0,
+                },
+            },
+        ),
+        (
+            {"rope_theta": "absent", "rope_scaling": "absent", "rope_parameters": "absent"},
+            {"num_experts": 4},
+        ),
+    ],
+    ids=["number", "transformers 5", "scaled", "transformers 4", "silent"],
+)
+def test_the_configuration_gets_both_spellings(moe, tmp_path, changes, expected):
+    edit_config(moe, **changes)
+    before = json.loads((moe / "config.json").read_text())
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert config.items() >= expected.items()
+    kept = before.keys() - expected.keys()
+    assert {key: config[key] for key in kept} == {key: before[key] for key in kept}
+
+
+def test_mixed_dtypes_stay(moe, tmp_path):
+    def change(tensors):
+        name = "model.layers.0.block_sparse_moe.gate.weight"
+        return tensors | {name: tensors[name].astype(np.float16)}
+
+    tensors = load_file(moe / "model.safetensors")
+    save_file(change(tensors), moe / "model.safetensors", metadata={"format": "pt"})
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    found = load_file(tmp_path / "fused" / "model.safetensors")
+    assert found["model.layers.0.mlp.gate.weight"].dtype == np.float16
+    assert found["model.layers.1.mlp.gate.weight"].dtype == np.float32
+
+
+def test_what_cannot_be_converted(moe, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="dense: holds no experts; it is not an MoE"):
+        convert_moe(tmp_path / "dense", output)
+    with pytest.raises(CheckpointError, match="absent: is not a folder with a model"):
+        convert_moe(tmp_path / "absent", output)
+    with pytest.raises(MoeConfigError, match="layout must be one of 'per-expert', 'fused'"):
+        convert_moe(moe, output, layout="stacked")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert_moe(moe, tmp_path / "dense")
+    with pytest.raises(CheckpointError, match=r"would replace .*, which it is made from"):
+        convert_moe(moe, moe, overwrite=True)
+    edit_config(moe, num_local_experts=5)
+    with pytest.raises(CheckpointError, match=r"holds 4 experts, config\.json has 5"):
+        convert_moe(moe, output)
+    edit_config(moe, model_type="olmoe")
+    with pytest.raises(CheckpointError, match="model_type 'olmoe' cannot be converted; mixtral, "):
+        convert_moe(moe, output)
+    assert not output.exists()
+
+
+def test_experts_of_two_dtypes_do_not_fuse(moe, tmp_path):
+    tensors = load_file(moe / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, moe / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts.2.w3.weight' is F16, others .* are F32"):
+        convert_moe(moe, tmp_path / "fused", layout="fused")
+
+
+def test_a_dry_run_writes_nothing(moe, tmp_path):
+    report = convert_moe(moe, tmp_path / "fused", layout="fused", dry_run=True)
+    assert report.num_tensors == 20
+    assert not (tmp_path / "fused").exists()
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_command(moe, tmp_path):
+    done = run("convert", moe, "-o", tmp_path / "fused", "--layout", "fused")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "per-expert to fused" in done.stdout
+    assert "transformers 5 loads it" in done.stdout
+    done = run("convert", moe, "-o", tmp_path / "fused", "--json")
+    assert done.returncode == 1
+    assert "exists already" in done.stderr
+    done = run("convert", tmp_path / "fused", "-o", tmp_path / "back", "--json")
+    assert json.loads(done.stdout)["layout"] == "fused"

@@ -1,0 +1,87 @@
+"""`moe-fast plan` and `moe-fast gates`: plans and routers without a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moe_fast import (
+    CheckpointError,
+    MoeConfig,
+    MoeConstructionPlan,
+    compute_gate_weights,
+    compute_router_weights,
+    plan_moe_construction,
+)
+from moe_fast.checkpoint.routers import write_router_weights
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_plan():
+    done = run("plan", 3, 32, "--hidden-size", 4096, "--intermediate-size", 11008)
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in ("model 0: 0, 3, 6", "model 2: 2, 5", "34,629,222,400 in experts and routers"):
+        assert line in done.stdout
+    done = run("plan", 9, 2, "--experts", 4, "--experts-per-token", 1, "--json")
+    value = json.loads(done.stdout)
+    report = value.pop("report")
+    plan = plan_moe_construction(9, 2, MoeConfig(4, 1))
+    assert MoeConstructionPlan.from_dict(value) == plan
+    assert report["unused_models"] == [4, 5, 6, 7, 8]
+    assert "comes from 5 models" in run("plan", 9, 2, "--experts", 4).stdout
+    done = run("plan", 0, 2)
+    assert done.returncode == 1
+    assert "num_models must be at least 1, got 0" in done.stderr
+
+
+def test_gates_in_a_numpy_file(tmp_path):
+    done = run("gates", 64, 8, "-o", tmp_path / "g.npy", "--layers", 3, "--no-transpose",
+               "--dtype", "float64", "--init", "random")  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    weights = np.load(tmp_path / "g.npy", allow_pickle=False)
+    assert weights.tobytes() == compute_router_weights(3, 64, 8, "random").tobytes()
+    assert weights.shape == (3, 64, 8)
+
+
+def test_gates_in_a_safetensors_file(tmp_path):
+    done = run("gates", 64, 8, "-o", tmp_path / "g.safetensors", "--layers", 2,
+               "--dtype", "bfloat16")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tensors = load_file(tmp_path / "g.safetensors")
+    assert sorted(tensors) == ["layers.0.gate.weight", "layers.1.gate.weight"]
+    for layer in range(2):
+        expected = compute_gate_weights(64, 8, dtype="bfloat16", layer=layer, transpose=True)
+        found = tensors[f"layers.{layer}.gate.weight"]
+        assert found.dtype == ml_dtypes.bfloat16
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_what_is_refused(tmp_path):
+    weights = compute_router_weights(1, 8, 2, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=r"g\.pt: must end in \.npy or \.safetensors"):
+        write_router_weights(tmp_path / "g.pt", weights)
+    with pytest.raises(CheckpointError, match=r"g\.npy: \.npy files know no bfloat16"):
+        write_router_weights(tmp_path / "g.npy", weights)
+    file = tmp_path / "g.safetensors"
+    assert write_router_weights(file, weights) == file.stat().st_size
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_router_weights(file, weights)
+    write_router_weights(file, weights[:, :4], overwrite=True)
+    assert load_file(file)["layers.0.gate.weight"].shape == (4, 2)
+    with pytest.raises(FileNotFoundError, match=r"No such file|cannot find the path"):
+        write_router_weights(tmp_path / "absent" / "g.npy", np.zeros((1, 2, 2)))
+    assert [f.name for f in tmp_path.iterdir()] == ["g.safetensors"]
+    done = run("gates", 64, 8, "-o", file)
+    assert done.returncode == 1
+    assert "exists already" in done.stderr
