@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import gates, plan
+from benchmarks import conversion, gates, plan
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan]
+TOPICS = [gates, plan, conversion]
 
 
 def main() -> None:

@@ -22,6 +22,6 @@ export PYTHONMALLOC=malloc PYTHONPATH=$built PYTHONDONTWRITEBYTECODE=1
 # AddressSanitizer itself ends a process that asks for too much memory.
 exec "$python" -m pytest -p no:cacheprovider \
     --deselect tests/test_plan.py::test_too_little_memory_names_the_argument \
-    tests/test_counting.py tests/test_gates.py tests/test_generator.py tests/test_golden.py \
-    tests/test_plan.py tests/test_threads.py \
+    tests/test_counting.py tests/test_dtypes.py tests/test_gates.py tests/test_generator.py \
+    tests/test_golden.py tests/test_plan.py tests/test_threads.py \
     tests/test_upstream.py "$@"

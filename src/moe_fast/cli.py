@@ -17,7 +17,7 @@ from moe_fast.checkpoint.convert import convert_moe
 from moe_fast.checkpoint.inspection import inspect_model
 from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
-from moe_fast.config import Layout, MoeConfig, RouterInit
+from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
 from moe_fast.gates import compute_router_weights
@@ -43,7 +43,15 @@ app = typer.Typer(
     help="Turn dense language models on disk into Mixture-of-Experts checkpoints.",
 )
 RECIPE_ENDINGS = (".yml", ".yaml")
-SAID_BY_RECIPES = ("experts", "experts_per_token", "target", "layout", "base", "router_init")
+SAID_BY_RECIPES = (
+    "experts",
+    "experts_per_token",
+    "target",
+    "layout",
+    "dtype",
+    "base",
+    "router_init",
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
@@ -95,6 +103,10 @@ def build(
         Layout | None,
         typer.Option(help="How experts are stored.", show_default="per-expert where there is one"),
     ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Convert every weight to it.", show_default="the sources'"),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -133,6 +145,7 @@ def build(
                 MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
                 target=target,
                 layout=layout,
+                dtype=dtype,
                 base=base,
                 router_init=router_init,
                 **how,

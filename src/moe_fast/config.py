@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 from moe_fast.errors import MoeConfigError, as_index, shown
 
-__all__ = ["GateMode", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
+__all__ = ["Dtype", "GateMode", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
 
 
 class RoutingMethod(StrEnum):
@@ -58,6 +58,14 @@ class Layout(StrEnum):
     """Every matrix of every expert in a tensor of its own."""
     FUSED = "fused"
     """One tensor for gate and up of all experts, one for down."""
+
+
+class Dtype(StrEnum):
+    """What weights can be converted to on their way."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 Choice = TypeVar("Choice", bound=StrEnum)

@@ -25,12 +25,13 @@ from moe_fast.checkpoint.output import (
     obstacles,
     write_checkpoint,
 )
+from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES
 from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, index_json, into_shards
 from moe_fast.checkpoint.targets import Target, as_target_name, choose
-from moe_fast.config import GateMode, Layout, MoeConfig, RouterInit, as_member
+from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
@@ -89,6 +90,7 @@ def build_moe(
     *,
     target: str = "auto",
     layout: Layout | str | None = None,
+    dtype: Dtype | str | None = None,
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     router_init: RouterInit | str = RouterInit.BALANCED,
@@ -127,6 +129,9 @@ def build_moe(
     layout : Layout or str, optional
         `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
         transformers 5. GraniteMoE has a fused layout of its own and no other.
+    dtype : Dtype or str, optional
+        `"float32"`, `"bfloat16"` or `"float16"`: what every weight is converted to, rounded to
+        nearest and to even. By default weights keep the sources' dtype, which then must be one.
     base : path, optional
         The model that gives attention, embeddings, norms and tokenizer; by default the first.
     shared_experts : path, ExpertSource, or sequence of them
@@ -200,6 +205,7 @@ def build_moe(
         config=config,
         target=as_target_name(target),
         layout=None if layout is None else as_member(layout, Layout, "layout"),
+        dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts),
         router_init=as_member(router_init, RouterInit, "router_init"),
         gate_mode=None if gate_mode is None else as_member(gate_mode, GateMode, "gate_mode"),
@@ -240,6 +246,7 @@ def build_checkpoint(
     ]
     if problems:
         raise CheckpointError(*problems)
+    records: Mapping[str, FileRecord] = {}
     if not how.dry_run:
 
         def manifest(files: dict[str, FileRecord]) -> str:
@@ -253,7 +260,7 @@ def build_checkpoint(
                 files=files,
             ).text()
 
-        write_checkpoint(output, contents, manifest, how)
+        records = write_checkpoint(output, contents, manifest, how)
 
     sizes = construction.base.sizes
     report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
@@ -277,6 +284,7 @@ def build_checkpoint(
             *construction.warnings(),
             *target.warnings(construction),
             *warnings_for(request, report.unused_models),
+            *overflow_warnings(records),
         ),
         rejected_targets=blueprint.rejected_targets,
     )
@@ -316,6 +324,7 @@ def prepare(request: BuildRequest) -> Blueprint:
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
+        converted_to=None if request.dtype is None else SAFETENSORS_DTYPES[request.dtype],
     )
     problems = construction.problems()
     try:
@@ -385,6 +394,17 @@ def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[st
 
 def json_text(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
+
+
+def overflow_warnings(records: Mapping[str, FileRecord]) -> list[str]:
+    """One for each file with weights that its dtype does not hold."""
+    return [
+        f"{name}: {sum(counts.values())} weights of {len(counts)} tensors are beyond the dtype and "
+        f"became infinite, the first of them in {next(iter(counts))!r}; bfloat16 and float32 reach "
+        "further than float16"
+        for name, record in records.items()
+        if (counts := record.overflow)
+    ]
 
 
 def companions_of(model: Path) -> list[Path]:

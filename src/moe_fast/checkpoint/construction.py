@@ -34,11 +34,13 @@ class Construction:
     shared_sources: Sequence[DenseModel] = ()
     shared_experts: Sequence[ExpertSource] = ()
     """What was asked of each of the shared sources."""
+    converted_to: str | None = None
+    """The dtype of every output tensor; `None` keeps those of the sources."""
 
     @property
     def dtype(self) -> str:
         """The dtype of experts and routers, as safetensors spells it."""
-        return self.base.expert_dtype
+        return self.converted_to or self.base.expert_dtype
 
     def files(self) -> tuple[SourceFile, ...]:
         """Every safetensors file of the base and the sources."""
@@ -49,19 +51,22 @@ class Construction:
 
     def carried(self, tensor: Tensor) -> Weight:
         """A tensor of a source as the output holds it."""
-        return Weight.of(tensor)
+        return self.converted(Weight.of(tensor))
+
+    def converted(self, weight: Weight) -> Weight:
+        return weight if self.converted_to is None else weight.converted(self.converted_to)
 
     def perturbed(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
         """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
         weight = Weight.of(tensor)
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
-        if model.noise_scale == 0 and scale == 1:
-            return self.carried(tensor)
-        (source,) = weight.pieces
-        assert isinstance(source, FileRange)
-        stream = noise_stream(self.seed, name)
-        piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
-        return Weight(weight.dtype, weight.shape, (piece,))
+        if model.noise_scale != 0 or scale != 1:
+            (source,) = weight.pieces
+            assert isinstance(source, FileRange)
+            stream = noise_stream(self.seed, name)
+            piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
+            weight = Weight(weight.dtype, weight.shape, (piece,))
+        return self.converted(weight)
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""
@@ -138,6 +143,8 @@ class Construction:
         problems: list[str] = []
         for source, model in self.all_sources():
             problems += misfits(source, self.base, model.source_layers)
+            if self.converted_to is None:
+                problems += foreign_dtypes(source, self.dtype)
         return list(dict.fromkeys(problems))
 
     def warnings(self) -> list[str]:
@@ -195,13 +202,18 @@ def misfits(
     }.items():
         if its != bases:
             yield f"{config}: {what}: {in_words(its)}, the base model has {in_words(bases)}"
-    tensors = [source.ffn(layer, role) for layer in range(num_layers) for role in FFN]
-    foreign = [tensor for tensor in tensors if tensor.dtype != base.expert_dtype]
+
+
+def foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
+    """The FFN weights of `source` that have another dtype than the experts are to have."""
+    layers = range(source.sizes.num_hidden_layers)
+    tensors = [source.ffn(layer, role) for layer in layers for role in FFN]
+    foreign = [tensor for tensor in tensors if tensor.dtype != dtype]
     if foreign:
         first, others = foreign[0], len(foreign) - 1
         yield (
             f"{first.file.path}: tensor {first.name!r}{f' and {others} others' * bool(others)}: "
-            f"{first.dtype}, the base model's FFN is {base.expert_dtype}"
+            f"{first.dtype}, the base model's FFN is {dtype}; name a dtype to convert all to"
         )
 
 

@@ -21,12 +21,14 @@ class FileRecord:
     """One file of the output: its bytes, and SHA-256 digests in hexadecimal.
 
     `header_sha256` is that of a safetensors file up to its data; `sha256`, of the whole file, is
-    there where the build was asked for checksums.
+    there where the build was asked for checksums. `overflow` counts by tensor the finite weights
+    that became infinite in the output's dtype; where none did, it is not there.
     """
 
     size: int
     header_sha256: str | None = None
     sha256: str | None = None
+    overflow: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

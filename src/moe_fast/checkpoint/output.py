@@ -111,10 +111,10 @@ def write_checkpoint(
     contents: Contents,
     manifest: Callable[[dict[str, FileRecord]], str],
     how: Writing,
-) -> None:
+) -> dict[str, FileRecord]:
     """Write all files of a checkpoint, the manifest last; `output` appears when it is complete.
 
-    `manifest` gets the records of the other files and gives its text.
+    `manifest` gets the records of the other files, which are returned, and gives its text.
     """
     key = key_of(contents.shards, how.fsync)
     written = WrittenBytes(contents.nbytes, how.progress)
@@ -135,6 +135,7 @@ def write_checkpoint(
                 source, folder / source.name, checksum=how.checksum, fsync=how.fsync
             )
         write_text(manifest(records), folder / MANIFEST, fsync=how.fsync)
+    return records
 
 
 class WrittenBytes:

@@ -7,18 +7,23 @@ bounded chunk at a time; those of a `FileRange` the writer moves without looking
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from moe_fast import kernels
 from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, open_regular
 from moe_fast.config import RouterInit
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import compute_gate_weights
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFETENSORS_DTYPES = {name: code for code, name in DTYPES.items()}
+UNSIGNED = {2: np.uint16, 4: np.uint32}
 CHUNK = 1024 * 1024
 
 
@@ -56,6 +61,55 @@ class FileRange:
                     left = left[count:]
                 yield chunk
             self.file.check_unchanged(stream)
+
+
+@dataclass
+class Overflow:
+    """How many finite values became infinite."""
+
+    count: int = 0
+
+
+OVERFLOW: ContextVar[Overflow | None] = ContextVar("OVERFLOW", default=None)
+
+
+@contextmanager
+def overflow_counted() -> Iterator[Overflow]:
+    """Counts, in this thread, the finite values that pieces make infinite while the block runs.
+
+    Not by the pieces themselves: these are descriptions, and may be written by another process.
+    """
+    overflow = Overflow()
+    token = OVERFLOW.set(overflow)
+    try:
+        yield overflow
+    finally:
+        OVERFLOW.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """The numbers of a piece in another dtype: to nearest, ties to even."""
+
+    source: Piece
+    dtype: str
+    to: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes // ITEM_SIZES[self.dtype] * ITEM_SIZES[self.to]
+
+    def chunks(self) -> Iterator[memoryview]:
+        kernel = getattr(kernels.compiled, f"{DTYPES[self.dtype]}_to_{DTYPES[self.to]}")
+        buffer = np.empty(0, UNSIGNED[ITEM_SIZES[self.to]])
+        overflow = OVERFLOW.get() or Overflow()
+        for chunk in self.source.chunks():
+            values = np.frombuffer(chunk, UNSIGNED[ITEM_SIZES[self.dtype]])
+            if buffer.size < values.size:
+                buffer = np.empty(values.size, buffer.dtype)
+            out = buffer[: values.size]
+            overflow.count += kernel(values, out)
+            yield out.view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from moe_fast.config import GateMode, Layout, MoeConfig, RouterInit
+from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
 from moe_fast.errors import CheckpointError, MoeConfigError, as_index
 
 
@@ -99,6 +99,7 @@ class BuildRequest:
     config: MoeConfig = field(default_factory=MoeConfig)
     target: str = "auto"
     layout: Layout | None = None
+    dtype: Dtype | None = None
     shared_experts: tuple[ExpertSource, ...] = ()
     router_init: RouterInit = RouterInit.BALANCED
     gate_mode: GateMode | None = None

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from moe_fast.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, Tensor, header_bytes
-from moe_fast.checkpoint.pieces import FileRange, Piece, Zeros
+from moe_fast.checkpoint.pieces import Converted, FileRange, Piece, Zeros
 
 BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
 
@@ -44,6 +44,13 @@ class Weight:
         """A tensor of a source file, as it is."""
         piece = FileRange(tensor.file, tensor.offset, tensor.nbytes)
         return cls(tensor.dtype, tensor.shape, (piece,))
+
+    def converted(self, dtype: str) -> Weight:
+        """The same numbers in `dtype`."""
+        if dtype == self.dtype:
+            return self
+        pieces = tuple(Converted(piece, self.dtype, dtype) for piece in self.pieces)
+        return Weight(dtype, self.shape, pieces)
 
     @classmethod
     def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Weight:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.pieces import DTYPES
 from moe_fast.checkpoint.source import (
     FFN,
     NORMS_AFTER,
@@ -22,7 +23,6 @@ from moe_fast.checkpoint.table import OutputTensor, Weight
 from moe_fast.config import Layout, RoutingMethod
 from moe_fast.errors import CheckpointError
 
-TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GATE_UP = ("gate_proj", "up_proj")
 SPANS = {None: "nothing", "head": "each head", "width": "the full width"}
 
@@ -202,7 +202,7 @@ class Target:
         )
         base, sizes = construction.base, construction.base.sizes
         theta, scaling = base.rope.theta, base.rope.scaling
-        dtype = TORCH_DTYPES[construction.dtype]
+        dtype = DTYPES[construction.dtype]
         return {
             "architectures": [self.architecture],
             "model_type": self.name,

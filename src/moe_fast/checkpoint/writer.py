@@ -13,7 +13,7 @@ import pickle
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +23,13 @@ from typing import Any
 
 from moe_fast.checkpoint.header import SourceFile, open_regular
 from moe_fast.checkpoint.manifest import FileRecord
-from moe_fast.checkpoint.pieces import FileRange
+from moe_fast.checkpoint.pieces import (
+    Converted,
+    FileRange,
+    Overflow,
+    SideBySide,
+    overflow_counted,
+)
 from moe_fast.checkpoint.table import BLOCK, Shard
 from moe_fast.errors import CheckpointError
 
@@ -70,7 +76,7 @@ def write_shards(
     for shard in shards:
         if is_complete(shard, folder):
             digest = sha256_of(folder / shard.file_name) if checksum else None
-            done[shard.file_name] = record(shard, digest)
+            done[shard.file_name] = record(shard, digest, overflow_in(shard))
             advance(shard.nbytes)
     for entry in folder.iterdir():
         if entry.name not in done:
@@ -141,17 +147,19 @@ def write_shard(
     """Write one file of the output; it appears in `folder` when it is complete."""
     growing = folder / f"{shard.file_name}.{secrets.token_hex(8)}"
     digest = hashlib.sha256() if checksum else None
+    overflow = {}
     try:
         with named(growing), growing.open("xb", buffering=0) as stream, OpenSources() as sources:
             out = Output(stream, digest, advance)
             out.write(shard.header)
             for tensor in shard.tensors:
-                for piece in tensor.weight.pieces:
-                    if isinstance(piece, FileRange):
-                        out.copy(sources[piece.file], piece)
-                    else:
-                        for chunk in piece.chunks():
-                            out.write(chunk)
+                with overflow_counted() as overflow[tensor.name]:
+                    for piece in tensor.weight.pieces:
+                        if isinstance(piece, FileRange):
+                            out.copy(sources[piece.file], piece)
+                        else:
+                            for chunk in piece.chunks():
+                                out.write(chunk)
             sources.check_unchanged()
             if out.position != shard.nbytes:
                 raise AssertionError(
@@ -163,11 +171,26 @@ def write_shard(
     except BaseException:
         growing.unlink(missing_ok=True)
         raise
-    return record(shard, None if digest is None else digest.hexdigest())
+    return record(shard, None if digest is None else digest.hexdigest(), overflow)
 
 
-def record(shard: Shard, sha256: str | None) -> FileRecord:
-    return FileRecord(shard.nbytes, hashlib.sha256(shard.header).hexdigest(), sha256)
+def record(shard: Shard, sha256: str | None, overflow: Mapping[str, Overflow]) -> FileRecord:
+    counts = {name: overflowed.count for name, overflowed in overflow.items() if overflowed.count}
+    header_sha256 = hashlib.sha256(shard.header).hexdigest()
+    return FileRecord(shard.nbytes, header_sha256, sha256, counts or None)
+
+
+def overflow_in(shard: Shard) -> dict[str, Overflow]:
+    """What an earlier build has counted, counted again; no weight is beyond other dtypes."""
+    overflow = {}
+    for name, weight in shard.tensors:
+        if weight.dtype == "F16":
+            with overflow_counted() as overflow[name]:
+                for piece in weight.pieces:
+                    if isinstance(piece, (Converted, SideBySide)):
+                        for _ in piece.chunks():
+                            pass
+    return overflow
 
 
 def is_complete(shard: Shard, folder: Path) -> bool:

@@ -65,6 +65,16 @@ def nearest(value: float, dtype: str) -> float:
     return math.copysign(math.ldexp(round(math.ldexp(value, -last_place)), last_place), value)
 
 
+def converted(value: float, dtype: str) -> float:
+    """`value` in `dtype`: the nearest number, infinity beyond the range, NaN as it is."""
+    if not math.isfinite(value):
+        return value
+    precision, smallest = FORMATS[dtype]
+    beyond = math.ldexp(1.0, 3 - precision - smallest)  # twice the greatest power of two
+    number = nearest(value, dtype)
+    return number if abs(number) < beyond else math.copysign(math.inf, value)
+
+
 def load_balance(source_models: Sequence[int]) -> float:
     """Population standard deviation over mean of how often each model is used."""
     counts = [0] * (max(source_models, default=-1) + 1)

@@ -1,0 +1,110 @@
+# One float format into another: to nearest, of two equally near the even one; NaN stays NaN, with
+# its sign and the upper bits of its payload. By integers, but for float16's subnormals, so that
+# every level and every state of the processor gives the same bits.
+#
+# What narrows counts the finite numbers that became infinite, as wide as its numbers are: it is
+# given fewer than 2^32 of them.
+
+cdef enum:
+    INFINITE = 0x7F800000  # a float32's magnitude bits; the other two round to what is infinite
+    INFINITE_AS_BFLOAT16 = 0x7F7F8000
+    INFINITE_AS_FLOAT16 = 0x477FF000
+
+
+cdef inline uint32_t bits_of_float(float x) noexcept nogil:
+    cdef uint32_t bits
+    memcpy(&bits, &x, 4)
+    return bits
+
+
+cdef inline uint32_t becomes_infinite(uint32_t bits, int32_t least) noexcept nogil:
+    cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
+    return (magnitude >= least) & (magnitude < INFINITE)
+
+
+cdef inline uint32_t chosen(bint condition, uint32_t yes, uint32_t no) noexcept nogil:
+    """By masks: GCC makes vectors of them, and none of choices."""
+    cdef uint32_t mask = -<uint32_t>condition
+    return (yes & mask) | (no & ~mask)
+
+
+cdef inline uint16_t bfloat16_of(uint32_t bits) noexcept nogil:
+    cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
+    cdef uint32_t rounded = (bits + <uint32_t>0x7FFF + ((bits >> 16) & 1)) >> 16
+    cdef uint32_t quiet = (bits >> 16) | <uint32_t>0x40
+    return <uint16_t>chosen(magnitude > INFINITE, quiet, rounded)
+
+
+cdef inline uint16_t float16_of(uint32_t bits) noexcept nogil:
+    cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
+    cdef uint32_t odd = (bits >> 13) & 1
+    cdef uint32_t normal = (magnitude + <uint32_t>0xFFF + odd - (<uint32_t>112 << 23)) >> 13
+    # At 1/2 the last place of a float32 is 2^-24, as that of a subnormal float16: the sum rounds.
+    cdef float sum = float_of_bits(magnitude) + <float>0.5
+    cdef uint32_t small = bits_of_float(sum) - <uint32_t>0x3F000000
+    cdef uint32_t quiet = <uint32_t>0x7E00 | ((bits >> 13) & <uint32_t>0x3FF)
+    cdef uint32_t result = chosen(magnitude < 0x38800000, small, normal)
+    result = chosen(magnitude >= INFINITE_AS_FLOAT16, 0x7C00, result)
+    result = chosen(magnitude > INFINITE, quiet, result)
+    return <uint16_t>(result | ((bits >> 16) & <uint32_t>0x8000))
+
+
+def float32_to_bfloat16(const uint32_t[::1] values not None, uint16_t[::1] out not None):
+    """Write the bits of `values` as bfloat16; return how many finite ones became infinite."""
+    cdef Py_ssize_t i
+    cdef uint32_t infinite = 0
+    with nogil:
+        for i in range(values.shape[0]):
+            out[i] = bfloat16_of(values[i])
+            infinite += becomes_infinite(values[i], INFINITE_AS_BFLOAT16)
+    return infinite
+
+
+def float32_to_float16(const uint32_t[::1] values not None, uint16_t[::1] out not None):
+    """Write the bits of `values` as float16; return how many finite ones became infinite."""
+    cdef Py_ssize_t i
+    cdef uint32_t infinite = 0
+    with nogil:
+        for i in range(values.shape[0]):
+            out[i] = float16_of(values[i])
+            infinite += becomes_infinite(values[i], INFINITE_AS_FLOAT16)
+    return infinite
+
+
+def bfloat16_to_float16(const uint16_t[::1] values not None, uint16_t[::1] out not None):
+    """As `float32_to_float16`, of the bits of bfloat16."""
+    cdef Py_ssize_t i
+    cdef uint32_t bits, infinite = 0
+    with nogil:
+        for i in range(values.shape[0]):
+            bits = <uint32_t>values[i] << 16
+            out[i] = float16_of(bits)
+            infinite += becomes_infinite(bits, INFINITE_AS_FLOAT16)
+    return infinite
+
+
+def float16_to_bfloat16(const uint16_t[::1] values not None, uint16_t[::1] out not None):
+    """Write the bits of float16 as bfloat16, which holds all of its range: returns 0."""
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(values.shape[0]):
+            out[i] = bfloat16_of(bits_of_float(from_float16(values[i])))
+    return 0
+
+
+def float16_to_float32(const uint16_t[::1] values not None, uint32_t[::1] out not None):
+    """Write the bits of float16 as float32, which holds every number of it: returns 0."""
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(values.shape[0]):
+            out[i] = bits_of_float(from_float16(values[i]))
+    return 0
+
+
+def bfloat16_to_float32(const uint16_t[::1] values not None, uint32_t[::1] out not None):
+    """Write the bits of bfloat16 as float32, which holds every number of it: returns 0."""
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(values.shape[0]):
+            out[i] = <uint32_t>values[i] << 16
+    return 0
