@@ -41,7 +41,7 @@ def test_page(page):
         pytest.skip("typer is not installed")
     try:
         run_page(page)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL + EXTRAS:
             raise
         pytest.skip(f"{error.name} is not installed")

@@ -24,6 +24,7 @@ def test_it_tells_what_runs():
 
 
 def test_every_extra_says_what_it_is_for():
+    pytest.importorskip("typer")
     extras = {extra.name: extra for extra in diagnose().extras}
     declared = set(metadata.metadata("moe-fast").get_all("Provides-Extra"))
     assert extras.keys() == declared - {"all"}
@@ -72,6 +73,7 @@ def test_a_forced_lower_level_is_told(monkeypatch):
 
 
 def test_command():
+    pytest.importorskip("typer")
     command = [sys.executable, "-m", "moe_fast", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0

@@ -223,7 +223,8 @@ def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
             from ml_dtypes import bfloat16
         except ImportError:
             raise ImportError(
-                "dtype 'bfloat16' needs ml_dtypes: pip install 'moe-fast[checkpoint]'"
+                "dtype 'bfloat16' needs ml_dtypes: pip install 'moe-fast[checkpoint]'",
+                name="ml_dtypes",
             ) from None
         dtype = bfloat16
     try:
