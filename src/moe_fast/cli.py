@@ -15,6 +15,7 @@ from moe_fast.checkpoint.build import build_moe
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.convert import convert_moe
 from moe_fast.checkpoint.inspection import inspect_model
+from moe_fast.checkpoint.report import write_report
 from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
@@ -214,6 +215,29 @@ def convert(
             progress=progress,
         )
     show(report, show_conversion, as_json)
+
+
+@app.command()
+def report(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
+    ] = None,
+    with_check: Annotated[
+        bool, typer.Option("--check", help="Check the model first; reads it and its sources.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a model: experts, sources, sizes, routers, readers."""
+    with reported_errors():
+        checked = None
+        if with_check:
+            with progress_bar("comparing") as progress:
+                checked = check_moe(model, progress=progress)
+        file = write_report(model, output, check=checked)
+    say(f"{file}")
 
 
 @app.command()

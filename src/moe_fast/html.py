@@ -5,7 +5,7 @@ Text takes the colour of what surrounds it, so that light and dark pages both wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from moe_fast.plotting import MODEL_COLORS
 if TYPE_CHECKING:
     from moe_fast.plan import MoeConstructionPlan
 
-__all__ = ["pairs_table", "plan_picture"]
+__all__ = ["pairs_table", "plan_picture", "shares_picture", "table"]
 
 # Points of matplotlib's colour map cividis (Nuñez et al. 2018).
 CIVIDIS = ("#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838")
@@ -40,6 +40,20 @@ def pairs_table(pairs: Mapping[str, Any]) -> str:
         for name, value in pairs.items()
     )
     return f"<table>{rows}</table>"
+
+
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()
+) -> str:
+    """A table of texts; cells of the columns `numbers` have the class `number`."""
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        kinds = [' class="number"' if column in numbers else "" for column in range(len(row))]
+        cells = [f"<{tag}{kind}>{escape(t)}</{tag}>" for kind, t in zip(kinds, row, strict=True)]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = [line("th", header), *(line("td", row) for row in rows)]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def text_of(value: Any) -> str:
@@ -114,6 +128,28 @@ def plan_picture(plan: MoeConstructionPlan, labels: Sequence[str] | None = None)
             "layer than their own.</p>"
         )
     return f"<div>{svg}</div>{legend(sorted(shapes), plan.num_models, labels)}{note}"
+
+
+def shares_picture(sizes: Mapping[str, int]) -> str:
+    """One bar of which each part takes its share, and a legend; the order is that of `sizes`."""
+    total = sum(sizes.values())
+    if not total:
+        return ""
+    bars, items, start = [], [], 0.0
+    for place, (name, size) in enumerate(sizes.items()):
+        color = MODEL_COLORS[place % len(MODEL_COLORS)]
+        width = WIDTH * size / total
+        bars.append(
+            f'<rect x="{start:.6g}" width="{width:.6g}" height="28" fill="{color}">'
+            f"<title>{escape(name)}: {100 * size / total:.1f} %</title></rect>"
+        )
+        items.append(legend_item(color, f"{name} {100 * size / total:.1f} %"))
+        start += width
+    return (
+        f'<div><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.6g} 28" '
+        f'width="{WIDTH:.0f}" style="max-width:100%;height:auto" role="img" '
+        f'aria-label="Shares of the bytes">{"".join(bars)}</svg></div><div>{"".join(items)}</div>'
+    )
 
 
 def equal_runs(models: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
@@ -192,10 +228,18 @@ def legend(used: Sequence[int], num_models: int, labels: Sequence[str] | None) -
     """The models in use, each with its colour; beyond a dozen, the first and the last."""
     shown = used if len(used) <= 12 else (used[0], used[-1])
     items = [
-        f'<span style="display:inline-block;margin-right:1.2em">'
-        f'<span style="display:inline-block;width:.9em;height:.9em;vertical-align:-.1em;'
-        f'background:{model_color(model, num_models)}"></span> '
-        f"{escape(f'{model}: {labels[model]}' if labels else f'model {model}')}</span>"
+        legend_item(
+            model_color(model, num_models),
+            f"{model}: {labels[model]}" if labels else f"model {model}",
+        )
         for model in shown
     ]
     return f"<div>{(' … ' if len(shown) < len(used) else '').join(items)}</div>"
+
+
+def legend_item(color: str, text: str) -> str:
+    return (
+        '<span style="display:inline-block;margin-right:1.2em"><span style="display:inline-block;'
+        f'width:.9em;height:.9em;vertical-align:-.1em;background:{color}"></span> '
+        f"{escape(text)}</span>"
+    )

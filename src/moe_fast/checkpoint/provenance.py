@@ -73,10 +73,15 @@ def changes(source: ExpertSource) -> str:
 
 
 def names_of(construction: Construction) -> dict[str, str]:
-    """A name for each source folder; equal names of different folders are numbered."""
-    names: dict[str, str] = {}
+    """A name for each source folder."""
     sources = [source.model for source in (*construction.models, *construction.shared_experts)]
-    for path in dict.fromkeys([*sources, str(construction.base.path)]):
+    return distinct_names([*sources, str(construction.base.path)])
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """A name for each folder; equal names of different folders are numbered."""
+    names: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
         name = model_name(path)
         taken = sum(model_name(other) == name for other in names)
         names[path] = f"{name} ({taken + 1})" if taken else name

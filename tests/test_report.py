@@ -1,0 +1,211 @@
+"""The HTML page about a checkpoint: true, self-contained, harmless."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors")
+
+import moe_fast
+from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe, write_report
+from moe_fast.checkpoint.convert import convert_moe
+from moe_fast.checkpoint.moe import open_moe_model
+from moe_fast.checkpoint.report import part_of
+from moe_fast.demo import make_dense_model
+
+CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """A page read as a browser reads it: cells of tables, all text, all tags and attributes."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.open, self.tags, self.texts, self.attributes = [], set(), [], []
+        self.source = Path(file).read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style" and data.strip():
+            self.texts.append(data.strip())
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+
+@pytest.fixture
+def dense(tmp_path):
+    make_dense_model(tmp_path / "dense", seed=0)
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def moe(dense):
+    make_dense_model(dense.parent / "other", seed=1)
+    build_moe([dense, ExpertSource(dense.parent / "other", noise_scale=0.01)],
+              dense.parent / "moe", CONFIG)  # fmt: skip
+    return dense.parent / "moe"
+
+
+def test_it_lies_beside_the_model_and_tells_of_it(moe, monkeypatch):
+    file = write_report(moe)
+    assert file == moe.parent / "moe-report.html"
+    text = Page(file).text
+    assert "MixtralForCausalLM: 4 experts per layer, 2 per token, from 2 dense models." in text
+    assert "1: other\n0, 2\n4\nnone" not in text
+    assert "0\ndense\n0, 2\n4\nnone\n1\nother\n1, 3\n4\nnoise of 0.01" in text
+    assert "Everything else comes from dense." in text
+    assert "no two experts tie" in text
+    assert "✓ transformers 5\nloads it" in text
+    monkeypatch.chdir(moe)
+    assert write_report(".") == file  # named after the folder, wherever one stands
+
+
+def test_it_needs_nothing_and_shows_no_path(moe):
+    page = Page(write_report(moe, check=check_moe(moe)))
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset")]
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    assert set(re.findall(r"https?://[^\s\"']+", page.source)) == {"http://www.w3.org/2000/svg"}
+    assert str(moe.parent) not in page.source
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    name = "<img src=x onerror=alert(1)>&\"'" if sys.platform != "win32" else "a&b'c"
+    make_dense_model(tmp_path / name, seed=0)
+    build_moe(tmp_path / name, tmp_path / f"{name}-moe", CONFIG)
+    page = Page(write_report(tmp_path / f"{name}-moe"))
+    assert "img" not in page.tags
+    assert f"0: {name}" in page.text
+
+
+def test_the_check_is_part_of_it(moe):
+    text = Page(write_report(moe, check=check_moe(moe))).text
+    assert "All that was checked has passed." in text
+    assert "✓ passed\nexperts\n8 experts equal their sources, byte for byte" in text
+    with (moe / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x55")
+    text = Page(write_report(moe, check=check_moe(moe))).text
+    assert "Not all is as it should be." in text
+    assert "✗ failed" in text
+    assert "differs" in text
+    assert "Check" not in Page(write_report(moe)).texts
+
+
+@pytest.mark.parametrize(("target", "layout"), [
+    ("mixtral", "per-expert"), ("mixtral", "fused"), ("qwen2_moe", "per-expert"),
+    ("granitemoe", None), ("deepseek", None),
+])  # fmt: skip
+def test_every_byte_has_its_part(dense, target, layout):
+    moe = dense.parent / "moe"
+    build_moe(dense, moe, CONFIG, target=target, layout=layout)
+    model = open_moe_model(moe)
+    parts = {}
+    for name, tensor in model.tensors.items():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + math.prod(tensor.shape)
+    assert parts["experts"] == 2 * 4 * 3 * 64 * 128
+    assert parts["routers"] == 2 * 4 * 64
+    assert parts["embeddings and head"] == 256 * 64
+    assert parts["attention"] >= 2 * (64 * 64 * 2 + 64 * 32 * 2)
+    assert "dense FFN" not in parts
+    text = Page(write_report(moe)).text
+    for part, count in parts.items():
+        assert f"{part}\n{count:,}\n{4 * count:,}" in text
+    assert ("shared experts" in parts) == any(".shared_" in name for name in model.tensors)
+
+
+def test_a_converted_model(moe):
+    convert_moe(moe, moe.parent / "fused", layout="fused")
+    text = Page(write_report(moe.parent / "fused")).text
+    assert "converted from moe." in text
+    assert "Where the experts come from" not in text
+
+
+def test_what_others_made(moe, dense):
+    (moe / "moe_fast.json").unlink()
+    text = Page(write_report(moe)).text
+    assert "4 experts per layer" in text
+    assert "Made by another tool than moe_fast" in text
+    assert "a dense model, without experts" in Page(write_report(dense)).text
+
+
+def test_digests_are_shown_where_they_are_known(dense):
+    report = build_moe(dense, dense.parent / "moe", CONFIG, checksum=True)
+    manifest = json.loads((report.output / "moe_fast.json").read_text())
+    digest = manifest["files"]["model.safetensors"]["sha256"]
+    assert digest in Page(write_report(report.output)).text
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else_is(moe, tmp_path):
+    file = write_report(moe)
+    before = file.read_bytes()
+    assert write_report(moe).read_bytes() == before
+    other = tmp_path / "thesis.html"
+    other.write_text("years of work")
+    for there in (other, moe, moe / "config.json"):
+        with pytest.raises(CheckpointError, match="exists and is no report; choose another"):
+            write_report(moe, there)
+    assert other.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".moe-report")) == []
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"source_model": [[0, 1, 0, 1], [0, 1]]}, "moe_fast.json: "),
+    ({"source_model": [[0, 1, 0, 7]] * 2}, "source_model holds 7, but num_models is 2"),
+    ({"source_layer": [[0, -1, 0, 0]] * 2}, "source_layer must be at least 0, got -1"),
+    ({"moe_fast": 3}, "3 is not"),
+])  # fmt: skip
+def test_a_manifest_that_does_not_hold(moe, change, message):
+    file = moe / "moe_fast.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        write_report(moe)
+    assert not (moe.parent / "moe-report.html").exists()
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fast", "report", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(moe_fast.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command(moe):
+    pytest.importorskip("typer")
+    done = run("moe", "--check", "-o", "page.html", cwd=moe.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "page.html\n", "")
+    assert "All that was checked has passed." in Page(moe.parent / "page.html").text
+    done = run("nowhere", cwd=moe.parent)
+    assert done.returncode == 1
+    assert "nowhere: is not a folder with a model" in done.stderr
+    shutil.rmtree(moe.parent / "dense")
+    done = run("moe", cwd=moe.parent)  # the sources are not needed
+    assert done.returncode == 0
