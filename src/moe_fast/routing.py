@@ -30,6 +30,8 @@ LOGITS_PER_THREAD = 2**16
 ENCODINGS = {"float32": 0, "float64": 0, "bfloat16": 1, "float16": 2}
 # The kernels' rows are multiples of this, and experts choose so many at a time.
 LANES = 16
+# Tokens from which expert choice guesses how good a token must be.
+SAMPLE = 1024
 # What expert choice has no use for: each of its experts takes the same number of tokens.
 TOKEN_CHOICE_ONLY = ("norm_topk_prob", "selection_bias", "n_group", "topk_group", "drop_policy")
 SWITCH_CAPACITY_FACTOR = 1.25
@@ -105,7 +107,6 @@ class Routing:
 
     __slots__ = (
         "_indices",
-        "_inverse",
         "_offsets",
         "_permutation",
         "_sorted",
@@ -126,7 +127,6 @@ class Routing:
     _indices: Indices
     _offsets: Counts
     _permutation: Indices
-    _inverse: Indices
     _sorted: bool
 
     def __init__(
@@ -203,8 +203,9 @@ class Routing:
     @property
     def inverse_permutation(self) -> Indices:
         """int32 `[T * k]`: where each flattened pair stands in `permutation`; -1 if dropped."""
-        self._sort()
-        return self._inverse
+        inverse = np.full(self._indices.size, -1, np.int32)
+        inverse[self.permutation] = np.arange(len(self.permutation), dtype=np.int32)
+        return inverse
 
     def _sort(self) -> None:
         if self._sorted:
@@ -212,7 +213,6 @@ class Routing:
         pairs = self._indices.size
         if not hasattr(self, "_offsets"):
             self._offsets = np.zeros(self.num_experts + 1, np.int64)
-            self._inverse = np.empty(pairs, np.int32)
             self._permutation = np.empty(pairs, np.int32)
         np.cumsum(self.tokens_per_expert, out=self._offsets[1:])
         kept = int(self._offsets[-1])
@@ -220,13 +220,11 @@ class Routing:
             self._permutation = np.empty(kept, np.int32)
         if self.method is RoutingMethod.EXPERT_CHOICE:
             self._permutation[:] = np.arange(pairs, dtype=np.int32)
-            self._inverse[:] = self._permutation
         else:
             kernels.compiled.sort_by_expert(
                 self._indices.reshape(-1),
                 self._offsets[:-1].copy(),
                 self._permutation,
-                self._inverse,
             )
         self._sorted = True
 
@@ -654,7 +652,7 @@ def drop(rule: Rule, out: Routing, capacity: int) -> None:
         out._sort()
         compiled.drop_improbable[specialisation(out.weights.dtype)](
             indices, weights, capacity, out._offsets, out._permutation,
-            np.empty(int(before.max()), weights.dtype),
+            np.empty(int(before.max()) + LANES, weights.dtype),
         )  # fmt: skip
         out._sorted = False
     out.tokens_per_expert = np.minimum(before, capacity)
@@ -664,33 +662,62 @@ def experts_choose(
     rows: npt.NDArray[np.uint8], encoding: int, rule: Rule, out: Routing, threads: int
 ) -> None:
     """Fill the indices and the weights of expert choice."""
-    compiled, dtype = kernels.compiled, out.weights.dtype
-    num_tokens, num_experts = out.num_tokens, rule.num_experts
-    grain = LOGITS_PER_THREAD // num_experts + 1
-    largest, total = np.empty(num_tokens, dtype), np.empty(num_tokens, dtype)
-    bad: list[int] = []
+    num_tokens, capacity = len(rows), out.weights.shape[1]
+    dtype, kind = out.weights.dtype, specialisation(out.weights.dtype)
+    compiled = kernels.compiled
+    input = rows, encoding, rule.num_experts, rule.is_sigmoid
+    work_size = rule.num_experts * LANES + 2 * (rule.num_experts + LANES)
+    grain = LOGITS_PER_THREAD // rule.num_experts + 1
+    pieces = max(1, min(threads, num_tokens // grain))
 
-    def add_up(start: int, stop: int) -> None:
-        row = np.empty(-(-num_experts // LANES) * LANES, dtype)
-        bad.append(
-            compiled.softmax_sums[specialisation(out.weights.dtype)](
-                rows, encoding, num_experts, largest, total, row, start, stop
-            )
+    def choose(first: int, bounds: npt.NDArray[Any], share_heard: float) -> npt.NDArray[np.bool]:
+        """Choose for the experts from `first` on; tells for which the bounds were no good."""
+        most = -(-num_tokens // pieces)
+        room = min(most, int(most * share_heard * 1.5) + 64)
+        shape = pieces, len(bounds), room + LANES
+        found, value = np.empty(shape, np.int32), np.empty(shape, dtype)
+        count = np.zeros(shape[:2], np.int64)
+        missed = np.zeros(len(bounds), np.uint8)
+        last = first + len(bounds)
+        bad: list[int] = []
+
+        def hear(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                part = num_tokens * i // pieces, num_tokens * (i + 1) // pieces
+                bad.append(
+                    compiled.hear[kind](
+                        *input, first, bounds, found[i], value[i], count[i],
+                        np.empty(work_size, dtype), *part,
+                    )
+                )  # fmt: skip
+
+        def keep(start: int, stop: int) -> None:
+            joined = np.empty(pieces * room + LANES, np.int32)
+            compiled.keep_best[kind](
+                found, value, count, joined, np.empty(joined.shape, dtype),
+                out._indices[first:last], out.weights[first:last], missed, start, stop,
+            )  # fmt: skip
+
+        share(hear, pieces, threads)
+        raise_for_nan(bad)
+        if capacity:
+            share(keep, len(bounds), threads)
+        return missed.view(np.bool)
+
+    out.tokens_per_expert_before_drop.fill(capacity)
+    bounds = np.zeros(rule.num_experts, dtype)
+    # Four standard deviations more than the sample's share.
+    rank = capacity * SAMPLE // max(num_tokens, 1)
+    rank += 4 * math.isqrt(rank) + 4
+    if num_tokens < 4 * SAMPLE or rank > SAMPLE // 2:
+        choose(0, bounds, 1.0)
+    else:
+        sample = np.empty((rule.num_experts, SAMPLE), dtype)
+        compiled.guess_bounds[kind](
+            rows, encoding, rule.is_sigmoid, sample, rank, np.empty(work_size, dtype), bounds
         )
-
-    def choose(start: int, stop: int) -> None:
-        scores = np.empty((LANES, num_tokens), dtype)
-        compiled.choose_tokens[specialisation(out.weights.dtype)](
-            rows, encoding, rule.is_sigmoid, largest, total, out._indices, out.weights, scores,
-            start * LANES, min(stop * LANES, num_experts),
-        )  # fmt: skip
-
-    share(add_up, num_tokens, threads, grain=grain)
-    raise_for_nan(bad)
-    out.tokens_per_expert_before_drop.fill(out.weights.shape[1])
-    if out.weights.size == 0:
-        return
-    share(choose, -(-num_experts // LANES), threads)
+        for expert in np.flatnonzero(choose(0, bounds, rank / SAMPLE)).tolist():
+            choose(expert, bounds[:1] * 0, 1.0)
     if rule.routed_scaling_factor != 1.0:
         out.weights *= rule.routed_scaling_factor
     if rule.sorted:

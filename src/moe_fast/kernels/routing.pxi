@@ -10,7 +10,9 @@ ctypedef fused real:
     double
 
 include "routing_arithmetic.pxi"
+include "routing_lanes.pxi"
 include "routing_rows.pxi"
+include "routing_rule.pxi"
 include "routing_choice.pxi"
 include "routing_weights.pxi"
 include "routing_tokens.pxi"

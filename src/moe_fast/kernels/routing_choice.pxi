@@ -1,130 +1,166 @@
 # The k largest, ties to the lower index.
 
+cdef enum:
+    # The most experts a token that are kept in order one by one.
+    FEW = 16
+
+
 cdef void choose_in_columns(
-    const real* column, Py_ssize_t n, Py_ssize_t k, int32_t* chosen, real* best
+    const real* column, Py_ssize_t n, Py_ssize_t k, int32_t* index, real* best
 ) noexcept nogil:
-    # LANES tokens at once: column[e * LANES + t] is the value of expert e for token t. Each value
-    # goes below those not smaller than it; those it passes move down one.
-    cdef Py_ssize_t e, s, t, filled
-    cdef real value, above, here
-    cdef bint passes, passes_above
+    # LANES tokens at once: column[e * LANES + t] is the value of expert e for token t. k <= FEW.
+    cdef real[FEW * LANES] chosen
+    cdef Py_ssize_t e, t
     for e in range(n):
-        filled = e if e < k else k
         if e < k:
+            # Put last, where even -inf stays until something passes it.
             for t in range(LANES):
                 best[e * LANES + t] = column[e * LANES + t]
-                chosen[e * LANES + t] = <int32_t>e
-            filled = e + 1
-        for s in range(filled - 1, 0, -1):
-            for t in range(LANES):
-                value = column[e * LANES + t]
-                above = best[(s - 1) * LANES + t]
-                here = best[s * LANES + t]
-                passes_above = value > above
-                passes = value > here
-                best[s * LANES + t] = above if passes_above else (value if passes else here)
-                chosen[s * LANES + t] = (
-                    chosen[(s - 1) * LANES + t] if passes_above
-                    else (<int32_t>e if passes else chosen[s * LANES + t])
-                )
-        for t in range(LANES):
-            value = column[e * LANES + t]
-            passes = value > best[t]
-            best[t] = value if passes else best[t]
-            chosen[t] = <int32_t>e if passes else chosen[t]
+                chosen[e * LANES + t] = <real>e
+        insert(best, chosen, e if e < k else k - 1, column + e * LANES, <real>e)
+    for t in range(k * LANES):
+        index[t] = <int32_t>chosen[t]
 
 
-cdef void sort_descending(
-    const real* value, Py_ssize_t n, Py_ssize_t padded, int32_t* order
-) noexcept nogil:
+cdef void sort_descending(const real* value, Py_ssize_t n, int32_t* order) noexcept nogil:
     # order[r] = index of the value with r others before it: the larger ones and, among equals,
-    # those with a lower index. value[n:padded] is readable; padded is a multiple of LANES.
-    cdef int32_t[LANES] rank
-    cdef Py_ssize_t i, j, t
-    for i in range(0, n, 16):
-        for t in range(LANES):
-            rank[t] = 0
-        for j in range(i):
-            for t in range(LANES):
-                rank[t] += value[j] >= value[i + t]
-        for j in range(i, i + LANES if i + LANES < n else n):
-            for t in range(LANES):
-                rank[t] += (value[j] > value[i + t]) | (
-                    (value[j] == value[i + t]) & (j - i < t)
+    # those with a lower index. Readable up to a multiple of LANES, where it is -inf.
+    cdef Py_ssize_t i, j
+    cdef uint32_t before
+    cdef int rank
+    for j in range(n):
+        rank = 0
+        for i in range(0, n, 16):
+            if i + LANES <= j:
+                before = at_least(value + i, value[j])
+            elif i > j:
+                before = above(value + i, value[j])
+            else:
+                before = (<uint32_t>1 << (j - i)) - 1
+                before = (at_least(value + i, value[j]) & before) | (
+                    above(value + i, value[j]) & ~before
                 )
-        for j in range(i + LANES, n):
-            for t in range(LANES):
-                rank[t] += value[j] > value[i + t]
-        for t in range(LANES if i + LANES < n else n - i):
-            order[rank[t]] = <int32_t>(i + t)
+            rank += number_of_bits(before)
+        order[rank] = <int32_t>j
 
 
-cdef real lower_bound(
-    const real* x, Py_ssize_t padded, Py_ssize_t k, real* folded, int32_t* order
+cdef extern from *:
+    """
+    /* Batcher's odd-even merge sort of eight: which two to put in order, one after another. */
+    static const unsigned char NETWORK[38] = {
+        0, 1, 2, 3, 4, 5, 6, 7, 0, 2, 1, 3, 4, 6, 5, 7, 1, 2, 5, 6,
+        0, 4, 1, 5, 2, 6, 3, 7, 2, 4, 3, 5, 1, 2, 3, 4, 5, 6
+    };
+    """
+    const unsigned char[38] NETWORK
+
+
+cdef void kth_of_columns(real* column, Py_ssize_t k, real* kth) noexcept nogil:
+    # The k-th largest of LANES values of each of LANES tokens, which lose their order. Of two sorted
+    # halves a and b it is the largest of min(a[i], b[k - 2 - i]), where a[-1] and b[-1] are +inf.
+    cdef real* other = column + 8 * LANES
+    cdef real[LANES] infinite
+    cdef Py_ssize_t i, t
+    for i in range(0, 38, 2):
+        exchange(column + NETWORK[i] * LANES, column + NETWORK[i + 1] * LANES)
+        exchange(other + NETWORK[i] * LANES, other + NETWORK[i + 1] * LANES)
+    for t in range(LANES):
+        kth[t] = -INFINITY
+        infinite[t] = INFINITY
+    for i in range(k - 1 - 8 if k > 8 else -1, k if k < 8 else 8):
+        raise_to(
+            kth,
+            column + i * LANES if i >= 0 else infinite,
+            other + (k - 2 - i) * LANES if k - 2 - i >= 0 else infinite,
+        )
+
+
+cdef void fold_row(const real* x, Py_ssize_t padded, Py_ssize_t lanes, real* folded) noexcept nogil:
+    # The largest of columns j, j + lanes, j + 2 lanes, ... in folded[j].
+    cdef Py_ssize_t j
+    for j in range(0, lanes, 16):
+        fold(x + j, padded - j, lanes, folded + j)
+
+
+cdef void lower_bounds(
+    const real** row, Py_ssize_t tokens, Py_ssize_t padded, Py_ssize_t k,
+    real* bound, real* folded, int32_t* order
 ) noexcept nogil:
-    # Fold the row into at least k lanes, each keeping its largest: these are values of the row at
+    # Fold each row into at least k lanes, each keeping its largest: these are values of the row at
     # different places, so the k-th largest of them is at most the k-th largest of the row.
-    cdef Py_ssize_t lanes = (k + LANES - 1) // LANES * LANES
-    cdef Py_ssize_t i, j, to
-    cdef real value
+    cdef Py_ssize_t lanes = padded_to_lanes(k)
+    cdef real[LANES * LANES] column
+    cdef Py_ssize_t j, t
     if 2 * lanes > padded:
-        return -INFINITY
-    for j in range(lanes):
-        folded[j] = x[j]
-    to = 0
-    for i in range(lanes, padded, 16):
-        for j in range(LANES):
-            value = x[i + j]
-            folded[to + j] = value if value > folded[to + j] else folded[to + j]
-        to += LANES
-        if to == lanes:
-            to = 0
-    sort_descending(folded, lanes, lanes, order)
-    return folded[order[k - 1]]
+        for t in range(tokens):
+            bound[t] = -INFINITY
+    elif k == 1:
+        for t in range(tokens):
+            bound[t] = largest_of_row(row[t], padded)
+    elif lanes == LANES:
+        for t in range(LANES):
+            fold(row[t if t < tokens else 0], padded, LANES, folded)
+            for j in range(LANES):
+                column[j * LANES + t] = folded[j]
+        kth_of_columns(column, k, bound)
+    else:
+        for t in range(tokens):
+            fold_row(row[t], padded, lanes, folded)
+            sort_descending(folded, lanes, order)
+            bound[t] = folded[order[k - 1]]
 
 
 cdef Py_ssize_t survivors(
-    const real* x, Py_ssize_t n, Py_ssize_t k, real bound, int32_t* found
+    const real* x, Py_ssize_t n, Py_ssize_t k, real bound, int32_t* found, real* value
 ) noexcept nogil:
-    # Indices of the values from `bound` up, ascending: at least k, and few. Where many equal the
-    # bound, as many of them as are needed.
+    # Indices and values from `bound` up, ascending: at least k, and few. Where many equal the bound,
+    # as many of them as are needed.
     cdef Py_ssize_t i, wanted
-    cdef Py_ssize_t count = 0
-    cdef Py_ssize_t above = 0
-    for i in range(n):
-        found[count] = <int32_t>i
-        count += x[i] >= bound
+    cdef Py_ssize_t larger = 0
+    cdef Py_ssize_t count = collect(x, padded_to_lanes(n), bound, 0, found, value)
+    if bound == -INFINITY:
+        # What pads the row is among them, at the end.
+        return count if count < n else n
     if count <= 2 * k + LANES:
         return count
-    for i in range(n):
-        above += x[i] > bound
-    if above >= k:
-        return count
-    wanted = k - above
-    count = 0
-    for i in range(n):
-        found[count] = <int32_t>i
-        if x[i] > bound:
-            count += 1
-        elif x[i] == bound and wanted > 0:
-            count += 1
-            wanted -= 1
-    return count
-
-
-cdef void choose_in_row(
-    const real* x, Py_ssize_t n, Py_ssize_t padded, Py_ssize_t k,
-    int32_t* found, int32_t* order, real* value
-) noexcept nogil:
-    # found[order[0:k]] are the indices of the k largest of x[0:n], largest first.
-    cdef real bound = lower_bound(x, padded, k, value, order)
-    cdef Py_ssize_t count = survivors(x, n, k, bound, found)
-    cdef Py_ssize_t i
     for i in range(count):
-        value[i] = x[found[i]]
-    for i in range(count, (count + LANES - 1) // LANES * LANES):
-        value[i] = -INFINITY
-    sort_descending(value, count, (count + LANES - 1) // LANES * LANES, order)
+        larger += value[i] > bound
+    if larger >= k:
+        return count
+    wanted = k - larger
+    larger = 0
+    for i in range(count):
+        if value[i] == bound:
+            if wanted == 0:
+                continue
+            wanted -= 1
+        found[larger] = found[i]
+        value[larger] = value[i]
+        larger += 1
+    return larger
+
+
+cdef void choose_in_rows(
+    const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded, Py_ssize_t k,
+    int32_t* index, real* value, int32_t* found, int32_t* order
+) noexcept nogil:
+    # index[t * k + s] is the s-th largest of row[t][0:n]; the rest up to `padded` is -inf.
+    cdef real[LANES] bound
+    cdef Py_ssize_t t, s, i, count
+    lower_bounds(row, tokens, padded, k, bound, value, order)
+    for t in range(tokens):
+        count = survivors(row[t], n, k, bound[t], found, value)
+        if k == 1 and bound[t] > -INFINITY:
+            index[t] = found[0]
+            continue
+        for i in range(count, padded_to_lanes(count)):
+            value[i] = -INFINITY
+        if count <= LANES:
+            sort_few(value, <int>count, order)
+        else:
+            sort_descending(value, count, order)
+        for s in range(k):
+            index[t * k + s] = found[order[s]]
 
 
 cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noexcept nogil:
@@ -145,19 +181,19 @@ cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noe
     return total
 
 
-cdef Py_ssize_t keep_best_groups(
+cdef void keep_best_groups(
     const real* x, const Rule* rule, real* kept, int32_t* expert, int32_t* order, real* work
 ) noexcept nogil:
     # Copy the values of the topk_group best groups to `kept`, and which experts they are.
     cdef Py_ssize_t size = rule.num_experts // rule.n_group
-    cdef Py_ssize_t padded = (rule.n_group + LANES - 1) // LANES * LANES
+    cdef Py_ssize_t padded = padded_to_lanes(rule.n_group)
     cdef Py_ssize_t count = 0
     cdef Py_ssize_t g, i
     for g in range(rule.n_group):
         work[g] = sum_of_best(x + g * size, size, rule.experts_per_group_score, work + padded)
     for g in range(rule.n_group, padded):
         work[g] = -INFINITY
-    sort_descending(work, rule.n_group, padded, order)
+    sort_descending(work, rule.n_group, order)
     for g in range(rule.n_group):
         work[order[g]] = 1 if g < rule.topk_group else 0
     for g in range(rule.n_group):
@@ -166,6 +202,5 @@ cdef Py_ssize_t keep_best_groups(
                 kept[count] = x[g * size + i]
                 expert[count] = <int32_t>(g * size + i)
                 count += 1
-    for i in range(count, (count + LANES - 1) // LANES * LANES):
+    for i in range(count, padded_to_lanes(count)):
         kept[i] = -INFINITY
-    return count

@@ -1,75 +1,222 @@
-# Experts choose tokens.
+# Experts choose tokens. Most tokens are far from being chosen: a bound guessed from a sample of them
+# leaves each expert a short list, from which it takes exactly the best. Where a list turns out too
+# short, or too long for its room, the caller asks again without a bound.
 
-def softmax_sums(
-    const uint8_t[:, :] logits not None, int encoding, Py_ssize_t num_experts,
-    real[::1] largest not None, real[::1] total not None, real[::1] row not None,
-    Py_ssize_t start, Py_ssize_t stop
-):
-    """The largest logit of each token and the sum of all exponentials below it.
+cdef void score_columns(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
+    Py_ssize_t n, bint is_sigmoid, real* column
+) noexcept nogil:
+    # In place: the logits of a block of tokens, as columns, become scores; -1 in lanes without one.
+    cdef real[LANES] top
+    cdef real[LANES] total
+    cdef real[LANES] x
+    cdef Py_ssize_t e, t
+    if not is_sigmoid:
+        sum_columns(column, n, top, total)
+    for e in range(n):
+        for t in range(LANES):
+            x[t] = column[e * LANES + t]
+        if is_sigmoid:
+            for t in range(LANES):
+                x[t] = sigmoid(x[t])
+        else:
+            for t in range(LANES):
+                x[t] = exponential_below(x[t], top[t]) / total[t]
+        for t in range(tokens, LANES):
+            x[t] = -1
+        for t in range(LANES):
+            column[e * LANES + t] = x[t]
 
-    `row` is room for one row, a multiple of LANES. Returns the first token with a NaN, or -1.
-    """
-    cdef Py_ssize_t padded = row.shape[0]
-    cdef Py_ssize_t token, e
-    cdef real* x = &row[0]
-    with nogil:
-        for e in range(num_experts, padded):
-            x[e] = -INFINITY
-        for token in range(start, stop):
-            load_row(&logits[token, 0], encoding, num_experts, x)
-            if holds_nan(x, num_experts):
-                with gil:
-                    return token
-            largest[token] = largest_of_row(x, padded)
-            total[token] = sum_of_exponentials(x, num_experts, padded, largest[token])
+
+cdef void score_row_in_lane(
+    const real* x, Py_ssize_t n, bint is_sigmoid, real* score, real* column, real* total
+) noexcept nogil:
+    # One token's scores, or exponentials and what they are to be divided by, into its lane.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t i, j
+    cdef real[LANES] lane
+    cdef real top
+    if is_sigmoid:
+        for i in range(n):
+            score[i] = sigmoid(x[i])
+        total[0] = 1
+    else:
+        top = largest_of_row(x, padded)
+        for j in range(LANES):
+            lane[j] = 0
+        for i in range(0, padded, 16):
+            for j in range(LANES):
+                score[i + j] = exponential_below(x[i + j], top)
+                lane[j] += score[i + j]
+        total[0] = sum_of_lanes(lane) if top > -INFINITY else <real>n
+    for i in range(n):
+        column[i * LANES] = score[i]
+
+
+cdef Py_ssize_t score_block(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
+    Py_ssize_t n, bint is_sigmoid, real* column, real* row
+) noexcept nogil:
+    # column[e * LANES + t]: score of expert e for token t of a block; -1 in lanes without one.
+    # `row` is room for two. Returns the first token with a NaN, or -1.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t e, t
+    cdef const real* x[1]
+    cdef real[LANES] total
+    if n < 2 * LANES:
+        t = load_columns(logits, stride, encoding, tokens, n, column, row)
+        if t < 0:
+            score_columns(logits, stride, encoding, tokens, n, is_sigmoid, column)
+        return t
+    for t in range(tokens):
+        x[0] = readable_row(logits + t * stride, encoding, n, row)
+        if first_nan(x, 1, padded) >= 0:
+            return t
+        score_row_in_lane(x[0], n, is_sigmoid, row + padded, column + t, total + t)
+    for t in range(tokens, LANES):
+        total[t] = 1
+        for e in range(n):
+            column[e * LANES + t] = -1
+    if not is_sigmoid:
+        for e in range(n):
+            for t in range(LANES):
+                column[e * LANES + t] /= total[t]
     return -1
 
 
-def choose_tokens(
+def guess_bounds(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid,
-    const real[::1] largest not None, const real[::1] total not None,
-    int32_t[:, ::1] token_indices not None, real[:, ::1] weights not None,
-    real[:, ::1] scores not None, Py_ssize_t start, Py_ssize_t stop
+    real[:, ::1] sample not None, Py_ssize_t rank, real[::1] work not None,
+    real[::1] bounds not None
 ):
-    """Choose for the experts from start to stop, LANES of them at a time.
+    """For each expert a score that `rank` of a sample of the tokens reach.
 
-    `scores` is room for LANES rows of one score a token. Chosen tokens stand in token order.
+    `sample` is room for a row of as many tokens an expert, a multiple of LANES; `work` is room for
+    a block of scores and two rows.
     """
-    cdef Py_ssize_t tokens = scores.shape[1]
-    cdef Py_ssize_t capacity = token_indices.shape[1]
-    cdef Py_ssize_t width = logits.shape[1] // token_indices.shape[0]
-    cdef Py_ssize_t expert, experts, token, e, count, room
-    cdef real[LANES] x
-    cdef real* score
-    cdef real bound
+    cdef Py_ssize_t n = sample.shape[0]
+    cdef Py_ssize_t blocks = sample.shape[1] // LANES
+    cdef Py_ssize_t all_blocks = logits.shape[0] // LANES
+    cdef Py_ssize_t e, t, i, token
     with nogil:
-        for e in range(LANES):
-            x[e] = 0
-        for expert in range(start, stop, 16):
-            experts = LANES if expert + LANES < stop else stop - expert
-            for token in range(tokens):
-                load_row(&logits[token, expert * width], encoding, experts, x)
-                for e in range(LANES):
-                    if is_sigmoid:
-                        x[e] = sigmoid(x[e])
-                    else:
-                        x[e] = exponential_below(x[e], largest[token]) / total[token]
-                for e in range(experts):
-                    scores[e, token] = x[e]
+        for i in range(blocks):
+            token = all_blocks * i // blocks * LANES
+            score_block(
+                &logits[token, 0], logits.strides[0], encoding, LANES, n, is_sigmoid,
+                &work[0], &work[n * LANES]
+            )
+            for e in range(n):
+                for t in range(LANES):
+                    sample[e, i * LANES + t] = work[e * LANES + t]
+        for e in range(n):
+            # Down to the fourth bit after the point.
+            bounds[e] = smallest_kept(
+                &sample[e, 0], sample.shape[1], rank, 19 if real is float else 48
+            )
+
+
+def hear(
+    const uint8_t[:, :] logits not None, int encoding, Py_ssize_t num_experts, bint is_sigmoid,
+    Py_ssize_t first, const real[::1] bounds not None, int32_t[:, ::1] found not None,
+    real[:, ::1] value not None, int64_t[::1] count not None, real[::1] work not None,
+    Py_ssize_t start, Py_ssize_t stop
+):
+    """List for each expert, from `first` on, the tokens whose scores reach its bound, ascending.
+
+    `found` and `value` have room for a number of tokens and LANES more; `count` says how many there
+    would be. `work` is room for a block of scores and two rows. Returns the first token with a NaN,
+    or -1.
+    """
+    cdef Py_ssize_t experts = bounds.shape[0]
+    cdef Py_ssize_t room = found.shape[1] - LANES
+    cdef Py_ssize_t e, token, tokens, at
+    cdef Py_ssize_t bad = -1
+    cdef real* column = &work[0]
+    with nogil:
+        for token in range(start, stop, 16):
+            tokens = LANES if token + LANES < stop else stop - token
+            bad = score_block(
+                &logits[token, 0], logits.strides[0], encoding, tokens, num_experts, is_sigmoid,
+                column, column + num_experts * LANES
+            )
+            if bad >= 0:
+                bad += token
+                break
             for e in range(experts):
-                score = &scores[e, 0]
-                bound = smallest_kept(score, tokens, capacity)
-                room = capacity
-                for token in range(tokens):
-                    room -= score[token] > bound
-                count = 0
-                for token in range(tokens):
-                    if score[token] < bound:
-                        continue
-                    if score[token] == bound:
-                        if room == 0:
-                            continue
-                        room -= 1
-                    token_indices[expert + e, count] = <int32_t>token
-                    weights[expert + e, count] = score[token]
-                    count += 1
+                # Past its room a list is written over and over, and asked for again.
+                at = count[e] if count[e] < room else room
+                count[e] += collect(
+                    column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
+                    &found[e, at], &value[e, at]
+                )
+    return bad
+
+
+cdef void take_best(
+    const int32_t* found, real* value, Py_ssize_t n, int32_t* token, real* weight,
+    Py_ssize_t capacity
+) noexcept nogil:
+    # Of n >= capacity tokens those with the largest scores, the lower tokens where they tie.
+    # `value` has room for LANES more than n.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t i
+    cdef Py_ssize_t count = 0
+    cdef Py_ssize_t room = capacity
+    cdef real bound
+    for i in range(n, padded):
+        value[i] = -1
+    bound = smallest_kept(value, padded, capacity, 0)
+    if count_at_least(value, padded, bound) == capacity:
+        i = 0
+        while count < capacity:
+            # Without a branch: whether a token stays cannot be foreseen.
+            token[count] = found[i]
+            weight[count] = value[i]
+            count += value[i] >= bound
+            i += 1
+        return
+    for i in range(0, padded, 16):
+        room -= number_of_bits(above(value + i, bound))
+    for i in range(n):
+        if value[i] == bound:
+            if room == 0:
+                continue
+            room -= 1
+        if value[i] >= bound:
+            token[count] = found[i]
+            weight[count] = value[i]
+            count += 1
+
+
+def keep_best(
+    const int32_t[:, :, ::1] found not None, const real[:, :, ::1] value not None,
+    const int64_t[:, ::1] count not None, int32_t[::1] joined not None,
+    real[::1] joined_value not None, int32_t[:, ::1] token_indices not None,
+    real[:, ::1] weights not None, uint8_t[::1] missed not None,
+    Py_ssize_t start, Py_ssize_t stop
+):
+    """Choose for the experts from start to stop from their lists, one for each range of tokens.
+
+    Sets `missed` where a list was longer than its room, or all are too short. `joined` and
+    `joined_value` have room for all lists of an expert, and LANES more.
+    """
+    cdef Py_ssize_t capacity = token_indices.shape[1]
+    cdef Py_ssize_t room = found.shape[2] - LANES
+    cdef Py_ssize_t e, i, n
+    with nogil:
+        for e in range(start, stop):
+            n = 0
+            missed[e] = 0
+            for i in range(found.shape[0]):
+                if count[i, e] > room:
+                    missed[e] = 1
+                    break
+                memcpy(&joined[n], &found[i, e, 0], count[i, e] * sizeof(int32_t))
+                memcpy(&joined_value[n], &value[i, e, 0], count[i, e] * sizeof(real))
+                n += count[i, e]
+            if n < capacity:
+                missed[e] = 1
+            if not missed[e]:
+                take_best(
+                    &joined[0], &joined_value[0], n, &token_indices[e, 0], &weights[e, 0], capacity
+                )

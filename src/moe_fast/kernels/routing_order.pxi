@@ -1,48 +1,45 @@
 # Pairs (token, slot) in the order of their experts, and which of them overflow.
 
-cdef real smallest_kept(const real* weight, Py_ssize_t n, Py_ssize_t keep) noexcept nogil:
-    # The keep-th largest, 1 <= keep <= n, or any bound that exactly `keep` reach: bit by bit from
-    # the top, since floats that are not negative are ordered as their bits are.
+cdef real smallest_kept(
+    const real* weight, Py_ssize_t n, Py_ssize_t keep, int lowest
+) noexcept nogil:
+    # The keep-th largest, 1 <= keep <= n, or a bound that exactly `keep` reach: bit by bit from the
+    # top, since floats that are not negative are ordered as their bits are. Stopping at a higher
+    # bit than 0 gives a lower bound. n is a multiple of LANES; what pads the weights is negative.
     cdef uint64_t bits = 0
-    cdef uint64_t bit = <uint64_t>1 << 30 if real is float else <uint64_t>1 << 62
+    cdef int i
     cdef real bound = 0
     cdef real trial
-    cdef Py_ssize_t i, count
-    while bit:
+    cdef Py_ssize_t count
+    for i in range(30 if real is float else 62, lowest - 1, -1):
         if real is float:
-            trial = float_of_bits(<uint32_t>(bits | bit))
+            trial = float_of_bits(<uint32_t>(bits | <uint64_t>1 << i))
         else:
-            trial = double_of_bits(bits | bit)
-        count = 0
-        for i in range(n):
-            count += weight[i] >= trial
+            trial = double_of_bits(bits | <uint64_t>1 << i)
+        count = count_at_least(weight, n, trial)
         if count >= keep:
-            bits |= bit
+            bits |= <uint64_t>1 << i
             bound = trial
             if count == keep:
                 break
-        bit >>= 1
     return bound
 
 
 def sort_by_expert(
     const int32_t[::1] expert_indices not None, int64_t[::1] offsets not None,
-    int32_t[::1] permutation not None, int32_t[::1] inverse not None
+    int32_t[::1] permutation not None
 ):
-    """Fill the stable permutation and its inverse; offsets[e] moves to the end of expert e."""
+    """Fill the stable permutation; offsets[e] moves to the end of expert e."""
     cdef Py_ssize_t i
     cdef int32_t expert
     cdef int64_t place
     with nogil:
         for i in range(expert_indices.shape[0]):
             expert = expert_indices[i]
-            if expert < 0:
-                inverse[i] = -1
-            else:
+            if expert >= 0:
                 place = offsets[expert]
                 offsets[expert] = place + 1
                 permutation[place] = <int32_t>i
-                inverse[i] = <int32_t>place
 
 
 def drop_late(
@@ -69,7 +66,7 @@ def drop_improbable(
 ):
     """Drop all but each expert's `capacity` largest weights; among equals the earlier stay.
 
-    `work` holds as many values as the fullest expert has pairs.
+    `work` holds as many values as the fullest expert has pairs, and LANES more.
     """
     cdef Py_ssize_t e, i, n, room
     cdef const int32_t* pair
@@ -85,7 +82,9 @@ def drop_improbable(
             if capacity > 0:
                 for i in range(n):
                     work[i] = weights[pair[i]]
-                bound = smallest_kept(&work[0], n, capacity)
+                for i in range(n, padded_to_lanes(n)):
+                    work[i] = -1
+                bound = smallest_kept(&work[0], padded_to_lanes(n), capacity, 0)
                 room = capacity
                 for i in range(n):
                     room -= work[i] > bound

@@ -1,4 +1,4 @@
-# Logits in, as rows or as columns of a block, and sums over a row.
+# Logits in, as rows or as columns, and sums over them.
 
 cdef enum:
     NATIVE = 0
@@ -6,9 +6,12 @@ cdef enum:
     FLOAT16 = 2
 
 
-cdef void load_row(
-    const uint8_t* row, int encoding, Py_ssize_t n, real* x
-) noexcept nogil:
+cdef inline Py_ssize_t padded_to_lanes(Py_ssize_t n) noexcept nogil:
+    return (n + LANES - 1) // LANES * LANES
+
+
+cdef void load_row(const uint8_t* row, int encoding, Py_ssize_t n, real* x) noexcept nogil:
+    # x[0:n], and -inf up to a multiple of LANES.
     cdef Py_ssize_t i
     if encoding == BFLOAT16:
         for i in range(n):
@@ -18,25 +21,39 @@ cdef void load_row(
             x[i] = from_float16((<const uint16_t*>row)[i])
     else:
         memcpy(x, row, n * sizeof(real))
+    for i in range(n, padded_to_lanes(n)):
+        x[i] = -INFINITY
 
 
-cdef bint holds_nan(const real* x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int32_t bad = 0
-    for i in range(n):
-        bad |= x[i] != x[i]
-    return bad != 0
+cdef inline const real* readable_row(
+    const uint8_t* row, int encoding, Py_ssize_t n, real* room
+) noexcept nogil:
+    # The row where it stands if it can be read as it is, or a copy.
+    if encoding == NATIVE and n % LANES == 0:
+        return <const real*>row
+    load_row(row, encoding, n, room)
+    return room
+
+
+cdef Py_ssize_t first_nan(const real** row, Py_ssize_t tokens, Py_ssize_t padded) noexcept nogil:
+    # The first of the rows with a NaN, or -1.
+    cdef Py_ssize_t t, i
+    for t in range(tokens):
+        for i in range(0, padded, 16):
+            if has_nan(row[t] + i, row[t] + i):
+                return t
+    return -1
 
 
 cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
     cdef real[LANES] lane
-    cdef Py_ssize_t i, j
-    for j in range(LANES):
-        lane[j] = x[j]
-    for i in range(LANES, padded, 16):
-        for j in range(LANES):
-            lane[j] = x[i + j] if x[i + j] > lane[j] else lane[j]
-    for j in range(1, LANES):
+    cdef Py_ssize_t j
+    fold(x, padded, LANES, lane)
+    for j in range(8):
+        lane[j] = lane[j + 8] if lane[j + 8] > lane[j] else lane[j]
+    for j in range(4):
+        lane[j] = lane[j + 4] if lane[j + 4] > lane[j] else lane[j]
+    for j in range(1, 4):
         lane[0] = lane[j] if lane[j] > lane[0] else lane[0]
     return lane[0]
 
@@ -64,3 +81,48 @@ cdef real sum_of_exponentials(
     if largest == -INFINITY:
         return <real>n
     return sum_of_lanes(lane)
+
+
+cdef Py_ssize_t load_columns(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
+    Py_ssize_t n, real* column, real* row
+) noexcept nogil:
+    # column[e * LANES + t]; lanes without a token hold 0. Returns the first with a NaN, or -1.
+    cdef Py_ssize_t e, t
+    for t in range(tokens):
+        if encoding == NATIVE:
+            for e in range(n):
+                column[e * LANES + t] = (<const real*>(logits + t * stride))[e]
+        else:
+            load_row(logits + t * stride, encoding, n, row)
+            for e in range(n):
+                column[e * LANES + t] = row[e]
+    for t in range(tokens, LANES):
+        for e in range(n):
+            column[e * LANES + t] = 0
+    for e in range(n):
+        if has_nan(column + e * LANES, column + e * LANES):
+            # Some token's; now the first token that has one.
+            for t in range(tokens):
+                for e in range(n):
+                    if column[e * LANES + t] != column[e * LANES + t]:
+                        return t
+    return -1
+
+
+cdef void sum_columns(
+    const real* column, Py_ssize_t n, real* largest, real* total
+) noexcept nogil:
+    # For each lane the largest, and the sum of all exponentials below it.
+    cdef real[LANES] top
+    cdef real[LANES] sums
+    cdef Py_ssize_t e, t
+    fold(column, n * LANES, LANES, top)
+    for t in range(LANES):
+        sums[t] = 0
+    for e in range(n):
+        for t in range(LANES):
+            sums[t] += exponential_below(column[e * LANES + t], top[t])
+    for t in range(LANES):
+        largest[t] = top[t]
+        total[t] = sums[t]

@@ -40,16 +40,16 @@ def add_statistics(
     cdef Py_ssize_t token, i, j
     cdef real* x = &work[0, 0]
     cdef real* p = &work[1, 0]
+    cdef const real* rows[1]
     cdef real[LANES] lane
     cdef real[LANES] weighted
     cdef real largest, total, divisor
     cdef double log_total, entropy, square, whole
     with nogil:
-        for i in range(num_experts, padded):
-            x[i] = -INFINITY
+        rows[0] = x
         for token in range(start, stop):
             load_row(&logits[token, 0], encoding, num_experts, x)
-            if holds_nan(x, num_experts):
+            if first_nan(&rows[0], 1, padded) >= 0:
                 with gil:
                     return token
             largest = largest_of_row(x, padded)

@@ -1,36 +1,26 @@
 # Tokens choose experts: top-k, Switch, group-limited.
 
-cdef struct Rule:
-    Py_ssize_t num_experts
-    Py_ssize_t num_experts_per_tok
-    bint is_sigmoid
-    bint norm_topk_prob
-    bint by_score           # choose by scores plus bias, rather than by logits
-    Py_ssize_t n_group
-    Py_ssize_t topk_group
-    Py_ssize_t experts_per_group_score
-    double routed_scaling_factor
-
-
-cdef inline Py_ssize_t padded_to_lanes(Py_ssize_t n) noexcept nogil:
-    return (n + LANES - 1) // LANES * LANES
-
-
 cdef struct Work:
-    # What a block needs besides its input and output; one allocation.
-    void* rows       # padded values a token, or num_experts * LANES as columns
-    void* scores     # padded values: one row of choice scores, or all columns of them
-    void* kept       # padded values: scores of the groups kept
-    void* value      # padded values, twice: what is being sorted
+    # What a block needs besides its input and output, each of one kind of float.
+    void* rows       # LANES * padded: copies of rows, or num_experts * LANES as columns
+    void* scores     # LANES * padded: what rows, or columns, are chosen by
+    void* value      # 3 * padded + 2 * LANES: what is being sorted
     void* chosen     # k * LANES
-    int32_t* index   # k * LANES
-    int32_t* found   # padded
+    int32_t* index   # LANES * k: a row a token
+    int32_t* found   # padded + LANES
     int32_t* order   # padded
-    int32_t* expert  # padded
+    int32_t* expert  # LANES * padded: the experts of the groups kept
 
 
 cdef inline bint few_enough_for_columns(const Rule* rule) noexcept nogil:
-    return rule.n_group == 1 and rule.num_experts * rule.num_experts_per_tok <= 128
+    return rule.n_group == 1 and rule.num_experts < 2 * LANES and (
+        rule.num_experts * rule.num_experts_per_tok <= 128
+    )
+
+
+cdef inline bint wants_sums(const Rule* rule) noexcept nogil:
+    # Whether the softmax over all experts is asked for.
+    return not rule.is_sigmoid and (rule.by_score or not rule.norm_topk_prob)
 
 
 cdef Py_ssize_t route_columns(
@@ -42,49 +32,53 @@ cdef Py_ssize_t route_columns(
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef real* column = <real*>work.rows
     cdef real* score = <real*>work.scores
-    cdef real* row = <real*>work.value
     cdef real* chosen = <real*>work.chosen
-    cdef int32_t* index = work.index
+    cdef int32_t[FEW * LANES] index
     cdef real[LANES] largest
     cdef real[LANES] total
+    cdef real[LANES] x
     cdef Py_ssize_t e, s, t
-    for t in range(tokens):
-        load_row(logits + t * stride, encoding, n, row)
-        if holds_nan(row, n):
-            return t
-        for e in range(n):
-            column[e * LANES + t] = row[e]
-    for t in range(tokens, LANES):
-        for e in range(n):
-            column[e * LANES + t] = 0
-    if not rule.is_sigmoid and (rule.by_score or not rule.norm_topk_prob):
-        for t in range(LANES):
-            largest[t] = column[t]
-            total[t] = 0
-        for e in range(1, n):
-            for t in range(LANES):
-                if column[e * LANES + t] > largest[t]:
-                    largest[t] = column[e * LANES + t]
-        for e in range(n):
-            for t in range(LANES):
-                total[t] += exponential_below(column[e * LANES + t], largest[t])
+    t = load_columns(logits, stride, encoding, tokens, n, column, <real*>work.value)
+    if t >= 0:
+        return t
+    if wants_sums(rule):
+        sum_columns(column, n, largest, total)
     if not rule.by_score:
         choose_in_columns(column, n, k, index, chosen)
     else:
         for e in range(n):
             for t in range(LANES):
                 if rule.is_sigmoid:
-                    score[e * LANES + t] = sigmoid(column[e * LANES + t]) + bias[e]
+                    x[t] = sigmoid(column[e * LANES + t])
                 else:
-                    score[e * LANES + t] = (
-                        exponential_below(column[e * LANES + t], largest[t]) / total[t] + bias[e]
-                    )
+                    x[t] = exponential_below(column[e * LANES + t], largest[t]) / total[t]
+            for t in range(LANES):
+                score[e * LANES + t] = x[t] + bias[e]
         choose_in_columns(score, n, k, index, chosen)
         for s in range(k):
             for t in range(LANES):
                 chosen[s * LANES + t] = column[index[s * LANES + t] * LANES + t]
+    for t in range(tokens):
+        for s in range(k):
+            work.index[t * k + s] = index[s * LANES + t]
     weigh(chosen, largest, total, rule)
     return -1
+
+
+cdef void score_row(
+    const real* x, const real* bias, const Rule* rule, real largest, real total, real* score
+) noexcept nogil:
+    # What the experts of a token are chosen by; -inf up to a multiple of LANES.
+    cdef Py_ssize_t n = rule.num_experts
+    cdef Py_ssize_t e
+    if rule.is_sigmoid:
+        for e in range(n):
+            score[e] = sigmoid(x[e]) + bias[e]
+    else:
+        for e in range(n):
+            score[e] = exponential_below(x[e], largest) / total + bias[e]
+    for e in range(n, padded_to_lanes(n)):
+        score[e] = -INFINITY
 
 
 cdef Py_ssize_t route_rows(
@@ -95,53 +89,54 @@ cdef Py_ssize_t route_rows(
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef real* value = <real*>work.value
     cdef real* chosen = <real*>work.chosen
-    cdef real* score = <real*>work.scores
-    cdef real* x
+    cdef real* score
+    cdef int32_t* expert
+    cdef const real* row[LANES]
+    cdef const real* choice[LANES]
     cdef real[LANES] largest
     cdef real[LANES] total
-    cdef Py_ssize_t e, s, t, count
-    cdef int32_t expert
+    cdef Py_ssize_t s, t
     for t in range(tokens):
-        x = <real*>work.rows + t * padded
-        load_row(logits + t * stride, encoding, n, x)
-        if holds_nan(x, n):
-            return t
-        for e in range(n, padded):
-            x[e] = -INFINITY
-        if not rule.is_sigmoid and (rule.by_score or not rule.norm_topk_prob):
-            largest[t] = largest_of_row(x, padded)
-            total[t] = sum_of_exponentials(x, n, padded, largest[t])
-        if not rule.by_score:
-            choose_in_row(x, n, padded, k, work.found, work.order, <real*>work.value)
-        else:
-            for e in range(n, padded):
-                score[e] = -INFINITY
-            if rule.is_sigmoid:
-                for e in range(n):
-                    score[e] = sigmoid(x[e]) + bias[e]
-            else:
-                for e in range(n):
-                    score[e] = exponential_below(x[e], largest[t]) / total[t] + bias[e]
-            if rule.n_group == 1:
-                choose_in_row(score, n, padded, k, work.found, work.order, <real*>work.value)
-            else:
-                count = keep_best_groups(
-                    score, rule, <real*>work.kept, work.expert, work.order, <real*>work.value
-                )
-                choose_in_row(
-                    <real*>work.kept, count, padded_to_lanes(count), k,
-                    work.found, work.order, <real*>work.value
-                )
-        for s in range(k):
-            expert = work.found[work.order[s]]
-            if rule.n_group > 1:
-                expert = work.expert[expert]
-            work.index[s * LANES + t] = expert
-            chosen[s * LANES + t] = x[expert]
-    for t in range(tokens, LANES):
+        row[t] = readable_row(
+            logits + t * stride, encoding, n, <real*>work.rows + t * padded
+        )
+    t = first_nan(row, tokens, padded)
+    if t >= 0:
+        return t
+    for t in range(LANES):
         largest[t] = 0
         total[t] = 1
+    if wants_sums(rule):
+        for t in range(tokens):
+            largest[t] = largest_of_row(row[t], padded)
+            total[t] = sum_of_exponentials(row[t], n, padded, largest[t])
+    if not rule.by_score:
+        choose_in_rows(row, tokens, n, padded, k, work.index, value, work.found, work.order)
+    else:
+        for t in range(tokens):
+            score = <real*>work.scores + t * padded
+            if rule.n_group == 1:
+                score_row(row[t], bias, rule, largest[t], total[t], score)
+            else:
+                score_row(row[t], bias, rule, largest[t], total[t], value)
+                keep_best_groups(
+                    value, rule, score, work.expert + t * padded, work.order, value + padded
+                )
+            choice[t] = score
+        n = n // rule.n_group * rule.topk_group
+        padded = padded_to_lanes(n)
+        choose_in_rows(choice, tokens, n, padded, k, work.index, value, work.found, work.order)
+        if rule.n_group > 1:
+            for t in range(tokens):
+                expert = work.expert + t * padded_to_lanes(rule.num_experts)
+                for s in range(k):
+                    work.index[t * k + s] = expert[work.index[t * k + s]]
+    for t in range(tokens):
+        for s in range(k):
+            chosen[s * LANES + t] = row[t][work.index[t * k + s]]
+    for t in range(tokens, LANES):
         for s in range(k):
             chosen[s * LANES + t] = 0
     weigh(chosen, largest, total, rule)
@@ -171,6 +166,7 @@ def route_tokens(
     cdef Py_ssize_t token, tokens, t, s
     cdef Py_ssize_t bad = -1
     cdef int32_t expert
+    cdef real* chosen
     cdef const uint8_t* row
     cdef char* memory
     rule.num_experts = n
@@ -183,40 +179,36 @@ def route_tokens(
     rule.experts_per_group_score = experts_per_group_score
     rule.routed_scaling_factor = routed_scaling_factor
     memory = <char*>malloc(
-        (2 * LANES * padded + 3 * padded + LANES + LANES * k) * sizeof(real)
-        + (LANES * k + 3 * padded) * sizeof(int32_t)
+        (2 * LANES * padded + 3 * padded + 2 * LANES + LANES * k) * sizeof(real)
+        + (LANES * k + 2 * padded + LANES + LANES * padded) * sizeof(int32_t)
     )
     if memory == NULL:
         raise MemoryError(f"no memory to route among num_experts={n}")
     work.rows = memory
     work.scores = <real*>work.rows + LANES * padded
-    work.kept = <real*>work.scores + LANES * padded
-    work.value = <real*>work.kept + padded
-    work.chosen = <real*>work.value + 2 * padded + LANES
+    work.value = <real*>work.scores + LANES * padded
+    work.chosen = <real*>work.value + 3 * padded + 2 * LANES
     work.index = <int32_t*>(<real*>work.chosen + LANES * k)
     work.found = work.index + LANES * k
-    work.order = work.found + padded
+    work.order = work.found + padded + LANES
     work.expert = work.order + padded
+    chosen = <real*>work.chosen
     with nogil:
         for token in range(start, stop, 16):
             tokens = LANES if token + LANES < stop else stop - token
             row = &logits[0, 0] + token * stride
             if few_enough_for_columns(&rule):
-                bad = route_columns(
-                    row, stride, encoding, tokens, &bias[0], &rule, &work
-                )
+                bad = route_columns(row, stride, encoding, tokens, &bias[0], &rule, &work)
             else:
-                bad = route_rows(
-                    row, stride, encoding, tokens, &bias[0], &rule, &work
-                )
+                bad = route_rows(row, stride, encoding, tokens, &bias[0], &rule, &work)
             if bad >= 0:
                 bad += token
                 break
             for t in range(tokens):
                 for s in range(k):
-                    expert = work.index[s * LANES + t]
+                    expert = work.index[t * k + s]
                     expert_indices[token + t, s] = expert
-                    weights[token + t, s] = (<real*>work.chosen)[s * LANES + t]
+                    weights[token + t, s] = chosen[s * LANES + t]
                     tokens_per_expert[expert] += 1
     free(memory)
     return bad
