@@ -25,6 +25,7 @@ from moe_fast.errors import (
     RoutingError,
 )
 from moe_fast.gates import compute_gate_weights, compute_router_weights
+from moe_fast.health import RouterHealth, predict_load
 from moe_fast.plan import (
     ExpertAssignment,
     MoeConstructionPlan,
@@ -70,6 +71,7 @@ __all__ = [
     "MoeFastError",
     "MoeReport",
     "RecipeError",
+    "RouterHealth",
     "RouterInit",
     "Routing",
     "RoutingError",
@@ -85,6 +87,7 @@ __all__ = [
     "inspect_model",
     "plan_capacity",
     "plan_moe_construction",
+    "predict_load",
     "read_recipe",
     "route",
     "show_config",

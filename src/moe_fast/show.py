@@ -25,6 +25,7 @@ from moe_fast.checkpoint.inspection import ModelReport, Place
 from moe_fast.checkpoint.provenance import ranges
 from moe_fast.checkpoint.readers import Reader
 from moe_fast.doctor import Diagnosis
+from moe_fast.health import RouterHealth
 from moe_fast.plan import MoeConstructionPlan, MoeReport
 
 MOST_PROBLEMS = 10
@@ -58,6 +59,7 @@ def show_build(report: BuildReport) -> None:
             "layers": f"{report.num_layers}",
             "parameters": f"{report.num_parameters:,}",
             "load balance": f"{report.load_balance:.4f} (0 is even)",
+            "router load": f"{predicted(report.routers)}",
             "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
             "seconds": f"{report.seconds:.2f}",
         }
@@ -83,6 +85,14 @@ def show_layout(report: BuildReport) -> None:
     say("\nfiles")
     for name, nbytes in report.files.items():
         say(f"  {name}  {size(nbytes)}")
+
+
+def predicted(health: RouterHealth) -> str:
+    variation = health.coefficient_of_variation
+    return (
+        f"{min(variation):.4f} to {max(variation):.4f} (0 is even), "
+        f"predicted on {health.num_tokens:,} {health.hidden_states}"
+    )
 
 
 def show_check(report: CheckReport) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_fast.checkpoint.construction import Construction
 from moe_fast.checkpoint.header import open_regular
@@ -26,13 +27,23 @@ from moe_fast.checkpoint.output import (
     write_checkpoint,
 )
 from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES
+from moe_fast.checkpoint.prompt_gates import prompt_gates
 from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.source import DenseModel, open_dense_model
 from moe_fast.checkpoint.table import OutputTensor, index_json, into_shards
 from moe_fast.checkpoint.targets import Target, as_target_name, choose
-from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit, as_member
+from moe_fast.config import (
+    PROMPT_MODES,
+    Dtype,
+    GateMode,
+    Layout,
+    MoeConfig,
+    RouterInit,
+    as_member,
+)
 from moe_fast.errors import CheckpointError, as_index
+from moe_fast.health import RouterHealth, router_health
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
 
@@ -78,6 +89,8 @@ class BuildReport(Report):
     """The models that each expert of a layer comes from, over all layers."""
     files: Mapping[str, int]
     """The bytes of each file of weights."""
+    routers: RouterHealth
+    """How tokens will spread over the experts, as far as the routers tell before training."""
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -144,7 +157,9 @@ def build_moe(
         which rounding would merge with the noise; a softmax router does not see the difference.
     gate_mode : GateMode or str, optional
         How the routers start, in place of `router_init`: `"random"` draws from the standard normal
-        distribution, `"uniform_random"` as `torch.nn.Linear` starts.
+        distribution, `"uniform_random"` as `torch.nn.Linear` starts. `"cheap_embed"` and
+        `"hidden"` make them from the prompts of each `ExpertSource`: from the embeddings of their
+        tokens, or from what the routers will read of them, which takes a run of the base model.
     seed : int
         Of these draws, and of the noise that an `ExpertSource` asks for.
     max_shard_size : int
@@ -247,6 +262,7 @@ def build_checkpoint(
     if problems:
         raise CheckpointError(*problems)
     records: Mapping[str, FileRecord] = {}
+    health = blueprint.health(request)
     if not how.dry_run:
 
         def manifest(files: dict[str, FileRecord]) -> str:
@@ -258,6 +274,7 @@ def build_checkpoint(
                 source_layer=plan.source_layer.tolist(),
                 source_files=tuple(SourceRecord.of(file) for file in source_files),
                 files=files,
+                gate_sha256=construction.digests_to_keep(),
             ).text()
 
         records = write_checkpoint(output, contents, manifest, how)
@@ -285,7 +302,9 @@ def build_checkpoint(
             *target.warnings(construction),
             *warnings_for(request, report.unused_models),
             *overflow_warnings(records),
+            *health.warnings,
         ),
+        routers=health,
         rejected_targets=blueprint.rejected_targets,
     )
 
@@ -306,10 +325,31 @@ class Blueprint:
     construction: Construction
     tensors: tuple[OutputTensor, ...]
     rejected_targets: Mapping[str, tuple[str, ...]]
+    hidden_states: npt.NDArray[np.float32] | None = None
+    """What routers made from them will read of the prompts, `(num_layers, T, hidden_size)`."""
+
+    def health(self, request: BuildRequest) -> RouterHealth:
+        """What the routers would do with these, or with random hidden states."""
+        remedy = "balancing in training helps"
+        if request.gate_mode in PROMPT_MODES:
+            remedy = "give experts prompts that differ more, and more of them"
+        elif request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
+            remedy = "router_init balanced or random tells experts apart"
+        return router_health(
+            self.construction.routers(),
+            self.hidden_states,
+            request.config.num_experts_per_tok,
+            source="random tokens" if self.hidden_states is None else "the prompts' tokens",
+            remedy=remedy,
+        )
 
 
-def prepare(request: BuildRequest) -> Blueprint:
-    """Open the sources of a request and lay out its output, from headers alone."""
+def prepare(request: BuildRequest, gate_digests: Sequence[str] = ()) -> Blueprint:
+    """Open the sources of a request and lay out its output.
+
+    From headers alone, unless routers are to be made from prompts. With the digests of such routers
+    they are not made again.
+    """
     asked = (*request.models, *request.shared_experts)
     sources, base = open_sources([m.model for m in asked], request.base)
     plan = plan_for(request, base.sizes.num_hidden_layers)
@@ -333,8 +373,16 @@ def prepare(request: BuildRequest) -> Blueprint:
         problems += error.problems
     if problems:
         raise CheckpointError(*problems)
+    hidden_states = None
+    if gate_digests:
+        construction = replace(construction, gate_digests=gate_digests)
+    elif request.gate_mode in PROMPT_MODES:
+        experts = [request.models[i] for i in plan.source_model[0]]
+        gates = prompt_gates(request.gate_mode, base, experts)
+        construction = replace(construction, gates=gates.weights)
+        hidden_states = gates.hidden_states
     tensors = tuple(target.tensors(construction, request.layout))
-    return Blueprint(target, construction, tensors, rejected)
+    return Blueprint(target, construction, tensors, rejected, hidden_states)
 
 
 def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
@@ -380,16 +428,10 @@ def models_of_experts(
 
 
 def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[str]:
-    warnings = [
+    return [
         f"{request.models[model].model}: gives no expert; there are more models than experts"
         for model in unused_models
     ]
-    if request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
-        warnings.append(
-            "router_init 'uniform' makes all logits tie: every token goes to the same experts "
-            "until training moves the routers"
-        )
-    return warnings
 
 
 def json_text(value: Any) -> str:

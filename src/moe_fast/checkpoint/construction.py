@@ -5,16 +5,30 @@ Whatever happens to a weight on its way happens here, so that a target only give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
-from moe_fast.checkpoint.header import SourceFile, Tensor
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, Tensor
 from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
-from moe_fast.checkpoint.pieces import FileRange, Piece, Router, SideBySide
+from moe_fast.checkpoint.pieces import (
+    DTYPES,
+    FileRange,
+    Given,
+    Piece,
+    Remembered,
+    Router,
+    SideBySide,
+)
 from moe_fast.checkpoint.request import ExpertSource
 from moe_fast.checkpoint.source import FFN, DenseModel
 from moe_fast.checkpoint.table import OutputTensor, Weight
 from moe_fast.config import GateMode, MoeConfig, RouterInit
+from moe_fast.gates import as_dtype
 from moe_fast.plan import MoeConstructionPlan
 
 
@@ -36,6 +50,10 @@ class Construction:
     """What was asked of each of the shared sources."""
     converted_to: str | None = None
     """The dtype of every output tensor; `None` keeps those of the sources."""
+    gates: npt.NDArray[np.float32] | None = None
+    """Routers made from prompts, `(num_layers, num_experts, hidden_size)`."""
+    gate_digests: Sequence[str] = ()
+    """In their place, what SHA-256 makes of each layer's."""
 
     @property
     def dtype(self) -> str:
@@ -93,12 +111,32 @@ class Construction:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.plan.num_experts, self.base.sizes.hidden_size)
         router: Piece
-        if self.gate_mode is None:
+        if self.gate_digests:
+            nbytes = math.prod(shape) * ITEM_SIZES[self.dtype]
+            router = Remembered(nbytes, self.gate_digests[layer])
+        elif self.gates is not None:
+            router = Given(self.gates[layer].astype(as_dtype(DTYPES[self.dtype])).tobytes())
+        elif self.gate_mode is None:
             router = Router(shape[1], shape[0], layer, self.router_init, self.dtype)
         else:
             stream = noise_stream(self.seed, f"{layer} router")
             router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
         return Weight(self.dtype, shape, (router,))
+
+    def routers(self) -> npt.NDArray[np.float32]:
+        """The routers of all layers as they will be written, as float32."""
+        dtype = as_dtype(DTYPES[self.dtype])
+        weights = [self.router(layer) for layer in range(self.plan.num_layers)]
+        return np.stack(
+            [np.frombuffer(b"".join(w.pieces[0].chunks()), dtype).reshape(w.shape) for w in weights]
+        ).astype(np.float32)
+
+    def digests_to_keep(self) -> tuple[str, ...]:
+        """Those of routers that took a run of a model, which may not give the same bytes again."""
+        if self.gate_mode is not GateMode.HIDDEN:
+            return ()
+        routers = (self.router(layer).pieces[0] for layer in range(self.plan.num_layers))
+        return tuple(sha256(b"".join(router.chunks())).hexdigest() for router in routers)
 
     def shared_expert(self, layer: int, index: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""

@@ -49,7 +49,9 @@ class SourceRecord:
 class Manifest:
     """What the writer knew: the request to build, or to convert, and what came of it.
 
-    `source_model` and `source_layer` are the plan's, per layer.
+    `source_model` and `source_layer` are the plan's, per layer. `gate_sha256` has a digest for each
+    layer's router where running a model made them: nobody can make the same bytes again with
+    certainty.
     """
 
     moe_fast: str
@@ -60,6 +62,7 @@ class Manifest:
     conversion: ConvertRequest | None = None
     source_model: tuple[tuple[int, ...], ...] = ()
     source_layer: tuple[tuple[int, ...], ...] = ()
+    gate_sha256: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The manifest as JSON; digests that were not computed are left out."""

@@ -194,3 +194,28 @@ class Router:
             or (self.init is RouterInit.BALANCED and ITEM_SIZES[self.dtype] == 2),
         )
         yield weights.view("uint8").reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Bytes that are known already."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield memoryview(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """Bytes of which the digest is left. They can be told from others, and not written."""
+
+    nbytes: int
+    sha256: str
+
+    def chunks(self) -> Iterator[memoryview]:
+        raise CheckpointError("these bytes cannot be made again: only their digest is known")

@@ -1,0 +1,148 @@
+"""Router health: how tokens would spread over experts, before anything is written or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast import kernels
+from moe_fast.config import MoeConfig
+from moe_fast.errors import MoeConfigError
+from moe_fast.reports import Report
+from moe_fast.statistics import RoutingStats
+
+__all__ = ["RouterHealth", "predict_load"]
+
+RANDOM_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class RouterHealth(Report):
+    """What routers would do with some hidden states, layer by layer.
+
+    `hidden_states` says which they were. The coefficient of variation is that of the experts' load,
+    0 where it is even; the entropy is that of a token's probabilities, in nats. `warnings` names
+    the experts that would starve, and what to do.
+    """
+
+    hidden_states: str
+    num_tokens: int
+    coefficient_of_variation: tuple[float, ...]
+    mean_entropy: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+
+def predict_load(
+    routers: npt.ArrayLike | Sequence[npt.ArrayLike],
+    hidden_states: npt.ArrayLike | None = None,
+    *,
+    num_experts_per_tok: int = 2,
+) -> RoutingStats:
+    """Route hidden states by the routers of all layers, top-k, and add up who gets them.
+
+    Parameters
+    ----------
+    routers : array_like, shape (L, E, H)
+        The routers' weights as checkpoints store them.
+    hidden_states : array_like, shape (T, H) or (L, T, H), optional
+        What the routers read: the same in every layer, or each layer's own. By default 1024 random
+        tokens, standard normal, the same on every machine.
+    num_experts_per_tok : int
+        Experts that each token is sent to.
+
+    Raises
+    ------
+    MoeConfigError
+        Shapes that do not fit each other.
+
+    Examples
+    --------
+    >>> from moe_fast import compute_router_weights, predict_load
+    >>> routers = compute_router_weights(2, 64, 8, transpose=True)
+    >>> stats = predict_load(routers)
+    >>> bool((stats.coefficient_of_variation < 0.2).all())
+    True
+    """
+    weights = np.asarray(routers).astype(np.float32)
+    if weights.ndim != 3:
+        raise MoeConfigError(f"routers must have the shape (L, E, H), got {weights.shape}")
+    num_layers, num_experts, hidden_size = weights.shape
+    tokens = random_tokens(hidden_size) if hidden_states is None else np.asarray(hidden_states)
+    if tokens.ndim not in (2, 3) or tokens.shape[:-2] + tokens.shape[-1:] not in (
+        (hidden_size,),
+        (num_layers, hidden_size),
+    ):
+        raise MoeConfigError(
+            f"hidden_states must have the shape (T, {hidden_size}) or "
+            f"({num_layers}, T, {hidden_size}), got {tokens.shape}"
+        )
+    stats = RoutingStats(MoeConfig(num_experts, num_experts_per_tok), num_layers)
+    tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
+    for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
+        # Experts with the same weights tie, whatever order a matrix product adds them up in.
+        distinct, places = np.unique(router, axis=0, return_inverse=True)
+        logits = inputs.astype(np.float32) @ distinct.T
+        stats.update(logits[:, places.reshape(-1)], layer)
+    return stats
+
+
+def router_health(
+    routers: npt.NDArray[Any],
+    hidden_states: npt.NDArray[Any] | None,
+    num_experts_per_tok: int,
+    *,
+    source: str,
+    remedy: str,
+) -> RouterHealth:
+    """`predict_load` with what to say of it; `source` names the hidden states."""
+    stats = predict_load(routers, hidden_states, num_experts_per_tok=num_experts_per_tok)
+    tokens = int(stats.num_tokens[0])
+    found: dict[str, list[int]] = {}
+    for layer, text in complaints(routers, stats, f"{tokens} {source}"):
+        found.setdefault(text, []).append(layer)
+    return RouterHealth(
+        hidden_states=source,
+        num_tokens=tokens,
+        coefficient_of_variation=tuple(stats.coefficient_of_variation.tolist()),
+        mean_entropy=tuple(stats.mean_entropy.tolist()),
+        warnings=tuple(f"{counted('layer', n)}: {text}; {remedy}" for text, n in found.items()),
+    )
+
+
+def complaints(
+    routers: npt.NDArray[Any], stats: RoutingStats, source: str
+) -> Iterator[tuple[int, str]]:
+    """What is wrong with each layer: experts that tie, or else experts that starve."""
+    for layer, (router, starving) in enumerate(zip(routers, stats.starving_experts(), strict=True)):
+        _, places, sizes = np.unique(router, axis=0, return_inverse=True, return_counts=True)
+        tied = np.flatnonzero(sizes[places.reshape(-1)] > 1).tolist()
+        if tied:
+            yield layer, f"the router weights of {counted('expert', tied)} are the same, and so tie"
+        elif starving:
+            yield (
+                layer,
+                f"{counted('expert', starving)} would get less than a quarter of an even load "
+                f"of {source}",
+            )
+
+
+def counted(name: str, numbers: Sequence[int]) -> str:
+    """Numbers for the eye: `layer 3`, `layers 0-4, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{name}{'s'[: len(numbers) > 1]} {shown}"
+
+
+def random_tokens(hidden_size: int) -> npt.NDArray[np.float32]:
+    tokens = np.empty(RANDOM_TOKENS * hidden_size, np.float32)
+    kernels.compiled.fill_normal(tokens, 0, tokens.size, 0, 0, 1.0)
+    return tokens.reshape(RANDOM_TOKENS, hidden_size)

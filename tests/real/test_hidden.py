@@ -1,0 +1,148 @@
+"""Routers from hidden states, judged by transformers: is what they are made from what they read?
+
+What mergekit-moe makes of the same recipe comes from the Python that MOE_FAST_MERGEKIT names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from families import OWN, make_model
+from mergekit_moe import build_with_mergekit
+from moe_fast import ExpertSource, MoeConfig, build_moe, check_moe
+from moe_fast.checkpoint import activations
+from moe_fast.checkpoint.activations import visit_router_inputs
+from moe_fast.checkpoint.prompts import PromptTokenizer
+from moe_fast.checkpoint.source import open_dense_model
+
+KINDS = yaml.safe_load((Path(__file__).parent / "kinds.yml").read_text(encoding="utf-8"))
+PROMPTS, HELD_OUT = KINDS["prompts"], KINDS["held_out"]
+TOKENS = [np.random.default_rng(n).integers(96, size=n).tolist() for n in (5, 17, 1, 9)]
+
+
+class Routers:
+    """A built MoE in transformers, which keeps what its routers read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.read: dict[int, np.ndarray] = {}
+        self.weights = []
+        for number, layer in enumerate(self.model.model.layers):
+            mlp = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+            router = mlp.router if hasattr(mlp, "router") else mlp.gate
+            router.register_forward_pre_hook(
+                lambda _, inputs, number=number: self.read.update({number: inputs[0]})
+            )
+            weight = router.layer.weight if hasattr(router, "layer") else router.weight
+            self.weights.append(weight.detach().numpy())
+
+    def inputs(self, tokens: list[int]) -> np.ndarray:
+        """What every layer's router reads of some tokens, `(num_layers, T, hidden_size)`."""
+        with torch.inference_mode():
+            self.model(torch.tensor([tokens]))
+        layers = [self.read[number] for number in range(len(self.weights))]
+        return np.stack([x.reshape(len(tokens), -1).numpy() for x in layers])
+
+    def first_choices(self, tokens: list[int]) -> np.ndarray:
+        """The best expert of each layer and token, `(num_layers, T)`."""
+        logits = zip(self.inputs(tokens), self.weights, strict=True)
+        return np.stack([np.argmax(x @ weight.T, axis=1) for x, weight in logits])
+
+
+@pytest.mark.parametrize("batch", [8192, 20], ids=["one batch", "two batches"])
+@pytest.mark.parametrize("family", OWN)
+def test_it_is_what_the_routers_read(family, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "TOKENS_AT_A_TIME", batch)
+    dense = make_model(tmp_path / "dense", family, num_hidden_layers=3)
+    build_moe(dense, tmp_path / "moe", MoeConfig(4, 2))
+    routers = Routers(tmp_path / "moe")
+    visited = {}
+    visit_router_inputs(
+        open_dense_model(dense),
+        TOKENS,
+        lambda layer, text, inputs: visited.update({(layer, text): inputs.copy()}),
+    )
+    assert len(visited) == 3 * len(TOKENS)
+    for text, tokens in enumerate(TOKENS):
+        read = routers.inputs(tokens)
+        scale = np.abs(read).max()
+        for layer in range(3):
+            assert visited[layer, text].shape == read[layer].shape
+            np.testing.assert_allclose(visited[layer, text], read[layer], rtol=0, atol=1e-5 * scale)
+
+
+def experts(smollm2: Path) -> list[ExpertSource]:
+    return [ExpertSource(smollm2, positive_prompts=prompts) for prompts in PROMPTS.values()]
+
+
+@pytest.fixture(scope="module")
+def hidden(smollm2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hidden") / "moe"
+    build_moe(experts(smollm2), folder, MoeConfig(3, 1), gate_mode="hidden")
+    return folder
+
+
+def test_gates_are_the_mean_of_what_the_routers_read(smollm2, hidden):
+    """Defined again, on the routers' inputs in the built model, whose experts are all alike."""
+    routers = Routers(hidden)
+    tokenizer = PromptTokenizer(smollm2)
+    means = []
+    for prompts in PROMPTS.values():
+        read = [routers.inputs(tokenizer.tokens(prompt))[:, 1:] for prompt in prompts]
+        means.append(np.mean([inputs.mean(axis=1) for inputs in read], axis=0))
+    expected = np.stack(means, axis=1)
+    expected /= np.linalg.norm(expected, axis=2, keepdims=True)
+    # The gates are bfloat16, with 8 bits: half a place is 2^-9 of a weight.
+    built = np.stack(routers.weights)
+    np.testing.assert_allclose(built, expected, rtol=2**-8, atol=1e-4)
+
+
+def test_the_check_knows_them_by_their_digests(hidden):
+    manifest = json.loads((hidden / "moe_fast.json").read_text())
+    assert len(manifest["gate_sha256"]) == 30
+    report = check_moe(hidden)
+    assert report.passed, report.problems
+
+
+def follows_the_kind(folder: Path, smollm2: Path) -> float:
+    """How often a held-out token's first choice is the expert of its kind, over all layers."""
+    routers, tokenizer = Routers(folder), PromptTokenizer(smollm2)
+    shares = []
+    for kind, texts in enumerate(HELD_OUT.values()):
+        chosen = [routers.first_choices(tokenizer.tokens(text))[:, 1:] for text in texts]
+        shares.append(np.mean(np.concatenate(chosen, axis=1) == kind))
+    return float(np.mean(shares))
+
+
+def test_first_choices_follow_the_kind_of_text(smollm2, hidden, tmp_path):
+    build_moe(experts(smollm2), tmp_path / "cheap", MoeConfig(3, 1), gate_mode="cheap_embed")
+    recipe = {
+        "base_model": str(smollm2),
+        "gate_mode": "hidden",
+        "experts_per_token": 1,
+        "experts": [
+            {"source_model": str(smollm2), "positive_prompts": prompts}
+            for prompts in PROMPTS.values()
+        ],
+    }
+    theirs = build_with_mergekit(recipe, tmp_path)
+    follows = {
+        name: follows_the_kind(folder, smollm2)
+        for name, folder in {
+            "hidden": hidden,
+            "cheap": tmp_path / "cheap",
+            "theirs": theirs,
+        }.items()
+    }
+    print(follows)
+    # Chance is 1/3.
+    assert follows["hidden"] > 0.9
+    assert follows["hidden"] > follows["theirs"]
+    assert follows["hidden"] > follows["cheap"]

@@ -1,0 +1,133 @@
+"""Predicted loads, against a count by hand, and what is said of routers that starve experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_fast import ExpertSource, MoeConfig, MoeConfigError, build_moe, predict_load
+from moe_fast.demo import make_dense_model
+from moe_fast.health import RANDOM_TOKENS, counted
+from moe_fast.kernels import reference
+
+RNG = np.random.default_rng(0)
+
+
+def counts_by_hand(router, hidden_states, k):
+    """How often each expert is among the k largest logits."""
+    logits = hidden_states @ router.T
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return np.bincount(chosen.ravel(), minlength=len(router))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_given_hidden_states_are_routed(k):
+    routers = RNG.normal(size=(3, 5, 16)).astype(np.float32)
+    same = RNG.normal(size=(200, 16)).astype(np.float32)
+    own = RNG.normal(size=(3, 200, 16)).astype(np.float32)
+    stats = predict_load(routers, same, num_experts_per_tok=k)
+    assert [row.tolist() for row in stats.counts] == [
+        counts_by_hand(router, same, k).tolist() for router in routers
+    ]
+    stats = predict_load(routers, own, num_experts_per_tok=k)
+    assert [row.tolist() for row in stats.counts] == [
+        counts_by_hand(router, states, k).tolist()
+        for router, states in zip(routers, own, strict=True)
+    ]
+
+
+def test_random_hidden_states_are_the_twins():
+    router = RNG.normal(size=(4, 8)).astype(np.float32)
+    draws = [reference.normal(0, i) for i in range(RANDOM_TOKENS * 8)]
+    hidden = np.array(draws, np.float32).reshape(RANDOM_TOKENS, 8)
+    counts = predict_load([router]).counts[0]
+    assert counts.tolist() == counts_by_hand(router, hidden, 2).tolist()
+
+
+def test_equal_rows_tie_and_the_lower_index_wins():
+    rows = RNG.normal(size=(40, 512)).astype(np.float32)
+    router = rows[[*range(40), *range(40)]]
+    counts = predict_load([router], num_experts_per_tok=1).counts[0]
+    assert counts[:40].min() > 0
+    assert counts[40:].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("routers", "hidden_states", "message"),
+    [
+        (np.zeros((4, 8)), None, r"^routers must have the shape \(L, E, H\), got \(4, 8\)$"),
+        (np.zeros((2, 4, 8)), np.zeros((5, 7)), r"shape \(T, 8\) or \(2, T, 8\), got \(5, 7\)$"),
+        (np.zeros((2, 4, 8)), np.zeros((3, 5, 8)), r"or \(2, T, 8\), got \(3, 5, 8\)$"),
+        (np.zeros((2, 4, 8)), np.zeros(8), r"or \(2, T, 8\), got \(8,\)$"),
+        (np.zeros((2, 1, 8)), None, r"^num_experts_per_tok \(2\) must not exceed"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit(routers, hidden_states, message):
+    with pytest.raises(MoeConfigError, match=message):
+        predict_load(routers, hidden_states)
+
+
+@pytest.fixture
+def dense(tmp_path):
+    make_dense_model(tmp_path / "dense", seed=0, num_hidden_layers=4)
+    return tmp_path / "dense"
+
+
+def warnings_of(dense, tmp_path, models=None, num_experts=4, **options):
+    report = build_moe(models or dense, tmp_path / "moe", MoeConfig(num_experts, 1), **options)
+    assert report.routers.warnings == report.warnings
+    return report.warnings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router_init": "balanced"},
+        {"router_init": "random"},
+        {"gate_mode": "random"},
+        {"gate_mode": "uniform_random"},
+    ],
+    ids=str,
+)
+def test_usual_routers_are_healthy(dense, tmp_path, options):
+    assert warnings_of(dense, tmp_path, **options) == ()
+
+
+def test_the_report_has_the_prediction(dense, tmp_path):
+    health = build_moe(dense, tmp_path / "moe", MoeConfig(4, 1)).routers
+    assert health.hidden_states == "random tokens"
+    assert health.num_tokens == 1024
+    assert len(health.coefficient_of_variation) == len(health.mean_entropy) == 4
+    assert max(health.coefficient_of_variation) < 0.2
+    assert min(health.mean_entropy) == pytest.approx(np.log(4), abs=1e-3)  # barely decided
+
+
+def test_uniform_routers_tie(dense, tmp_path):
+    assert warnings_of(dense, tmp_path, router_init="uniform") == (
+        "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
+        "router_init balanced or random tells experts apart",
+    )
+
+
+def test_prompts_in_turn_tie(dense, tmp_path):
+    models = [ExpertSource(dense, positive_prompts=[text]) for text in ("Hello", "print(x)")]
+    assert warnings_of(dense, tmp_path, models, gate_mode="cheap_embed") == (
+        "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
+        "give experts prompts that differ more, and more of them",
+    )
+
+
+def test_an_expert_between_two_others_starves(dense, tmp_path):
+    one, other = "same text a", "same text b"
+    prompts = ([one], [other], [one, other])
+    models = [ExpertSource(dense, positive_prompts=texts) for texts in prompts]
+    warnings = warnings_of(dense, tmp_path, models, num_experts=3, gate_mode="cheap_embed")
+    assert warnings == (
+        "layers 0-3: expert 2 would get less than a quarter of an even load of 1024 random "
+        "tokens; give experts prompts that differ more, and more of them",
+    )
+
+
+def test_numbers_for_the_eye():
+    assert counted("layer", [3]) == "layer 3"
+    assert counted("layer", [0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"
