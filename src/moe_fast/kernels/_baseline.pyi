@@ -123,9 +123,7 @@ def route_tokens(
 ) -> int: ...
 
 # routing_order.pxi
-def sort_by_expert(
-    expert_indices: _Index32, offsets: _Index64, permutation: _Index32, inverse: _Index32
-) -> None: ...
+def sort_by_expert(expert_indices: _Index32, offsets: _Index64, permutation: _Index32) -> None: ...
 @_fused
 def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> None: ...
 @_fused
@@ -140,26 +138,40 @@ def drop_improbable(
 
 # routing_experts.pxi
 @_fused
-def softmax_sums(
+def guess_bounds(
+    logits: _Bytes,
+    encoding: int,
+    is_sigmoid: bool,
+    sample: _Real,
+    rank: int,
+    work: _Real,
+    bounds: _Real,
+) -> None: ...
+@_fused
+def hear(
     logits: _Bytes,
     encoding: int,
     num_experts: int,
-    largest: _Real,
-    total: _Real,
-    row: _Real,
+    is_sigmoid: bool,
+    first: int,
+    bounds: _Real,
+    found: _Index32,
+    value: _Real,
+    count: _Index64,
+    work: _Real,
     start: int,
     stop: int,
 ) -> int: ...
 @_fused
-def choose_tokens(
-    logits: _Bytes,
-    encoding: int,
-    is_sigmoid: bool,
-    largest: _Real,
-    total: _Real,
+def keep_best(
+    found: _Index32,
+    value: _Real,
+    count: _Index64,
+    joined: _Index32,
+    joined_value: _Real,
     token_indices: _Index32,
     weights: _Real,
-    scores: _Real,
+    missed: _Bytes,
     start: int,
     stop: int,
 ) -> None: ...
