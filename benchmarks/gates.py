@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.measure import Row, Work
 from benchmarks.reference import Reference
-from moe_fast import compute_gate_weights, kernels
+from moe_fast import compute_gate_weights, compute_router_weights, kernels
 from moe_fast.kernels.level import levels_available, load
 
 ROUTER = (7168, 256)  # of a large model
@@ -61,13 +61,14 @@ def rows(reference: Reference | None) -> Iterator[Row]:
             yield Row(work, making(CACHED, level=level), peer, theirs, goals.get(level))
     fill = np.ones(LARGE).fill
     yield Row(named("float64", LARGE), making(LARGE), "`ndarray.fill`", lambda: fill(1.0), 1 / 1.1)
-    yield Row(
-        named("float64", LARGE) + ", two threads",
-        making(LARGE, threads=2),
-        "one thread",
-        making(LARGE, threads=1),
-        1.6,
-    )
+    for dtype in ("float64", "float32", "bfloat16"):
+        yield Row(
+            named(dtype, LARGE) + ", two threads",
+            making(LARGE, dtype, threads=2),
+            "one thread",
+            making(LARGE, dtype, threads=1),
+            1.6,
+        )
     yield numpy_row()
     yield from torch_rows()
 
@@ -102,3 +103,10 @@ def torch_rows() -> Iterator[Row]:
             lambda weight=weight: torch.nn.init.uniform_(weight, -scale, scale),
             goals.get(dtype),
         )
+    routers = torch.empty((32, 8, 4096), dtype=torch.bfloat16)
+    yield Row(
+        "bfloat16, 32 layers of 8 × 4096",
+        lambda: compute_router_weights(32, 4096, 8, "random", dtype="bfloat16", transpose=True),
+        "`torch.nn.init.uniform_`",
+        lambda: torch.nn.init.uniform_(routers, -scale, scale),
+    )

@@ -155,6 +155,11 @@ BAD = {
         MoeConfigError,
         "out must have .* dtype float32, got .* float64",
     ),
+    "out-dtype-none": (
+        {"out": np.empty((16, 4), "int8")},
+        MoeConfigError,
+        r"out\.dtype must be one of float64, .* got dtype\('int8'\)",
+    ),
     "out-strided": (
         {"out": np.empty((4, 16)).T}, MoeConfigError, "out must be C-contiguous, aligned, writable",
     ),

@@ -47,19 +47,23 @@ def as_index(value: Any, name: str, *, minimum: int | None = 0, maximum: int | N
     NumPy integers pass; bools, floats and strings do not. Raises `TypeError` where `value` is no
     integer and `MoeConfigError` where it is out of range.
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        index = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {reprlib.repr(value)} of type {type(value).__name__}"
-        ) from None
+    index = value if type(value) is int else as_integer(value, name)
     if minimum is not None and index < minimum:
         raise MoeConfigError(f"{name} must be at least {minimum}, got {shown(index)}")
     if maximum is not None and index > maximum:
         raise MoeConfigError(f"{name} must be at most {maximum}, got {shown(index)}")
     return index
+
+
+def as_integer(value: Any, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {reprlib.repr(value)} of type {type(value).__name__}"
+        ) from None
 
 
 def shown(number: int) -> str:

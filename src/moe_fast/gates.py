@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from functools import cache, partial
 from typing import Any
 
@@ -157,8 +158,11 @@ def draw_routers(
     threads = as_threads(threads)
     seed, spread, has_base = DRAWS[as_member(init, RouterInit, "init")]
     size, row_length = (num_experts, hidden_dim) if transpose else (hidden_dim, num_experts)
-    start, stop = as_rows(rows, size)
+    start, stop = (0, size) if rows is None else as_rows(rows, size)
     out = as_output(out, (*layers, stop - start, row_length), dtype)
+    kernel = kernel_name(out.dtype)
+    if not kernel:
+        raise wrong_dtype("out.dtype", out.dtype)
     if out.size == 0:
         return out
 
@@ -179,29 +183,27 @@ def draw_routers(
     )  # fmt: skip
 
     flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
-    kernel = getattr(kernels.compiled, kernel_name(out.dtype))
+    fill = getattr(kernels.compiled, kernel)
     if not spread:
-        kernel(flat, 0, 1, *draws)
+        fill(flat, 0, 1, *draws)
         flat.fill(flat[0])
     elif threads == 1:
-        kernel(flat, 0, flat.size, *draws)
+        fill(flat, 0, flat.size, *draws)
     else:
-        share(partial(draw_range, kernel, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
+        share(partial(fill_range, fill, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
     return out
 
 
-def draw_range(kernel: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
-    kernel(flat, begin, end, *draws)
+def fill_range(fill: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
+    fill(flat, begin, end, *draws)
 
 
 def as_rows(rows: Any, size: int) -> tuple[int, int]:
-    """The argument `rows` as `(start, stop)` within `range(size)`; `None` is all of them."""
-    if rows is None:
-        return 0, size
+    """The argument `rows` as `(start, stop)` within `range(size)`."""
     try:
         start, stop = rows
     except (TypeError, ValueError):
-        raise TypeError(f"rows must be a pair (start, stop), got {rows!r}") from None
+        raise TypeError(f"rows must be a pair (start, stop), got {reprlib.repr(rows)}") from None
     start, stop = as_index(start, "rows[0]"), as_index(stop, "rows[1]")
     if not start <= stop <= size:
         raise MoeConfigError(
@@ -232,8 +234,12 @@ def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
     except TypeError:
         found = None
     if found is None or not kernel_name(found):
-        raise MoeConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise wrong_dtype("dtype", dtype)
     return found
+
+
+def wrong_dtype(name: str, dtype: object) -> MoeConfigError:
+    return MoeConfigError(f"{name} must be one of {', '.join(DTYPES)}, got {reprlib.repr(dtype)}")
 
 
 def as_output(
@@ -244,7 +250,7 @@ def as_output(
         return aligned(shape, as_dtype(dtype))
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-    wanted = as_dtype(out.dtype if dtype is None else dtype)
+    wanted = out.dtype if dtype is None else as_dtype(dtype)
     if out.shape != shape or out.dtype != wanted:
         raise MoeConfigError(
             f"out must have the shape {shape} and dtype {wanted}, got {out.shape} and {out.dtype}"

@@ -51,7 +51,7 @@ cdef extern from *:
     #define STREAMED() _mm_sfence()
     #else
     #define STREAM(out, values) memcpy(out, &(values), sizeof(values))
-    #define STREAMED()
+    #define STREAMED() ((void)0)
     #endif
 
     /* Vectors in flight: a multiplication takes as long as this many can be started in. */
