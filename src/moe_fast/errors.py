@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"]
 
+MOST_SHOWN = 100
+
 
 class MoeFastError(Exception):
     """Base of every error that `moe_fast` defines."""
@@ -20,7 +22,7 @@ class MoeConfigError(MoeFastError, ValueError):
 class CheckpointError(MoeFastError, ValueError):
     """A checkpoint that cannot be read, combined or written.
 
-    `problems` holds every reason found, one string each; the message shows all of them.
+    `problems` holds every reason found, one string each; the message shows the first hundred.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -30,7 +32,11 @@ class CheckpointError(MoeFastError, ValueError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        lines = [f"{len(self.problems)} problems:"]
+        lines += [f"  - {problem}" for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            lines.append(f"  - and {len(self.problems) - MOST_SHOWN} more")
+        return "\n".join(lines)
 
 
 class RoutingError(MoeFastError, ValueError):

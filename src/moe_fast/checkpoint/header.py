@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from hashlib import sha256
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 from moe_fast.errors import CheckpointError
@@ -24,6 +27,7 @@ ITEM_SIZES = {
     "I8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "U16": 2,
     "I16": 2,
     "F16": 2,
@@ -34,12 +38,21 @@ ITEM_SIZES = {
     "U64": 8,
     "I64": 8,
     "F64": 8,
+    "C64": 8,
 }
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
-LONGEST_INDEX = 500_000_000
+LONGEST_INDEX = 100_000_000
+LONGEST_CONFIG = 10_000_000
+# JSON takes up to thirty times its size as Python objects. What follows bounds that, far above what
+# models have: the largest known has some 200,000 tensors, in dozens of files.
+MOST_MARKS = 4_000_000  # commas and opening brackets; a tensor of a header has about ten
+MOST_DIMENSIONS = 64
+MOST_PROBLEMS = 100  # of one folder, before looking for more ends
 LARGEST_SIZE = 2**63 - 1
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BRIEFLY = reprlib.Repr()
+BRIEFLY.maxstring = BRIEFLY.maxother = 200
 
 
 class SourceFile(NamedTuple):
@@ -81,19 +94,26 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     CheckpointError
         For a folder without safetensors, and for every header or index that does not hold.
     """
-    if (folder / SINGLE_FILE).exists():
+    names = names_in(folder)
+    if SINGLE_FILE in names:
         return read_header(folder / SINGLE_FILE)
-    if (folder / INDEX_FILE).exists():
+    if INDEX_FILE in names:
         return read_shards(folder)
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
-    )
+    pickles = [name for name in names if PurePath(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
     if pickles:
         raise CheckpointError(
             f"{folder}: holds {pickles[0]}, a pickle file, which can run code when opened and is "
             "never read; save the model as safetensors (save_pretrained does)"
         )
     raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, in order."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror}") from None
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -103,35 +123,41 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    named: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)}: {shown(file)} must be the name of a .safetensors "
+                "file in the same folder"
+            )
+        named.setdefault(file, []).append(name)
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not is_plain_name(file):
-            raise CheckpointError(
-                f"{path}: tensor {name!r}: {file!r} must be the name of a file in the same folder"
-            )
-    for file in sorted(set(weight_map.values())):
+    for file, names in sorted(named.items()):
         try:
             shard = read_header(folder / file)
         except CheckpointError as error:
             problems += error.problems
-            continue
-        for name, tensor in shard.items():
-            if weight_map.get(name) == file:
-                tensors[name] = tensor
-            else:
-                problems.append(
-                    f"{folder / file}: tensor {name!r}: the index places it in "
-                    f"{weight_map.get(name)!r}"
-                )
-        problems += [
-            f"{folder / file}: tensor {name!r}: named by the index, missing in the file"
-            for name, its_file in weight_map.items()
-            if its_file == file and name not in shard
-        ]
+        else:
+            problems += disagreements(folder / file, shard, names, weight_map)
+            tensors |= shard
+        if len(problems) >= MOST_PROBLEMS:
+            break
     if problems:
         raise CheckpointError(*problems)
     return tensors
+
+
+def disagreements(
+    file: Path, shard: dict[str, Tensor], names: list[str], weight_map: dict[str, str]
+) -> Iterator[str]:
+    """Where a shard holds other tensors than the `names` that the index gives it."""
+    for name in names:
+        if name not in shard:
+            yield f"{file}: tensor {shown(name)}: named by the index, missing in the file"
+    for name in shard.keys() - set(names):
+        place = shown(weight_map[name]) if name in weight_map else "no file"
+        yield f"{file}: tensor {shown(name)}: the index places it in {place}"
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -155,6 +181,8 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
                 f"{path}: the header's length is {length} bytes, more than {LONGEST_HEADER}"
             )
         text = stream.read(length)
+    if len(text) < length:
+        raise CheckpointError(f"{path}: ended while its header was being read")
     file = SourceFile(
         str(path), status.st_size, status.st_mtime_ns, sha256(prefix + text).hexdigest()
     )
@@ -172,8 +200,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
         if tensor.offset != position:
             fault = "overlaps the one before" if tensor.offset < position else "leaves a hole"
             raise CheckpointError(
-                f"{path}: tensor {tensor.name!r}: starts at byte {tensor.offset - data_start} of "
-                f"the data, {fault}, which ends at {position - data_start}"
+                f"{path}: tensor {shown(tensor.name)}: starts at byte "
+                f"{tensor.offset - data_start} of the data, {fault}, which ends at "
+                f"{position - data_start}"
             )
         position += tensor.nbytes
     if position != status.st_size:
@@ -184,18 +213,22 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
-    where = f"{file.path}: tensor {name!r}"
+    where = f"{file.path}: tensor {shown(name)}"
+    if not is_unicode(name):
+        raise CheckpointError(f"{where}: the name is not Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(
-            f"{where}: unknown dtype {dtype!r}; known are {', '.join(ITEM_SIZES)}"
+            f"{where}: unknown dtype {shown(dtype)}; known are {', '.join(ITEM_SIZES)}"
         )
+    if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape has {len(shape)} dimensions")
     if not isinstance(shape, list) or not all(is_size(n) for n in shape):
-        raise CheckpointError(f"{where}: shape must list sizes of at least 0, got {shape!r}")
+        raise CheckpointError(f"{where}: shape must list sizes of at least 0, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
-        raise CheckpointError(f"{where}: data_offsets must be [begin, end], got {offsets!r}")
+        raise CheckpointError(f"{where}: data_offsets must be [begin, end], got {shown(offsets)}")
     begin, end = offsets
     if not begin <= end <= file.size - data_start:
         raise CheckpointError(
@@ -205,10 +238,19 @@ def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> T
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if nbytes != end - begin:
         raise CheckpointError(
-            f"{where}: shape {shape} of {dtype} takes {nbytes} bytes, "
+            f"{where}: shape {shown(shape)} of {dtype} takes {shown(nbytes)} bytes, "
             f"data_offsets hold {end - begin}"
         )
     return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` is free of halves of surrogate pairs, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_size(value: Any) -> bool:
@@ -216,11 +258,23 @@ def is_size(value: Any) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+    """Whether `name` can only be a file in the folder that it is looked up in, on any system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set('/\\:"<>|?*')
 
 
-def read_json(path: Path, limit: int = 10_000_000) -> Any:
-    """The JSON of a file of at most `limit` bytes; duplicate keys and NaN are refused."""
+def is_absent(path: Path) -> bool:
+    """Whether nothing stands at `path`; what is closed to us is there."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def read_json(path: Path, limit: int = LONGEST_CONFIG) -> Any:
+    """The JSON of a file of at most `limit` bytes, as `parse_json` reads it."""
     with open_regular(path) as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:
@@ -239,7 +293,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder with a model")
     path = folder / "config.json"
-    if not path.exists():
+    if is_absent(path):
         advice = ""
         if gguf := sorted(file.name for file in folder.glob("*.gguf")):
             advice = (
@@ -254,25 +308,50 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path) -> Any:
-    def refuse_constant(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+    """Strict JSON: UTF-8, no key twice, no NaN, no number that is infinite, and not too much of it.
 
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ValueError(f"the key {twice!r} stands twice")
-        return keys
-
+    Raises `CheckpointError` with `path` where `text` is none, or where it has more than
+    `MOST_MARKS` commas and opening brackets, each of which can become an object of Python's.
+    """
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_MARKS:
+        raise CheckpointError(f"{path}: holds more JSON than any model's")
     try:
         return json.loads(
-            text.decode(), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant
+            text.decode(),
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=finite,
         )
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8: {error}") from None
-    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: not valid JSON: nested too deep") from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice")
+    return keys
+
+
+def refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {shown(text)} is too large")
+    return number
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, however long it is and whatever is in it."""
+    return BRIEFLY.repr(value)
 
 
 def open_regular(path: Path) -> FileIO:

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.header import SourceFile, read_json
+from moe_fast.checkpoint.header import LONGEST_INDEX, SourceFile, read_json
 from moe_fast.checkpoint.request import BuildRequest, ConvertRequest, typed
 from moe_fast.errors import CheckpointError
 
@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
         Where there is none, or a value in it is not of its kind: with its key.
     """
     path = folder / MANIFEST
-    value = read_json(path)
+    value = read_json(path, limit=LONGEST_INDEX)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
     manifest: Manifest = typed(value, Manifest, str(path))

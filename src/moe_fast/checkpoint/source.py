@@ -7,12 +7,19 @@ Nothing here knows what the model is to become.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_fast.checkpoint.header import Tensor, read_checkpoint, read_config
+from moe_fast.checkpoint.header import (
+    LARGEST_SIZE,
+    Tensor,
+    read_checkpoint,
+    read_config,
+    shown,
+)
 from moe_fast.errors import CheckpointError
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -21,7 +28,21 @@ QKV = QKVO[:3]
 # Norms before attention and FFN, as almost everywhere, or after them.
 NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
 NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+# Kinds of rotary embedding, each with the keys that it cannot do without.
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+ROPE_TYPES = tuple(ROPE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -257,10 +278,10 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
                 "are made from dense models"
             )
         raise CheckpointError(
-            f"{config_file}: model_type {model_type!r} is not supported; "
+            f"{config_file}: model_type {shown(model_type)} is not supported; "
             f"supported are {', '.join(FAMILIES)}"
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(
             f"{config_file}: the model is quantised; dequantise it before it becomes experts"
         )
@@ -277,32 +298,10 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
 
 def check_values(config: Mapping[str, Any], file: Path) -> None:
     """The values that decide what a model computes have their types; raise all that have not."""
-
-    def is_positive(value: Any) -> bool:
-        return is_number(value) and value > 0
-
-    def is_string(value: Any) -> bool:
-        return isinstance(value, str)
-
-    def is_bool(value: Any) -> bool:
-        return isinstance(value, bool)
-
-    def is_count(value: Any) -> bool:
-        return type(value) is int and value >= 1
-
-    kinds = {
-        "hidden_act": ("a string", is_string),
-        "max_position_embeddings": ("an integer of at least 1", is_count),
-        "rms_norm_eps": ("a positive number", is_positive),
-        **dict.fromkeys(Multipliers._fields, ("a positive number", is_positive)),
-        **dict.fromkeys(
-            ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-            ("true or false", is_bool),
-        ),
-    }
     problems = [
-        f"{file}: {key} is {config[key]!r}; it must be {kind}"
-        for key, (kind, holds) in kinds.items()
+        f"{file}: {key} is {shown(config[key])}; it must be {kind}"
+        for kind, (holds, keys) in KINDS.items()
+        for key in keys
         if key in config and not holds(config[key])
     ]
     if problems:
@@ -310,21 +309,54 @@ def check_values(config: Mapping[str, Any], file: Path) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is one that every reader can hold: JSON has integers of any length."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def is_token(value: Any) -> bool:
+    return value is None or (type(value) is int and abs(value) <= LARGEST_SIZE)
+
+
+# What must hold of a key wherever a configuration has it.
+KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a string": (lambda value: isinstance(value, str), ("hidden_act",)),
+    "an integer of at least 1": (is_count, ("max_position_embeddings",)),
+    "a positive number": (
+        lambda value: is_number(value) and value > 0,
+        ("rms_norm_eps", *Multipliers._fields),
+    ),
+    "a number of at least 0": (
+        lambda value: is_number(value) and value >= 0,
+        ("initializer_range", "attention_dropout"),
+    ),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    "a token's number or null": (is_token, ("bos_token_id", "pad_token_id")),
+    "a token's number, a list of them or null": (
+        lambda value: all(map(is_token, value)) if isinstance(value, list) else is_token(value),
+        ("eos_token_id",),
+    ),
+}
 
 
 def read_sizes(config: Mapping[str, Any], file: Path) -> Sizes:
     problems = []
 
     def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
+        value: Any = config.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or value < 1:
-            missing = "is missing" if key not in config else f"is {value!r}"
+        if not is_count(value):
+            missing = "is missing" if key not in config else f"is {shown(value)}"
             problems.append(f"{file}: {key} {missing}; it must be an integer of at least 1")
             return 1
-        return value
+        return int(value)
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     sizes = Sizes(
@@ -347,19 +379,31 @@ def read_rope(config: Mapping[str, Any], file: Path) -> Rope:
     scaling = config.get("rope_scaling")
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"{file}: {key} is {value!r}; it must be an object or null")
+            raise CheckpointError(f"{file}: {key} is {shown(value)}; it must be an object or null")
     merged = {**(scaling or {}), **(parameters or {})}
     theta = merged.pop("rope_theta", config["rope_theta"])
     if not is_number(theta) or not theta > 0:
-        raise CheckpointError(f"{file}: rope_theta is {theta!r}; it must be a positive number")
+        raise CheckpointError(f"{file}: rope_theta is {shown(theta)}; it must be a positive number")
     kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(f"{file}: rope_type is {kind!r}; known are {', '.join(ROPE_TYPES)}")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise CheckpointError(
+            f"{file}: rope_type is {shown(kind)}; known are {', '.join(ROPE_TYPES)}"
+        )
+    for key in ROPE_KEYS[kind]:
+        if key not in merged:
+            raise CheckpointError(f"{file}: rope_type {kind!r} needs the key {key!r}")
     part = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))
     if part != 1:
         raise CheckpointError(
-            f"{file}: partial_rotary_factor is {part!r}; no target rotates a part of a head"
+            f"{file}: partial_rotary_factor is {shown(part)}; no target rotates a part of a head"
         )
+    for key, value in merged.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(is_number(n) or isinstance(n, (str, bool, type(None))) for n in numbers):
+            raise CheckpointError(
+                f"{file}: the rope's {shown(key)} is {shown(value)}; "
+                "it must be a number or a list of numbers"
+            )
     return Rope(theta, None if kind == "default" else {"rope_type": kind, **merged})
 
 
@@ -374,9 +418,10 @@ def read_windows(
     window = config["sliding_window"] if used else None
     if window is None:
         return (None,) * layers
-    if type(window) is not int or window < 1:
+    if not is_count(window):
         raise CheckpointError(
-            f"{file}: sliding_window is {window!r}; it must be an integer of at least 1, or null"
+            f"{file}: sliding_window is {shown(window)}; "
+            "it must be an integer of at least 1, or null"
         )
     if family.windows == "all":
         return (window,) * layers
@@ -384,10 +429,12 @@ def read_windows(
     if types is None:
         first = config["max_window_layers"]
         if type(first) is not int:
-            raise CheckpointError(f"{file}: max_window_layers is {first!r}; it must be an integer")
+            raise CheckpointError(
+                f"{file}: max_window_layers is {shown(first)}; it must be an integer"
+            )
         return tuple(window if layer >= first else None for layer in range(layers))
     if not isinstance(types, list) or len(types) != layers:
-        raise CheckpointError(f"{file}: layer_types is {types!r}; it must list {layers} types")
+        raise CheckpointError(f"{file}: layer_types is {shown(types)}; it must list {layers} types")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -408,10 +455,11 @@ def check_tensors(
     per_layer = family.layer_shapes(sizes, config) | family.ffn_shapes(sizes, config)
     present = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     # Before looping over a number from a file: that many layers must be able to be there.
-    if sizes.num_hidden_layers > len(present):
+    layers = sizes.num_hidden_layers
+    if layers > len(present) or layers * len(per_layer) > 2 * len(tensors):
         raise CheckpointError(
-            f"{folder}: config.json has num_hidden_layers {sizes.num_hidden_layers}, "
-            f"the safetensors hold tensors of {len(present)} layers"
+            f"{folder}: config.json has num_hidden_layers {layers}, "
+            f"the safetensors hold {len(tensors)} tensors of {len(present)} layers"
         )
     expected = {
         "model.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
@@ -423,11 +471,11 @@ def check_tensors(
     if not config["tie_word_embeddings"]:
         expected |= optional
     problems = [
-        f"{folder}: tensor {name!r} is missing" for name in expected.keys() - tensors.keys()
+        f"{folder}: tensor {shown(name)} is missing" for name in expected.keys() - tensors.keys()
     ]
     for name, tensor in tensors.items():
         shape = expected.get(name, optional.get(name))
-        where = f"{tensor.file.path}: tensor {name!r}"
+        where = f"{tensor.file.path}: tensor {shown(name)}"
         if shape is None:
             if not name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it
                 problems.append(f"{where} is not part of a {family.model_type} model")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from moe_fast.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, Tensor, header_bytes
 from moe_fast.checkpoint.pieces import Converted, FileRange, Piece, Zeros
 
+MOST_TENSORS_IN_FILE = 250_000  # so that readers, ours too, do not refuse the header's length
 BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
 
 
@@ -115,7 +116,8 @@ def into_shards(
     groups: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.weight.nbytes > max_shard_size:
+        full = size + tensor.weight.nbytes > max_shard_size
+        if groups[-1] and (full or len(groups[-1]) == MOST_TENSORS_IN_FILE):
             groups.append([])
             size = 0
         groups[-1].append(tensor)
