@@ -86,7 +86,7 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
             f"the model reads at most {config.max_position_embeddings}"
         )
     with torch.device("meta"):
-        network: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        network: Any = AutoModel.from_config(config, dtype=torch.float32)
         network.eval()
     network.rotary_emb = type(network.rotary_emb)(config=config)
     network.norm = torch.nn.Identity()  # nobody reads what follows the last layer

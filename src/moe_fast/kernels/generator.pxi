@@ -152,7 +152,7 @@ cdef extern from *:
         sum = as_bits(as_doubles(magnitude) + as_doubles(power) * 0x1p42);
         return (((sum >> 42) + sum - (1051u << 10)) & 0x7FFF) | sign;
     }
-    
+
     INLINE void put(char *out, int format, int stream, Doubles first, Doubles second) {
         if (format == AS_FLOAT64 && stream) {
             STREAM(out, first);

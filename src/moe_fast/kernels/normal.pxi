@@ -1,7 +1,7 @@
 # Normal draws, each from its own place in a stream: no draw needs the one before it.
 #
-# The stream is SplitMix64 (Steele, Lea, Flood 2014), whose state moves on by a constant, so that any
-# draw can be the next. The upper 32 bits u of a draw stand for the probability (u + 1/2) / 2^32, and
+# The stream is SplitMix64 (Steele, Lea, Flood 2014), whose state moves on by a constant: any
+# draw can be the next. The upper 32 bits u of a draw stand for the chance (u + 1/2) / 2^32, and
 # the value is the inverse of the normal distribution function there: algorithm AS 241 (Wichura
 # 1988), whose third region, below 1.4e-11, no draw reaches. The logarithm is a series, since a
 # library's may differ in its last bit; what is left is + - * / and the square root, which IEEE 754

@@ -56,7 +56,7 @@ cdef extern from *:
 
 
 cdef void kth_of_columns(real* column, Py_ssize_t k, real* kth) noexcept nogil:
-    # The k-th largest of LANES values of each of LANES tokens, which lose their order. Of two sorted
+    # The k-th largest of LANES values of each of LANES tokens, which lose their order. Of sorted
     # halves a and b it is the largest of min(a[i], b[k - 2 - i]), where a[-1] and b[-1] are +inf.
     cdef real* other = column + 8 * LANES
     cdef real[LANES] infinite
@@ -113,7 +113,7 @@ cdef void lower_bounds(
 cdef Py_ssize_t survivors(
     const real* x, Py_ssize_t n, Py_ssize_t k, real bound, int32_t* found, real* value
 ) noexcept nogil:
-    # Indices and values from `bound` up, ascending: at least k, and few. Where many equal the bound,
+    # Indices and values from `bound` up, ascending: at least k, and few. Where many equal it,
     # as many of them as are needed.
     cdef Py_ssize_t i, wanted
     cdef Py_ssize_t larger = 0

@@ -1,4 +1,4 @@
-# Experts choose tokens. Most tokens are far from being chosen: a bound guessed from a sample of them
+# Experts choose tokens. Most tokens are far from being chosen: a bound guessed from a sample
 # leaves each expert a short list, from which it takes exactly the best. Where a list turns out too
 # short, or too long for its room, the caller asks again without a bound.
 
