@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+for extra in ("safetensors", "ml_dtypes", "typer"):
+    pytest.importorskip(extra)
+
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

@@ -69,6 +69,7 @@ def test_shapes_that_do_not_fit(routers, hidden_states, message):
 
 @pytest.fixture
 def dense(tmp_path):
+    pytest.importorskip("safetensors")
     make_dense_model(tmp_path / "dense", seed=0, num_hidden_layers=4)
     return tmp_path / "dense"
 

@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+for extra in ("safetensors", "ml_dtypes", "typer"):
+    pytest.importorskip(extra)
+
 import ml_dtypes
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from moe_fast import (

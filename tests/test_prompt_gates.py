@@ -6,9 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
+for extra in ("safetensors", "ml_dtypes", "typer"):
+    pytest.importorskip(extra)
+
 import ml_dtypes
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("tokenizers")

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+for extra in ("safetensors", "ml_dtypes", "typer"):
+    pytest.importorskip(extra)
+
 from safetensors import safe_open
 
 from families import make_model
