@@ -232,6 +232,109 @@ def test_experts_of_two_dtypes_do_not_fuse(moe, tmp_path):
         convert_moe(moe, tmp_path / "fused", layout="fused")
 
 
+ONE_LAYOUT = {
+    "granitemoe": ("granite", {}),
+    "granitemoeshared": ("granite", {"shared": 1}),
+    "deepseek": ("llama", {"shared": 1}),
+}
+CASES = [(name, layout) for name in TARGETS for layout in ("fused", "per-expert")]
+CASES += [(name, None) for name in ONE_LAYOUT]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_a_conversion_to_a_dtype_is_what_a_build_in_it_gives(tmp_path, name, layout, dtype):
+    family, extra = (TARGETS | ONE_LAYOUT)[name]
+    dense = make_model(tmp_path / "dense", family)
+    options = {
+        "target": name.partition(",")[0],
+        "router_init": "random",  # balanced leaves its base out of 16 bits
+        "shared_experts": [dense] * extra.get("shared", 0),
+    }
+    build_moe(dense, tmp_path / "moe", CONFIG, **options)
+    report = convert_moe(tmp_path / "moe", tmp_path / "converted", layout=layout, dtype=dtype)
+    assert report.warnings == ()
+    assert report.dtypes_before == ("F32",)
+    assert report.dtypes == ({"bfloat16": "BF16", "float16": "F16"}[dtype],)
+    build_moe(dense, tmp_path / "expected", CONFIG, layout=layout, dtype=dtype, **options)
+    assert contents(tmp_path / "converted") == contents(tmp_path / "expected")
+    checked = check_moe(tmp_path / "converted")
+    assert checked.passed, checked.problems
+    assert "byte for byte" in checked["experts"].summary
+
+
+def test_dtypes_are_those_of_ml_dtypes(moe, tmp_path):
+    from ml_dtypes import bfloat16
+
+    convert_moe(moe, tmp_path / "out", dtype="bfloat16", max_shard_size=300_000)
+    before = load_file(moe / "model.safetensors")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    after = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert len(shards) == 2
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor.astype(bfloat16))
+    convert_moe(tmp_path / "out", tmp_path / "back", dtype="float32")
+    for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, after[name].astype(np.float32))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+def edit_tensors(folder: Path, **changes) -> None:
+    """Replace tensors whose names end as the keys say, by what the values make of them."""
+    tensors = load_file(folder / "model.safetensors")
+    for ending, change in changes.items():
+        (name,) = (name for name in tensors if name.endswith(ending.replace("__", ".")))
+        tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_float16_does_not_hold_is_counted(moe, tmp_path):
+    def large(tensor):
+        tensor[3, :5] = 1e6
+        return tensor
+
+    edit_tensors(moe, layers__1__block_sparse_moe__experts__2__w3__weight=large)
+    report = convert_moe(moe, tmp_path / "half", dtype="float16")
+    (warning,) = report.warnings
+    assert warning.startswith("model.safetensors: 5 weights of 1 tensors are beyond the dtype")
+    manifest = json.loads((tmp_path / "half" / "moe_fast.json").read_text())
+    overflow = manifest["files"]["model.safetensors"]["overflow"]
+    assert overflow == {"model.layers.1.block_sparse_moe.experts.2.w3.weight": 5}
+    assert convert_moe(moe, tmp_path / "upper", dtype="bfloat16").warnings == ()
+    done = run("convert", moe, "-o", tmp_path / "again", "--dtype", "float16")
+    assert done.returncode == 0
+    assert "F32 to F16" in done.stdout
+    assert "5 weights of 1 tensors" in done.stderr
+
+
+def test_routers_that_rounding_would_make_tie_are_told(moe, tmp_path):
+    noise = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    gate = {"layers__1__block_sparse_moe__gate__weight": lambda _: 0.25 + 1e-5 * noise}
+    edit_tensors(moe, **gate)
+    (warning,) = convert_moe(moe, tmp_path / "half", dtype="bfloat16", dry_run=True).warnings
+    assert warning == (
+        "layer 1: rounded to bfloat16, the router weights of experts 0-3 are the same, and so tie; "
+        "build the MoE in bfloat16 instead, or convert it after training"
+    )
+    assert convert_moe(moe, tmp_path / "half", dtype="float32", dry_run=True).warnings == ()
+
+
+def test_a_dtype_lets_mixed_experts_fuse_and_others_are_refused(moe, tmp_path):
+    edit_tensors(
+        moe, layers__1__block_sparse_moe__experts__2__w3__weight=lambda t: t.astype(np.float16)
+    )
+    report = convert_moe(moe, tmp_path / "fused", layout="fused", dtype="float32")
+    assert (report.dtypes_before, report.dtypes) == (("F32", "F16"), ("F32",))
+    edit_tensors(moe, model__norm__weight=lambda t: t.astype(np.float64))
+    message = r"tensor 'model.norm.weight' is F64; F32, F16, BF16 can be converted"
+    with pytest.raises(CheckpointError, match=message):
+        convert_moe(moe, tmp_path / "no", dtype="float16")
+    with pytest.raises(MoeConfigError, match="dtype must be one of 'float32', 'bfloat16', 'float"):
+        convert_moe(moe, tmp_path / "no", dtype="int8")
+
+
 def test_a_dry_run_writes_nothing(moe, tmp_path):
     report = convert_moe(moe, tmp_path / "fused", layout="fused", dry_run=True)
     assert report.num_tensors == 20

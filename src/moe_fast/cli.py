@@ -192,6 +192,10 @@ def convert(
         Layout | None,
         typer.Option(help="How experts are stored.", show_default="as they are"),
     ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Convert every weight to it.", show_default="as they are"),
+    ] = None,
     max_shard_size: MaxShardSize = 5_000_000_000,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -200,12 +204,13 @@ def convert(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an MoE in another layout; weights keep their bytes."""
+    """Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."""
     with reported_errors(), progress_bar() as progress:
         report = convert_moe(
             model,
             output,
             layout=layout,
+            dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,14 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.reports import Report
 from moe_fast.statistics import RoutingStats
 
 __all__ = ["RouterHealth", "predict_load"]
 
 RANDOM_TOKENS = 1024
+NUMBERS_AT_A_TIME = 2**22  # of hidden states, which may be a mapped file
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ def predict_load(
     routers : array_like, shape (L, E, H)
         The routers' weights as checkpoints store them.
     hidden_states : array_like, shape (T, H) or (L, T, H), optional
-        What the routers read: the same in every layer, or each layer's own. By default 1024 random
-        tokens, standard normal, the same on every machine.
+        What the routers read: the same in every layer, or each layer's own; a mapped file is read a
+        piece at a time. By default 1024 random tokens, standard normal, the same on every machine.
     num_experts_per_tok : int
         Experts that each token is sent to.
 
     Raises
     ------
     MoeConfigError
-        Shapes that do not fit each other.
+        Shapes that do not fit each other, no token, or a number that is not finite.
 
     Examples
     --------
@@ -67,11 +69,38 @@ def predict_load(
     >>> bool((stats.coefficient_of_variation < 0.2).all())
     True
     """
-    weights = np.asarray(routers).astype(np.float32)
+    weights = np.asarray(routers)
     if weights.ndim != 3:
         raise MoeConfigError(f"routers must have the shape (L, E, H), got {weights.shape}")
     num_layers, num_experts, hidden_size = weights.shape
-    tokens = random_tokens(hidden_size) if hidden_states is None else np.asarray(hidden_states)
+    if hidden_states is None:
+        tokens = random_tokens(hidden_size)
+    else:
+        tokens = as_hidden_states(hidden_states, num_layers, hidden_size)
+    stats = RoutingStats(MoeConfig(num_experts, num_experts_per_tok), num_layers)
+    tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
+    step = max(1, NUMBERS_AT_A_TIME // hidden_size)
+    for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
+        # Experts with the same weights tie, whatever order a matrix product adds them up in.
+        distinct, places = np.unique(router.astype(np.float32), axis=0, return_inverse=True)
+        for start in range(0, len(inputs), step):
+            some = inputs[start : start + step].astype(np.float32)
+            if not np.isfinite(some).all():
+                raise MoeConfigError(
+                    "hidden_states must be finite in float32; "
+                    f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not"
+                )
+            stats.update((some @ distinct.T)[:, places.reshape(-1)], layer)
+    return stats
+
+
+def as_hidden_states(
+    hidden_states: npt.ArrayLike, num_layers: int, hidden_size: int
+) -> npt.NDArray[Any]:
+    """The argument `hidden_states`, its dtype and shape checked; no number is looked at."""
+    tokens = np.asarray(hidden_states)
+    if tokens.dtype.kind not in "fiu" and tokens.dtype.name != "bfloat16":
+        raise MoeConfigError(f"hidden_states must hold real numbers, got dtype {tokens.dtype}")
     if tokens.ndim not in (2, 3) or tokens.shape[:-2] + tokens.shape[-1:] not in (
         (hidden_size,),
         (num_layers, hidden_size),
@@ -80,14 +109,28 @@ def predict_load(
             f"hidden_states must have the shape (T, {hidden_size}) or "
             f"({num_layers}, T, {hidden_size}), got {tokens.shape}"
         )
-    stats = RoutingStats(MoeConfig(num_experts, num_experts_per_tok), num_layers)
-    tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
-    for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
-        # Experts with the same weights tie, whatever order a matrix product adds them up in.
-        distinct, places = np.unique(router, axis=0, return_inverse=True)
-        logits = inputs.astype(np.float32) @ distinct.T
-        stats.update(logits[:, places.reshape(-1)], layer)
-    return stats
+    if tokens.shape[-2] == 0:
+        raise MoeConfigError(f"hidden_states hold no token: their shape is {tokens.shape}")
+    return tokens
+
+
+def read_hidden_states(path: Path) -> npt.NDArray[Any]:
+    """The array of a `.npy` file, mapped into memory: what is not needed is not read.
+
+    Raises
+    ------
+    CheckpointError
+        For a file that is none, and for one that holds Python objects, which are never unpickled.
+    """
+    try:
+        with path.open("rb") as stream:
+            if stream.read(6) != b"\x93NUMPY":
+                raise ValueError("it does not begin as one")
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be read as a .npy file: {reason}") from None
+    return array
 
 
 def router_health(
@@ -102,8 +145,10 @@ def router_health(
     stats = predict_load(routers, hidden_states, num_experts_per_tok=num_experts_per_tok)
     tokens = int(stats.num_tokens[0])
     found: dict[str, list[int]] = {}
-    for layer, text in complaints(routers, stats, f"{tokens} {source}"):
-        found.setdefault(text, []).append(layer)
+    for layer, (router, starving) in enumerate(zip(routers, stats.starving_experts(), strict=True)):
+        text = complaint(router, starving, f"{tokens} {source}")
+        if text is not None:
+            found.setdefault(text, []).append(layer)
     return RouterHealth(
         hidden_states=source,
         num_tokens=tokens,
@@ -113,21 +158,24 @@ def router_health(
     )
 
 
-def complaints(
-    routers: npt.NDArray[Any], stats: RoutingStats, source: str
-) -> Iterator[tuple[int, str]]:
-    """What is wrong with each layer: experts that tie, or else experts that starve."""
-    for layer, (router, starving) in enumerate(zip(routers, stats.starving_experts(), strict=True)):
-        _, places, sizes = np.unique(router, axis=0, return_inverse=True, return_counts=True)
-        tied = np.flatnonzero(sizes[places.reshape(-1)] > 1).tolist()
-        if tied:
-            yield layer, f"the router weights of {counted('expert', tied)} are the same, and so tie"
-        elif starving:
-            yield (
-                layer,
-                f"{counted('expert', starving)} would get less than a quarter of an even load "
-                f"of {source}",
-            )
+def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) -> str | None:
+    """What is wrong with a layer's router: experts that tie, or else experts that starve."""
+    _, places, sizes = np.unique(router, axis=0, return_inverse=True, return_counts=True)
+    tied = np.flatnonzero(sizes[places.reshape(-1)] > 1).tolist()
+    if tied:
+        return f"the router weights of {counted('expert', tied)} are the same, and so tie"
+    if starving:
+        return (
+            f"{counted('expert', starving)} would get less than a quarter of an even load "
+            f"of {source}"
+        )
+    return None
+
+
+def complaint_on_random_tokens(router: npt.NDArray[Any], num_experts_per_tok: int) -> str | None:
+    """The `complaint` about one router, `(E, H)`, that reads random tokens."""
+    stats = predict_load(router[np.newaxis], num_experts_per_tok=num_experts_per_tok)
+    return complaint(router, stats.starving_experts()[0], f"{RANDOM_TOKENS} random tokens")
 
 
 def counted(name: str, numbers: Sequence[int]) -> str:

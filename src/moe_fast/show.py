@@ -111,11 +111,12 @@ def show_check(report: CheckReport) -> None:
 
 
 def show_conversion(report: ConvertReport) -> None:
-    before = report.layout_before
+    dtypes = [", ".join(found) for found in (report.dtypes_before, report.dtypes)]
     show_pairs(
         {
             "output": f"{report.output} ({report.model_type})",
-            "layout": before if before == report.layout else f"{before} to {report.layout}",
+            "layout": " to ".join(dict.fromkeys((report.layout_before, report.layout))),
+            "dtype": " to ".join(dict.fromkeys(dtypes)),
             "tensors": f"{report.num_tensors:,}",
             "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
             "seconds": f"{report.seconds:.2f}",
@@ -124,6 +125,8 @@ def show_conversion(report: ConvertReport) -> None:
     show_readers(report.readers)
     if report.dry_run:
         say("\ndry run: nothing is written")
+    for warning in report.warnings:
+        warn(warning)
 
 
 def show_readers(readers: Iterable[Reader]) -> None:

@@ -1,18 +1,22 @@
-"""`convert_moe`: an MoE checkpoint in another layout, byte for byte the same weights."""
+"""`convert_moe`: an MoE checkpoint in another layout or dtype."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.build import companions_of, json_text
+import numpy as np
+
+from moe_fast.checkpoint.build import companions_of, json_text, overflow_warnings
+from moe_fast.checkpoint.copies import Streams
 from moe_fast.checkpoint.header import SourceFile, Tensor, read_header_and_metadata
+from moe_fast.checkpoint.inspection import as_floats, read_floats
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.moe import NUM_EXPERTS_KEYS, MoeLayer, MoeModel, first_size, open_moe_model
 from moe_fast.checkpoint.output import (
@@ -23,6 +27,7 @@ from moe_fast.checkpoint.output import (
     obstacles,
     write_checkpoint,
 )
+from moe_fast.checkpoint.pieces import DTYPES, SAFETENSORS_DTYPES
 from moe_fast.checkpoint.provenance import CARD, updated_card
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.request import ConvertRequest
@@ -30,8 +35,9 @@ from moe_fast.checkpoint.source import read_rope
 from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import FORMAT, OutputTensor, Weight, index_json, into_shards
 from moe_fast.checkpoint.targets import TARGETS, Target, joined
-from moe_fast.config import Layout, as_member
+from moe_fast.config import Dtype, Layout, as_member
 from moe_fast.errors import CheckpointError, as_index
+from moe_fast.health import complaint_on_random_tokens, counted
 from moe_fast.reports import Report
 
 __all__ = ["ConvertReport", "convert_moe"]
@@ -41,18 +47,24 @@ ModelPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class ConvertReport(Report):
-    """What was converted, and which readers load the result."""
+    """What was converted, and which readers load the result.
+
+    The dtypes are those of the weights, as safetensors spells them.
+    """
 
     output: Path
     model_type: str
     layout_before: str
     layout: str
+    dtypes_before: tuple[str, ...]
+    dtypes: tuple[str, ...]
     num_tensors: int
     num_bytes: int
     num_files: int
     seconds: float
     readers: tuple[Reader, ...]
     dry_run: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ def convert_moe(
     output: ModelPath,
     *,
     layout: Layout | str | None = None,
+    dtype: Dtype | str | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     threads: int | None = None,
@@ -80,10 +93,11 @@ def convert_moe(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Write an MoE checkpoint, whoever made it, in another layout.
+    """Write an MoE checkpoint, whoever made it, in another layout or dtype.
 
-    Weights keep their bytes: experts move between one tensor each and the fused tensors that hold
-    all of a layer. `config.json` gets the spellings of transformers 4 and 5, whichever it had.
+    Experts move between one tensor each and the fused tensors that hold all of a layer; weights
+    keep their bytes unless another dtype is asked for. `config.json` gets the spellings of
+    transformers 4 and 5, whichever it had.
 
     Parameters
     ----------
@@ -93,6 +107,10 @@ def convert_moe(
         The folder to create.
     layout : Layout or str, optional
         `"per-expert"` or `"fused"`; by default the one it has, in new files.
+    dtype : Dtype or str, optional
+        `"float32"`, `"bfloat16"` or `"float16"`: what every weight is converted to, rounded to
+        nearest and to even. By default weights keep theirs. The report warns of weights that
+        float16 does not hold, and of experts whose router weights rounding makes the same.
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
@@ -124,6 +142,7 @@ def convert_moe(
     request = ConvertRequest(
         model=str(Path(model).absolute()),
         layout=None if layout is None else as_member(layout, Layout, "layout"),
+        dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
     how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
@@ -153,6 +172,7 @@ def convert_moe(
     problems = [*obstacles(output, files, how), *lack_of_space(output, contents)]
     if problems:
         raise CheckpointError(*problems)
+    written: Mapping[str, FileRecord] = {}
     if not how.dry_run:
 
         def manifest(records: dict[str, FileRecord]) -> str:
@@ -164,18 +184,21 @@ def convert_moe(
                 files=records,
             ).text()
 
-        write_checkpoint(output, contents, manifest, how)
+        written = write_checkpoint(output, contents, manifest, how)
     return ConvertReport(
         output=output,
         model_type=source.model_type,
         layout_before=source.layout,
         layout=str(conversion.layout),
+        dtypes_before=distinct(tensor.dtype for tensor in source.tensors.values()),
+        dtypes=distinct(tensor.weight.dtype for tensor in conversion.tensors),
         num_tensors=len(conversion.tensors),
         num_bytes=contents.nbytes,
         num_files=len(shards),
         seconds=time.perf_counter() - started,
         readers=readers,
         dry_run=how.dry_run,
+        warnings=(*rounding_warnings(conversion, request.dtype), *overflow_warnings(written)),
     )
 
 
@@ -198,11 +221,14 @@ def prepare_conversion(request: ConvertRequest) -> Conversion:
         raise CheckpointError(
             f"layout {str(layout)!r}: {target.title} has {str(target.layouts[0])!r} alone"
         )
-    tensors = tuple(converted_tensors(model, target, layout))
-    return Conversion(model, target, layout, tensors, converted_config(model))
+    to = None if request.dtype is None else SAFETENSORS_DTYPES[request.dtype]
+    tensors = tuple(converted_tensors(model, target, layout, to))
+    return Conversion(model, target, layout, tensors, converted_config(model, request.dtype))
 
 
-def converted_tensors(model: MoeModel, target: Target, layout: Layout) -> Iterator[OutputTensor]:
+def converted_tensors(
+    model: MoeModel, target: Target, layout: Layout, to: str | None
+) -> Iterator[OutputTensor]:
     """The model's tensors in their order, each layer's experts where its first one stood."""
     before = Layout(model.layout)
     layer_of: dict[str, MoeLayer] = {}
@@ -211,17 +237,24 @@ def converted_tensors(model: MoeModel, target: Target, layout: Layout) -> Iterat
         for old in target.expert_tensors(layer.number, model.num_experts, before):
             layer_of[old.name] = layer
         routers[target.router_name(layer.number, before)] = target.router_name(layer.number, layout)
+
+    def carried(tensor: Tensor) -> Weight:
+        return Weight.of(tensor) if to is None else Weight.of(tensor).converted(to)
+
+    if to is not None:
+        refuse_other_dtypes(model)
     done = set()
     for name, tensor in model.tensors.items():
         if name not in layer_of:
-            yield OutputTensor(routers.get(name, name), Weight.of(tensor))
+            yield OutputTensor(routers.get(name, name), carried(tensor))
         elif layer_of[name].number not in done:
             layer = layer_of[name]
             done.add(layer.number)
             for new in target.expert_tensors(layer.number, model.num_experts, layout):
                 parts = [layer.experts[expert][role] for expert, role in new.parts]
-                check_dtypes(parts)
-                weights = [Weight.of(part) for part in parts]
+                if to is None:
+                    check_dtypes(parts)
+                weights = [carried(part) for part in parts]
                 yield OutputTensor(new.name, joined(weights, new, model.num_experts))
 
 
@@ -231,11 +264,55 @@ def check_dtypes(parts: Sequence[Tensor]) -> None:
         if part.dtype != parts[0].dtype:
             raise CheckpointError(
                 f"{part.file.path}: tensor {part.name!r} is {part.dtype}, "
-                f"others of its layer are {parts[0].dtype}; one tensor holds one dtype"
+                f"others of its layer are {parts[0].dtype}; one tensor holds one dtype: "
+                "name one to convert all to"
             )
 
 
-def converted_config(model: MoeModel) -> dict[str, Any]:
+def refuse_other_dtypes(model: MoeModel) -> None:
+    """Raise `CheckpointError` for every tensor of a dtype that cannot be converted."""
+    problems = [
+        f"{tensor.file.path}: tensor {name!r} is {tensor.dtype}; "
+        f"{', '.join(DTYPES)} can be converted"
+        for name, tensor in model.tensors.items()
+        if tensor.dtype not in DTYPES
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def rounding_warnings(conversion: Conversion, dtype: Dtype | None) -> list[str]:
+    """Where routers tell experts apart, and no longer would once they are rounded to `dtype`."""
+    if dtype is None:
+        return []
+    model = conversion.model
+    top_k = min(model.num_experts_per_tok or 2, model.num_experts)
+    rounded = {tensor.name: tensor.weight for tensor in conversion.tensors}
+    found: dict[str, list[int]] = {}
+    with Streams() as streams:
+        for layer in model.layers:
+            assert layer.router is not None
+            weight = rounded[conversion.target.router_name(layer.number, conversion.layout)]
+            data = b"".join(bytes(chunk) for piece in weight.pieces for chunk in piece.chunks())
+            before = read_floats(layer.router, streams)
+            after = as_floats(data, weight.dtype, weight.shape)
+            if after is None or before is None or not np.isfinite(after).all():
+                continue  # what became infinite is a warning of its own
+            text = complaint_on_random_tokens(after, top_k)
+            if text is not None and complaint_on_random_tokens(before, top_k) is None:
+                found.setdefault(text, []).append(layer.number)
+    return [
+        f"{counted('layer', layers)}: rounded to {dtype}, {text}; "
+        f"build the MoE in {dtype} instead, or convert it after training"
+        for text, layers in found.items()
+    ]
+
+
+def distinct(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def converted_config(model: MoeModel, to: Dtype | None) -> dict[str, Any]:
     """The model's config.json with each key that readers spell differently in both spellings."""
     config = dict(model.config)
     file = model.path / "config.json"
@@ -251,9 +328,9 @@ def converted_config(model: MoeModel) -> dict[str, Any]:
             **(scaling or {"rope_type": "default"}),
             "rope_theta": rope.theta,
         }
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = to or config.get("dtype") or config.get("torch_dtype")
     if isinstance(dtype, str):
-        config |= {"dtype": dtype, "torch_dtype": dtype}
+        config |= {"dtype": str(dtype), "torch_dtype": str(dtype)}
     return config
 
 

@@ -172,13 +172,20 @@ def router_report(layer: int, weights: npt.NDArray[np.float64] | None) -> Router
 def read_floats(tensor: Tensor, streams: Streams) -> npt.NDArray[np.float64] | None:
     """A tensor's values; `None` where its dtype is not one of floats."""
     data = streams.read(tensor.file, tensor.offset, tensor.nbytes)
-    if tensor.dtype == "BF16":  # the upper half of a float32
+    return as_floats(data, tensor.dtype, tensor.shape)
+
+
+def as_floats(
+    data: bytes | bytearray, dtype: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float64] | None:
+    """The values of a tensor's bytes; `None` where `dtype` is not one of floats."""
+    if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64).reshape(tensor.shape)
+        return bits.view(np.float32).astype(np.float64).reshape(shape)
     formats = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    if tensor.dtype not in formats:
+    if dtype not in formats:
         return None
-    return np.frombuffer(data, formats[tensor.dtype]).astype(np.float64).reshape(tensor.shape)
+    return np.frombuffer(data, formats[dtype]).astype(np.float64).reshape(shape)
 
 
 def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:

@@ -123,10 +123,11 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """One MoE to write in another layout; `model` is a folder."""
+    """One MoE to write in another layout or dtype; `model` is a folder."""
 
     model: str
     layout: Layout | None = None
+    dtype: Dtype | None = None
     max_shard_size: int = 5_000_000_000
 
 
