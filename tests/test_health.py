@@ -36,12 +36,33 @@ def test_given_hidden_states_are_routed(k):
     ]
 
 
-def test_random_hidden_states_are_the_twins():
-    router = RNG.normal(size=(4, 8)).astype(np.float32)
-    draws = [reference.normal(0, i) for i in range(RANDOM_TOKENS * 8)]
-    hidden = np.array(draws, np.float32).reshape(RANDOM_TOKENS, 8)
+def test_random_tokens_are_standard_normal_where_a_router_looks():
+    """Hidden states that fit the logits: normal in every direction that the router sees."""
+    router = RNG.normal(size=(4, 64)).astype(np.float32)
+    draws = [reference.normal(0, i) for i in range(RANDOM_TOKENS * 4)]
+    normal = np.array(draws, np.float32).reshape(RANDOM_TOKENS, 4)
+    weights = router.astype(np.float64)
+    directions = np.linalg.inv(np.linalg.cholesky(weights @ weights.T)) @ weights
+    np.testing.assert_allclose(directions @ directions.T, np.eye(4), atol=1e-12)
+    hidden = normal @ directions
     counts = predict_load([router]).counts[0]
     assert counts.tolist() == counts_by_hand(router, hidden, 2).tolist()
+
+
+def test_random_tokens_spread_as_drawn_ones_do():
+    router = RNG.normal(size=(6, 32)).astype(np.float32) * np.linspace(0.5, 2, 6)[:, np.newaxis]
+    hidden = RNG.normal(size=(100_000, 32))
+    drawn = counts_by_hand(router, hidden, 2) / len(hidden)
+    load = predict_load([router]).counts[0] / RANDOM_TOKENS
+    deviation = np.sqrt(drawn * (1 - drawn) / RANDOM_TOKENS)
+    assert (np.abs(load - drawn) < 5 * deviation).all()
+
+
+@pytest.mark.parametrize("num_experts", [2, 40])
+def test_rows_that_depend_on_each_other(num_experts):
+    rows = RNG.normal(size=(num_experts, 8)).astype(np.float32)
+    rows[-1] = rows[:-1].mean(axis=0) * 2
+    assert predict_load([rows, rows * 0]).counts.sum(axis=1).tolist() == [2 * RANDOM_TOKENS] * 2
 
 
 def test_equal_rows_tie_and_the_lower_index_wins():
@@ -63,6 +84,7 @@ def test_equal_rows_tie_and_the_lower_index_wins():
         (np.zeros((2, 4, 8)), np.full((5, 8), np.nan), r"finite.* from 0 to 4 read in layer 0 is"),
         (np.zeros((2, 4, 8)), np.zeros(8), r"or \(2, T, 8\), got \(8,\)$"),
         (np.zeros((2, 1, 8)), None, r"^num_experts_per_tok \(2\) must not exceed"),
+        (np.full((2, 4, 8), np.inf), None, r"^routers must be finite in float32$"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit(routers, hidden_states, message):

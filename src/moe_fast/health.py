@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def predict_load(
         The routers' weights as checkpoints store them.
     hidden_states : array_like, shape (T, H) or (L, T, H), optional
         What the routers read: the same in every layer, or each layer's own; a mapped file is read a
-        piece at a time. By default 1024 random tokens, standard normal, the same on every machine.
+        piece at a time. By default 1024 random tokens, standard normal, each router's drawn as it
+        sees them.
     num_experts_per_tok : int
         Experts that each token is sent to.
 
@@ -73,16 +74,20 @@ def predict_load(
     if weights.ndim != 3:
         raise MoeConfigError(f"routers must have the shape (L, E, H), got {weights.shape}")
     num_layers, num_experts, hidden_size = weights.shape
-    if hidden_states is None:
-        tokens = random_tokens(hidden_size)
-    else:
-        tokens = as_hidden_states(hidden_states, num_layers, hidden_size)
     stats = RoutingStats(MoeConfig(num_experts, num_experts_per_tok), num_layers)
+    weights = weights.astype(np.float32)
+    if not np.isfinite(weights).all():
+        raise MoeConfigError("routers must be finite in float32")
+    if hidden_states is None:
+        for layer, router in enumerate(weights):
+            stats.update(random_logits(router), layer)
+        return stats
+    tokens = as_hidden_states(hidden_states, num_layers, hidden_size)
     tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
     step = max(1, NUMBERS_AT_A_TIME // hidden_size)
     for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
         # Experts with the same weights tie, whatever order a matrix product adds them up in.
-        distinct, places = np.unique(router.astype(np.float32), axis=0, return_inverse=True)
+        equals = first_equals(router)
         for start in range(0, len(inputs), step):
             some = inputs[start : start + step].astype(np.float32)
             if not np.isfinite(some).all():
@@ -90,7 +95,7 @@ def predict_load(
                     "hidden_states must be finite in float32; "
                     f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not"
                 )
-            stats.update((some @ distinct.T)[:, places.reshape(-1)], layer)
+            stats.update((some @ router.T)[:, equals], layer)
     return stats
 
 
@@ -134,34 +139,43 @@ def read_hidden_states(path: Path) -> npt.NDArray[Any]:
 
 
 def router_health(
-    routers: npt.NDArray[Any],
+    routers: Iterable[npt.NDArray[Any]],
     hidden_states: npt.NDArray[Any] | None,
     num_experts_per_tok: int,
     *,
     source: str,
     remedy: str,
 ) -> RouterHealth:
-    """`predict_load` with what to say of it; `source` names the hidden states."""
-    stats = predict_load(routers, hidden_states, num_experts_per_tok=num_experts_per_tok)
-    tokens = int(stats.num_tokens[0])
+    """`predict_load` with what to say of it; `source` names the hidden states.
+
+    Routers are taken one at a time: those of a large model need much memory together.
+    """
+    variation, entropy = [], []
     found: dict[str, list[int]] = {}
-    for layer, (router, starving) in enumerate(zip(routers, stats.starving_experts(), strict=True)):
-        text = complaint(router, starving, f"{tokens} {source}")
+    for layer, router in enumerate(routers):
+        states = hidden_states
+        if states is not None and states.ndim == 3:
+            states = states[layer]
+        stats = predict_load(router[np.newaxis], states, num_experts_per_tok=num_experts_per_tok)
+        tokens = int(stats.num_tokens[0])
+        variation += stats.coefficient_of_variation.tolist()
+        entropy += stats.mean_entropy.tolist()
+        text = complaint(router, stats.starving_experts()[0], f"{tokens} {source}")
         if text is not None:
             found.setdefault(text, []).append(layer)
     return RouterHealth(
         hidden_states=source,
         num_tokens=tokens,
-        coefficient_of_variation=tuple(stats.coefficient_of_variation.tolist()),
-        mean_entropy=tuple(stats.mean_entropy.tolist()),
+        coefficient_of_variation=tuple(variation),
+        mean_entropy=tuple(entropy),
         warnings=tuple(f"{counted('layer', n)}: {text}; {remedy}" for text, n in found.items()),
     )
 
 
 def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) -> str | None:
     """What is wrong with a layer's router: experts that tie, or else experts that starve."""
-    _, places, sizes = np.unique(router, axis=0, return_inverse=True, return_counts=True)
-    tied = np.flatnonzero(sizes[places.reshape(-1)] > 1).tolist()
+    equals = first_equals(router)
+    tied = [expert for expert, first in enumerate(equals) if equals.count(first) > 1]
     if tied:
         return f"the router weights of {counted('expert', tied)} are the same, and so tie"
     if starving:
@@ -178,6 +192,12 @@ def complaint_on_random_tokens(router: npt.NDArray[Any], num_experts_per_tok: in
     return complaint(router, stats.starving_experts()[0], f"{RANDOM_TOKENS} random tokens")
 
 
+def first_equals(rows: npt.NDArray[Any]) -> list[int]:
+    """For each row, the number of the first one that is equal to it."""
+    first: dict[bytes, int] = {}
+    return [first.setdefault((row + 0).tobytes(), i) for i, row in enumerate(rows)]  # -0 is 0
+
+
 def counted(name: str, numbers: Sequence[int]) -> str:
     """Numbers for the eye: `layer 3`, `layers 0-4, 7`."""
     runs: list[list[int]] = []
@@ -190,7 +210,19 @@ def counted(name: str, numbers: Sequence[int]) -> str:
     return f"{name}{'s'[: len(numbers) > 1]} {shown}"
 
 
-def random_tokens(hidden_size: int) -> npt.NDArray[np.float32]:
-    tokens = np.empty(RANDOM_TOKENS * hidden_size, np.float32)
-    kernels.compiled.fill_normal(tokens, 0, tokens.size, 0, 0, 1.0)
-    return tokens.reshape(RANDOM_TOKENS, hidden_size)
+def random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """What `router`, `(E, H)`, makes of random tokens, `(RANDOM_TOKENS, E)`.
+
+    Logits of standard normal tokens are normal, and `W W^T` is their covariance. With a root of
+    that matrix they come from E numbers a token in place of H.
+    """
+    num_experts = len(router)
+    numbers = np.empty(RANDOM_TOKENS * num_experts, np.float32)
+    kernels.compiled.fill_normal(numbers, 0, numbers.size, 0, 0, 1.0)
+    weights = router.astype(np.float64)
+    covariance = weights @ weights.T
+    # So that it has a root where rows depend on each other; in float32 nobody sees so little.
+    np.fill_diagonal(covariance, covariance.diagonal() + 1e-12 * np.trace(covariance) + 1e-300)
+    root = np.linalg.cholesky(covariance).astype(np.float32)
+    logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ root.T
+    return logits[:, first_equals(router)]  # experts with the same weights tie

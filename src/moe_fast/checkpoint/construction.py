@@ -123,13 +123,13 @@ class Construction:
             router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
         return Weight(self.dtype, shape, (router,))
 
-    def routers(self) -> npt.NDArray[np.float32]:
-        """The routers of all layers as they will be written, as float32."""
+    def routers(self) -> Iterator[npt.NDArray[np.float32]]:
+        """The router of each layer as it will be written, as float32."""
         dtype = as_dtype(DTYPES[self.dtype])
-        weights = [self.router(layer) for layer in range(self.plan.num_layers)]
-        return np.stack(
-            [np.frombuffer(b"".join(w.pieces[0].chunks()), dtype).reshape(w.shape) for w in weights]
-        ).astype(np.float32)
+        for layer in range(self.plan.num_layers):
+            weight = self.router(layer)
+            values = np.frombuffer(b"".join(weight.pieces[0].chunks()), dtype)
+            yield values.reshape(weight.shape).astype(np.float32)
 
     def digests_to_keep(self) -> tuple[str, ...]:
         """Those of routers that took a run of a model, which may not give the same bytes again."""
