@@ -11,11 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from moe_fast.checkpoint.build import build_moe
-from moe_fast.checkpoint.check import check_moe
-from moe_fast.checkpoint.convert import convert_moe
-from moe_fast.checkpoint.inspection import inspect_model
-from moe_fast.checkpoint.report import write_report
+import moe_fast
 from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
@@ -23,7 +19,6 @@ from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
 from moe_fast.gates import compute_router_weights
 from moe_fast.plan import plan_moe_construction
-from moe_fast.recipe import build_recipe
 from moe_fast.reports import Report
 from moe_fast.show import (
     complain,
@@ -138,9 +133,9 @@ def build(
         }
         if any(model.suffix in RECIPE_ENDINGS for model in models):
             refuse_beside_a_recipe(context, models)
-            report = build_recipe(models[0], output, **how)
+            report = moe_fast.build_recipe(models[0], output, **how)
         else:
-            report = build_moe(
+            report = moe_fast.build_moe(
                 models,
                 output,
                 MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
@@ -178,7 +173,7 @@ def check(
 ) -> None:
     """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
     with reported_errors(), progress_bar("comparing") as progress:
-        report = check_moe(output, against=against or (), progress=progress)
+        report = moe_fast.check_moe(output, against=against or (), progress=progress)
     show(report, show_check, as_json)
     if not report.passed:
         raise typer.Exit(1)
@@ -206,7 +201,7 @@ def convert(
 ) -> None:
     """Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."""
     with reported_errors(), progress_bar() as progress:
-        report = convert_moe(
+        report = moe_fast.convert_moe(
             model,
             output,
             layout=layout,
@@ -240,8 +235,8 @@ def report(
         checked = None
         if with_check:
             with progress_bar("comparing") as progress:
-                checked = check_moe(model, progress=progress)
-        file = write_report(model, output, check=checked)
+                checked = moe_fast.check_moe(model, progress=progress)
+        file = moe_fast.write_report(model, output, check=checked)
     say(f"{file}")
 
 
@@ -258,7 +253,7 @@ def inspect(
 ) -> None:
     """Show what is in a model: experts, sizes, dtypes, routers, copies."""
     with reported_errors():
-        report = inspect_model(model, copies=copies)
+        report = moe_fast.inspect_model(model, copies=copies)
     show(report, show_model, as_json)
 
 
@@ -326,8 +321,8 @@ def demo(
         models = [folder / "dense-a", folder / "dense-b"]
         for seed, model in enumerate(models):
             make_dense_model(model, seed=seed)
-        show_build(build_moe(models, folder / "moe", overwrite=True))
-        report = check_moe(folder / "moe")
+        show_build(moe_fast.build_moe(models, folder / "moe", overwrite=True))
+        report = moe_fast.check_moe(folder / "moe")
     show_check(report)
     if not report.passed:
         raise typer.Exit(1)

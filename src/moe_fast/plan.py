@@ -337,7 +337,8 @@ class MoeConstructionPlan:
         )
 
     def _unused_models(self) -> Sequence[int]:
-        used = np.unique(distinct(self._source_model))
+        models = np.sort(distinct(self._source_model), axis=None)
+        used = models[np.diff(models, prepend=-1) > 0]  # np.unique would import numpy.ma
         end = int(used.max(initial=-1)) + 1
         gaps = np.setdiff1d(np.arange(end), used, assume_unique=True)
         # Round robin leaves a tail, and a range holds a tail of any length.

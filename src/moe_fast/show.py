@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.checkpoint.build import BuildReport
-from moe_fast.checkpoint.check import CheckReport, Status
-from moe_fast.checkpoint.convert import ConvertReport
-from moe_fast.checkpoint.inspection import ModelReport, Place
 from moe_fast.checkpoint.provenance import ranges
-from moe_fast.checkpoint.readers import Reader
-from moe_fast.doctor import Diagnosis
-from moe_fast.health import RouterHealth
-from moe_fast.plan import MoeConstructionPlan, MoeReport
+
+if TYPE_CHECKING:
+    from moe_fast.checkpoint.build import BuildReport
+    from moe_fast.checkpoint.check import CheckReport
+    from moe_fast.checkpoint.convert import ConvertReport
+    from moe_fast.checkpoint.inspection import ModelReport, Place
+    from moe_fast.checkpoint.readers import Reader
+    from moe_fast.doctor import Diagnosis
+    from moe_fast.health import RouterHealth
+    from moe_fast.plan import MoeConstructionPlan, MoeReport
 
 MOST_PROBLEMS = 10
 MOST_LINES = 100
-STATUS_STYLES = {Status.PASSED: "green", Status.FAILED: "red", Status.NOT_POSSIBLE: "yellow"}
+STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
 
 output_console = Console()
 error_console = Console(stderr=True)
@@ -106,7 +101,7 @@ def show_check(report: CheckReport) -> None:
         if len(finding.problems) > MOST_PROBLEMS:
             say(f"  and {len(finding.problems) - MOST_PROBLEMS} more, which --json lists")
     show_readers(reader for reader in report.readers if not reader.loads)
-    failed = sum(finding.status is Status.FAILED for finding in report.findings)
+    failed = sum(finding.status == "failed" for finding in report.findings)
     say(f"{report.path}: {f'{failed} checks failed' if failed else 'passed'}")
 
 
@@ -275,6 +270,18 @@ def size(nbytes: int) -> str:
 @contextmanager
 def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on a terminal, nothing in a pipe."""
+    if not error_console.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -282,7 +289,6 @@ def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=error_console,
-        disable=not error_console.is_terminal,
         transient=True,
     )
     with bar:

@@ -422,7 +422,7 @@ def models_of_experts(
     models: Sequence[ExpertSource], plan: MoeConstructionPlan
 ) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        tuple(models[model].model for model in np.unique(plan.source_model[:, expert]))
+        tuple(models[model].model for model in sorted({*plan.source_model[:, expert].tolist()}))
         for expert in range(plan.num_experts)
     )
 

@@ -213,32 +213,32 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
-    where = f"{file.path}: tensor {shown(name)}"
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: tensor {shown(name)}: {what}")
+
     if not is_unicode(name):
-        raise CheckpointError(f"{where}: the name is not Unicode")
+        raise wrong("the name is not Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
+        raise wrong("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(
-            f"{where}: unknown dtype {shown(dtype)}; known are {', '.join(ITEM_SIZES)}"
-        )
+        raise wrong(f"unknown dtype {shown(dtype)}; known are {', '.join(ITEM_SIZES)}")
     if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape has {len(shape)} dimensions")
+        raise wrong(f"shape has {len(shape)} dimensions")
     if not isinstance(shape, list) or not all(is_size(n) for n in shape):
-        raise CheckpointError(f"{where}: shape must list sizes of at least 0, got {shown(shape)}")
+        raise wrong(f"shape must list sizes of at least 0, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
-        raise CheckpointError(f"{where}: data_offsets must be [begin, end], got {shown(offsets)}")
+        raise wrong(f"data_offsets must be [begin, end], got {shown(offsets)}")
     begin, end = offsets
     if not begin <= end <= file.size - data_start:
-        raise CheckpointError(
-            f"{where}: data_offsets {offsets} do not lie in the file's "
+        raise wrong(
+            f"data_offsets {offsets} do not lie in the file's "
             f"{file.size - data_start} bytes of data"
         )
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if nbytes != end - begin:
-        raise CheckpointError(
-            f"{where}: shape {shown(shape)} of {dtype} takes {shown(nbytes)} bytes, "
+        raise wrong(
+            f"shape {shown(shape)} of {dtype} takes {shown(nbytes)} bytes, "
             f"data_offsets hold {end - begin}"
         )
     return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
