@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors.numpy import load_file, save_file
 
 from families import OWN, make_model
-from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe
+from moe_fast import (
+    CheckpointError,
+    ExpertSource,
+    MoeConfig,
+    build_moe,
+    check_moe,
+    inspect_model,
+)
 from moe_fast.checkpoint.check import Status
 from moe_fast.demo import make_dense_model
 
@@ -260,6 +268,34 @@ def test_routers_that_tie_are_told(models, tmp_path):
     report = check_moe(tmp_path / "moe")
     assert report.passed
     assert "in 2 of them all logits tie" in report["routing"].summary
+
+
+def test_predicted_load_is_told(moe):
+    health = [r.coefficient_of_variation for r in inspect_model(moe).routers]
+    low, high = f"{min(health):.3f}", f"{max(health):.3f}"
+    summary = check_moe(moe)["routing"].summary
+    assert f"load cv {low} to {high} (0 is even), entropy 1.386 (undecided is 1.386)" in summary
+
+
+# Routers that took a run of a model are known by their digests
+
+
+def test_routers_are_held_to_the_digests_of_the_manifest(moe):
+    manifest = json.loads((moe / "moe_fast.json").read_text())
+    manifest["request"]["gate_mode"] = "hidden"
+    routers = load_file(moe / "model.safetensors")
+    names = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
+    manifest["gate_sha256"] = [sha256(routers[name].tobytes()).hexdigest() for name in names]
+    (moe / "moe_fast.json").write_text(json.dumps(manifest))
+    report = check_moe(moe)  # without a run of the model, which has no prompts
+    assert report.passed, report.problems
+    edit_tensor(moe, names[1], flip(3))
+    (problem,) = check_moe(moe)["routers"].problems
+    assert problem.endswith("gate.weight' is not the one whose SHA-256 moe_fast.json has")
+    edit_json(moe / "moe_fast.json", gate_sha256=manifest["gate_sha256"][:1])
+    assert "1 digests for 2 layers" in check_moe(moe)["routers"].summary
+    edit_json_request(moe, gate_mode=None)  # what can be made again is
+    assert "what is made for it" in check_moe(moe)["routers"].problems[0]
 
 
 # Manifests

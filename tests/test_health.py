@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from moe_fast import ExpertSource, MoeConfig, MoeConfigError, build_moe, predict_load
+from moe_fast import (
+    CheckpointError,
+    ExpertSource,
+    MoeConfig,
+    MoeConfigError,
+    build_moe,
+    health,
+    inspect_model,
+    predict_load,
+)
 from moe_fast.demo import make_dense_model
-from moe_fast.health import RANDOM_TOKENS, counted
+from moe_fast.health import RANDOM_TOKENS, counted, read_hidden_states
 from moe_fast.kernels import reference
 
 RNG = np.random.default_rng(0)
@@ -99,6 +111,12 @@ def dense(tmp_path):
     return tmp_path / "dense"
 
 
+def run(*arguments) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
 def warnings_of(dense, tmp_path, models=None, num_experts=4, **options):
     report = build_moe(models or dense, tmp_path / "moe", MoeConfig(num_experts, 1), **options)
     assert report.routers.warnings == report.warnings
@@ -126,6 +144,92 @@ def test_the_report_has_the_prediction(dense, tmp_path):
     assert len(health.coefficient_of_variation) == len(health.mean_entropy) == 4
     assert max(health.coefficient_of_variation) < 0.2
     assert min(health.mean_entropy) == pytest.approx(np.log(4), abs=1e-3)  # barely decided
+
+
+@pytest.mark.parametrize("layers", [(), (4,)], ids=["the same", "each layer's own"])
+def test_given_hidden_states_are_what_is_predicted_on(dense, tmp_path, layers):
+    from safetensors.numpy import load_file
+
+    states = RNG.normal(size=(*layers, 300, 64)) * np.linspace(0, 3, 64)
+    report = build_moe(dense, tmp_path / "moe", MoeConfig(4, 1), hidden_states=states)
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    loads = [
+        counts_by_hand(
+            tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"],
+            np.broadcast_to(states, (4, 300, 64))[layer],
+            1,
+        )
+        for layer in range(4)
+    ]
+    expected = [load.std() / load.mean() for load in loads]
+    assert (report.routers.hidden_states, report.routers.num_tokens) == ("given tokens", 300)
+    np.testing.assert_allclose(report.routers.coefficient_of_variation, expected, rtol=1e-12)
+    found = inspect_model(tmp_path / "moe", hidden_states=states)
+    assert found.hidden_states == "given tokens"
+    variations = [router.coefficient_of_variation for router in found.routers]
+    np.testing.assert_allclose(variations, expected, rtol=1e-12)
+
+
+def test_experts_that_given_tokens_starve_are_told(dense, tmp_path):
+    states = np.tile(RNG.normal(size=64), (50, 1))
+    warnings = warnings_of(dense, tmp_path, hidden_states=states)
+    assert len(warnings) > 0
+    for warning in warnings:
+        assert "would get less than a quarter of an even load of 50 given tokens; bal" in warning
+
+
+def test_hidden_states_that_do_not_fit_write_nothing(dense, tmp_path):
+    with pytest.raises(MoeConfigError, match=r"^hidden_states must have the shape \(T, 64\) or"):
+        build_moe(dense, tmp_path / "moe", hidden_states=np.zeros((5, 63)))
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_file_of_hidden_states(dense, tmp_path):
+    pytest.importorskip("typer")
+    np.save(tmp_path / "states.npy", RNG.normal(size=(200, 64)).astype(np.float32))
+    assert isinstance(read_hidden_states(tmp_path / "states.npy"), np.memmap)
+    build = ["build", dense, "-o", tmp_path / "moe", "--hidden-states", tmp_path / "states.npy"]
+    done = run(*build)
+    assert done.returncode == 0, done.stderr
+    assert "predicted on 200 given tokens" in done.stdout
+    found = run("inspect", tmp_path / "moe", "--hidden-states", tmp_path / "states.npy").stdout
+    assert "predicted on given tokens" in found
+    done = run(*build[:-1], tmp_path / "absent.npy", "--overwrite")
+    assert done.returncode == 1
+    assert "absent.npy: cannot be read as a .npy file: No such file" in done.stderr
+
+
+def objects(file):
+    np.save(file, np.array([{}], object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda file: file.write_bytes(b"\x80\x04N."), "it does not begin as one"),
+        (lambda file: file.write_bytes(b"PK\x03\x04"), "it does not begin as one"),
+        (lambda file: file.write_bytes(b"\x93NUMPY\x01\x00"), r""),
+        (objects, "Array can't be memory-mapped: Python objects"),
+    ],
+    ids=["pickle", "archive", "truncated", "objects"],
+)
+def test_a_file_that_is_no_array_is_refused(tmp_path, write, reason):
+    write(tmp_path / "states.npy")
+    with pytest.raises(CheckpointError, match=rf"states\.npy: cannot be read as .*: {reason}"):
+        read_hidden_states(tmp_path / "states.npy")
+
+
+def test_a_large_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
+    routers = RNG.normal(size=(2, 5, 16)).astype(np.float32)
+    states = RNG.normal(size=(100, 16)).astype(np.float32)
+    expected = predict_load(routers, states).counts
+    monkeypatch.setattr(health, "NUMBERS_AT_A_TIME", 7 * 16)
+    stats = predict_load(routers, states)
+    assert stats.counts.tolist() == expected.tolist()
+    assert stats.num_tokens.tolist() == [100, 100]
+    states[50] = np.inf
+    with pytest.raises(MoeConfigError, match="a token from 49 to 55 read in layer 0 is not"):
+        predict_load(routers, states)
 
 
 def test_uniform_routers_tie(dense, tmp_path):

@@ -15,7 +15,7 @@ for extra in ("ml_dtypes", "safetensors", "typer"):
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model
+from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model, predict_load
 from moe_fast.checkpoint import copies
 from moe_fast.checkpoint.copies import equal_groups
 from moe_fast.checkpoint.header import read_header
@@ -151,6 +151,25 @@ def test_router_statistics_are_numpys(moe):
     assert first.most_alike == pytest.approx(1.0, rel=1e-12)
     assert first.tied_experts == 2
     assert (second.finite, second.smallest_norm) == (False, None)
+    stats = predict_load(router[None])
+    assert first.coefficient_of_variation == stats.coefficient_of_variation[0]
+    assert first.mean_entropy == pytest.approx(stats.mean_entropy[0], abs=1e-6)
+    assert (second.coefficient_of_variation, second.mean_entropy) == (None, None)
+
+
+@pytest.mark.parametrize("top_k", ["absent", 0, 5], ids=str)
+def test_without_experts_per_token_no_load_is_predicted(moe, top_k):
+    config = json.loads((moe / "config.json").read_text()) | {"num_experts_per_tok": top_k}
+    (moe / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    (router, _) = inspect_model(moe, copies=False).routers
+    assert (router.finite, router.coefficient_of_variation) == (True, None)
+
+
+def test_logits_beyond_float32_predict_nothing(moe):
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    rewrite(moe, lambda tensors: tensors | {name: tensors[name] * np.float32(1e38)})
+    (router, _) = inspect_model(moe, copies=False).routers
+    assert (router.finite, router.coefficient_of_variation) == (True, None)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

@@ -18,6 +18,7 @@ from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
 from moe_fast.errors import MoeFastError
 from moe_fast.gates import compute_router_weights
+from moe_fast.health import read_hidden_states
 from moe_fast.plan import plan_moe_construction
 from moe_fast.reports import Report
 from moe_fast.show import (
@@ -72,6 +73,15 @@ Fsync = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
 ]
+HiddenStates = Annotated[
+    Path | None,
+    typer.Option(
+        "--hidden-states",
+        metavar="FILE.npy",
+        help="What the routers read, [T, H] or [L, T, H], to predict the load from.",
+        show_default="random tokens",
+    ),
+]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
@@ -112,6 +122,7 @@ def build(
     router_init: Annotated[
         RouterInit, typer.Option(help="How routers start.")
     ] = RouterInit.BALANCED,
+    hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = 5_000_000_000,
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -123,6 +134,7 @@ def build(
     """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
     with reported_errors(), progress_bar() as progress:
         how: dict[str, Any] = {
+            "hidden_states": states_of(hidden_states),
             "max_shard_size": max_shard_size,
             "overwrite": overwrite,
             "threads": threads,
@@ -249,11 +261,14 @@ def inspect(
         bool,
         typer.Option(help="Find experts that are copies of each other; reads them where alike."),
     ] = True,
+    hidden_states: HiddenStates = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a model: experts, sizes, dtypes, routers, copies."""
     with reported_errors():
-        report = moe_fast.inspect_model(model, copies=copies)
+        report = moe_fast.inspect_model(
+            model, copies=copies, hidden_states=states_of(hidden_states)
+        )
     show(report, show_model, as_json)
 
 
@@ -326,6 +341,10 @@ def demo(
     show_check(report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def states_of(file: Path | None) -> Any:
+    return None if file is None else read_hidden_states(file)
 
 
 def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
 from moe_fast.reports import Report
 from moe_fast.statistics import RoutingStats
 
@@ -61,6 +61,8 @@ def predict_load(
     ------
     MoeConfigError
         Shapes that do not fit each other, no token, or a number that is not finite.
+    RoutingError
+        Numbers so large that their logits are beyond float32.
 
     Examples
     --------
@@ -80,11 +82,11 @@ def predict_load(
         raise MoeConfigError("routers must be finite in float32")
     if hidden_states is None:
         for layer, router in enumerate(weights):
-            stats.update(random_logits(router), layer)
+            stats.update(as_finite_logits(random_logits(router), layer), layer)
         return stats
     tokens = as_hidden_states(hidden_states, num_layers, hidden_size)
     tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
-    step = max(1, NUMBERS_AT_A_TIME // hidden_size)
+    step = max(1, NUMBERS_AT_A_TIME // max(hidden_size, num_experts))
     for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
         # Experts with the same weights tie, whatever order a matrix product adds them up in.
         equals = first_equals(router)
@@ -95,8 +97,16 @@ def predict_load(
                     "hidden_states must be finite in float32; "
                     f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not"
                 )
-            stats.update((some @ router.T)[:, equals], layer)
+            with np.errstate(over="ignore", invalid="ignore"):
+                logits = (some @ router.T)[:, equals]
+            stats.update(as_finite_logits(logits, layer), layer)
     return stats
+
+
+def as_finite_logits(logits: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
+    if not np.isfinite(logits).all():
+        raise RoutingError(f"logits of layer {layer} are beyond float32")
+    return logits
 
 
 def as_hidden_states(
@@ -223,6 +233,7 @@ def random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     covariance = weights @ weights.T
     # So that it has a root where rows depend on each other; in float32 nobody sees so little.
     np.fill_diagonal(covariance, covariance.diagonal() + 1e-12 * np.trace(covariance) + 1e-300)
-    root = np.linalg.cholesky(covariance).astype(np.float32)
-    logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ root.T
+    with np.errstate(over="ignore", invalid="ignore"):
+        root = np.linalg.cholesky(covariance).astype(np.float32)
+        logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ root.T
     return logits[:, first_equals(router)]  # experts with the same weights tie

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from moe_fast.checkpoint.build import BuildReport, build_checkpoint
 from moe_fast.checkpoint.output import Writing
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
@@ -53,13 +55,14 @@ def build_recipe(
     recipe: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int = 5_000_000_000,
     **how: Any,
 ) -> BuildReport:
     """Build the checkpoint that a recipe file asks for.
 
-    `how` takes those arguments of `build_moe` that say how to write: `overwrite`, `threads`,
-    `executor`, `checksum`, `fsync`, `dry_run`, `progress`.
+    `hidden_states` is that of `build_moe`, and `how` takes those of its arguments that say how to
+    write: `overwrite`, `threads`, `executor`, `checksum`, `fsync`, `dry_run`, `progress`.
 
     Raises
     ------
@@ -83,7 +86,7 @@ def build_recipe(
     """
     read = read_recipe(recipe)
     request = replace(read.request, max_shard_size=max_shard_size)
-    return build_checkpoint(request, output, Writing(**how), warnings=read.notes)
+    return build_checkpoint(request, output, Writing(**how), read.notes, hidden_states)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -183,15 +183,22 @@ def show_model(report: ModelReport) -> None:
 
 
 def show_routers(report: ModelReport) -> None:
-    table = new_table("layer", "smallest row", "greatest row", "most alike", "tied experts")
+    table = new_table(
+        "layer", "smallest row", "greatest row", "most alike", "tied experts", "load cv", "entropy"
+    )
     for router in report.routers:
         if router.finite:
             values = (router.smallest_norm, router.greatest_norm, router.most_alike)
             cells = ["-" if value is None else f"{value:.6g}" for value in values]
         else:
             cells = ["not finite"] * 3
-        table.add_row(str(router.layer), *cells, str(router.tied_experts))
-    say("\nrouters (norms of the experts' rows; the greatest cosine between two)")
+        predicted = [
+            "-" if value is None else f"{value:.4f}"
+            for value in (router.coefficient_of_variation, router.mean_entropy)
+        ]
+        table.add_row(str(router.layer), *cells, str(router.tied_experts), *predicted)
+    say("\nrouters (norms of the experts' rows; the greatest cosine between two;")
+    say(f"load and entropy of a token's choice, predicted on {report.hidden_states})")
     output_console.print(table)
 
 

@@ -43,7 +43,7 @@ from moe_fast.config import (
     as_member,
 )
 from moe_fast.errors import CheckpointError, as_index
-from moe_fast.health import RouterHealth, router_health
+from moe_fast.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
 
@@ -109,6 +109,7 @@ def build_moe(
     router_init: RouterInit | str = RouterInit.BALANCED,
     gate_mode: GateMode | str | None = None,
     seed: int = 0,
+    hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int = 5_000_000_000,
     overwrite: bool = False,
     threads: int | None = None,
@@ -162,6 +163,10 @@ def build_moe(
         tokens, or from what the routers will read of them, which takes a run of the base model.
     seed : int
         Of these draws, and of the noise that an `ExpertSource` asks for.
+    hidden_states : array_like, shape (T, hidden_size) or (num_layers, T, hidden_size), optional
+        What the routers will read, to predict the load from, as `predict_load` does; no byte of the
+        output depends on it. By default the tokens of the prompts where routers are made from what
+        they will read of them, else random ones.
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite : bool
@@ -194,7 +199,8 @@ def build_moe(
         the files that were finished stay beside `output`, hidden; the same call goes on with them,
         another one removes them.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        An argument of the wrong kind or out of range; `hidden_states` of another shape than the
+        routers read.
 
     Examples
     --------
@@ -228,11 +234,15 @@ def build_moe(
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
     how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    return build_checkpoint(request, output, how)
+    return build_checkpoint(request, output, how, hidden_states=hidden_states)
 
 
 def build_checkpoint(
-    request: BuildRequest, output: ModelPath, how: Writing, warnings: Sequence[str] = ()
+    request: BuildRequest,
+    output: ModelPath,
+    how: Writing,
+    warnings: Sequence[str] = (),
+    hidden_states: npt.ArrayLike | None = None,
 ) -> BuildReport:
     """Build what a request asks for; the report has `warnings` before those of the build."""
     started = time.perf_counter()
@@ -262,7 +272,7 @@ def build_checkpoint(
     if problems:
         raise CheckpointError(*problems)
     records: Mapping[str, FileRecord] = {}
-    health = blueprint.health(request)
+    health = blueprint.health(request, hidden_states)
     if not how.dry_run:
 
         def manifest(files: dict[str, FileRecord]) -> str:
@@ -328,18 +338,24 @@ class Blueprint:
     hidden_states: npt.NDArray[np.float32] | None = None
     """What routers made from them will read of the prompts, `(num_layers, T, hidden_size)`."""
 
-    def health(self, request: BuildRequest) -> RouterHealth:
-        """What the routers would do with these, or with random hidden states."""
+    def health(self, request: BuildRequest, given: npt.ArrayLike | None) -> RouterHealth:
+        """What the routers would do with given hidden states, else with these or random ones."""
         remedy = "balancing in training helps"
         if request.gate_mode in PROMPT_MODES:
             remedy = "give experts prompts that differ more, and more of them"
         elif request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
             remedy = "router_init balanced or random tells experts apart"
+        states = self.hidden_states
+        source = "random tokens" if states is None else "tokens of the prompts"
+        if given is not None:
+            hidden_size = self.construction.base.sizes.hidden_size
+            states = as_hidden_states(given, self.construction.plan.num_layers, hidden_size)
+            source = "given tokens"
         return router_health(
             self.construction.routers(),
-            self.hidden_states,
+            states,
             request.config.num_experts_per_tok,
-            source="random tokens" if self.hidden_states is None else "the prompts' tokens",
+            source=source,
             remedy=remedy,
         )
 
@@ -375,6 +391,10 @@ def prepare(request: BuildRequest, gate_digests: Sequence[str] = ()) -> Blueprin
         raise CheckpointError(*problems)
     hidden_states = None
     if gate_digests:
+        if len(gate_digests) != plan.num_layers:
+            raise CheckpointError(
+                f"gate_sha256 has {len(gate_digests)} digests for {plan.num_layers} layers"
+            )
         construction = replace(construction, gate_digests=gate_digests)
     elif request.gate_mode in PROMPT_MODES:
         experts = [request.models[i] for i in plan.source_model[0]]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +19,7 @@ from moe_fast.checkpoint.header import Tensor, is_plain_name
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
-from moe_fast.checkpoint.pieces import FileRange, Piece
+from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
@@ -25,6 +27,7 @@ from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import Weight
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.checkpoint.writer import sha256_of
+from moe_fast.config import GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
 
@@ -308,7 +311,8 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
             models=tuple(replace(e, model=now[e.model]) for e in build.models),
             shared_experts=tuple(replace(e, model=now[e.model]) for e in build.shared_experts),
             base=now[build.base],
-        )
+        ),
+        manifest.gate_sha256 if build.gate_mode is GateMode.HIDDEN else (),
     )
     construction = blueprint.construction
     models = [construction.base, *(source for source, _ in construction.all_sources())]
@@ -389,6 +393,12 @@ def first_difference(tensor: Tensor, expected: Expected, name: str) -> str | Non
     with Path(tensor.file.path).open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
         for piece in weight.pieces:
+            if isinstance(piece, Remembered):
+                written = read_exactly(stream, piece.nbytes, tensor.file.path)
+                if sha256(written).hexdigest() != piece.sha256:
+                    return f"is not the one whose SHA-256 {MANIFEST} has"
+                position += piece.nbytes
+                continue
             for chunk in piece.chunks():
                 written = read_exactly(stream, len(chunk), tensor.file.path)
                 if written != chunk:  # a bytearray on the left compares with anything by memcmp
@@ -514,12 +524,24 @@ def check_routing(model: MoeModel) -> Finding:
     ]
     tied = [router.layer for router in reports if router.tied_experts == model.num_experts > 1]
     summary = f"{len(reports)} routers, all numbers finite"
+    variations = [v for router in reports if (v := router.coefficient_of_variation) is not None]
+    entropies = [e for router in reports if (e := router.mean_entropy) is not None]
+    if variations:
+        summary += (
+            f"; predicted on random tokens: load cv {spread(variations)} (0 is even), "
+            f"entropy {spread(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+        )
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "
             "so that every token goes to the same experts until training moves them"
         )
     return finding("routing", summary, problems)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The range of some numbers: `0.031`, or `0.031 to 0.042`."""
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(values), max(values))))
 
 
 def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:

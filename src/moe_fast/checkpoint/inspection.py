@@ -6,8 +6,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,15 @@ from moe_fast.checkpoint.copies import Streams, equal_groups
 from moe_fast.checkpoint.header import Tensor
 from moe_fast.checkpoint.moe import MoeModel, open_moe_model
 from moe_fast.checkpoint.source import FFN
+from moe_fast.errors import RoutingError
+from moe_fast.health import as_hidden_states, predict_load
 from moe_fast.reports import Report
 
 __all__ = ["ModelReport", "RouterReport", "inspect_model"]
 
 Place = tuple[int, int]
 """Layer and expert."""
+MOST_EXPERTS = 2**12  # beyond, a load is not predicted: that takes the square of it in memory
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,11 @@ class RouterReport:
     """The router of one layer, its rows being the experts' vectors.
 
     `most_alike` is the greatest cosine between two rows: at 1 their logits tie in proportion.
-    `tied_experts` counts the experts whose row equals another's. All are `None` or 0 where the
-    router holds a number that is not finite, or is absent.
+    `tied_experts` counts the experts whose row equals another's. How tokens would spread is
+    predicted on hidden states: the coefficient of variation is that of the experts' load, 0 where
+    it is even, and the entropy that of a token's probabilities, in nats. All are `None` or 0 where
+    the router holds a number that is not finite, or is absent; the prediction also where
+    `config.json` does not say how many experts a token gets.
     """
 
     layer: int
@@ -39,6 +46,8 @@ class RouterReport:
     greatest_norm: float | None
     most_alike: float | None
     tied_experts: int
+    coefficient_of_variation: float | None = None
+    mean_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,21 +73,32 @@ class ModelReport(Report):
     num_bytes: int
     num_files: int
     bytes_by_dtype: dict[str, int]
+    hidden_states: str
+    """What the routers' load is predicted on."""
     routers: tuple[RouterReport, ...]
     copies: tuple[tuple[Place, ...], ...] | None
     problems: tuple[str, ...]
 
 
-def inspect_model(path: str | os.PathLike[str], *, copies: bool = True) -> ModelReport:
+def inspect_model(
+    path: str | os.PathLike[str],
+    *,
+    copies: bool = True,
+    hidden_states: npt.ArrayLike | None = None,
+) -> ModelReport:
     """Look into a model folder, MoE or dense, whoever wrote it.
 
     Headers tell nearly everything; routers are read whole. Experts are read only where `copies`
-    asks which of them are equal, and only as far as they are alike.
+    asks which of them are equal, and only as far as they are alike. `hidden_states`, `(T, H)` or
+    `(L, T, H)` with L the layers that have experts, are what the routers read, to predict their
+    load from; by default 1024 random tokens.
 
     Raises
     ------
     CheckpointError
         For a folder that holds no model, and for headers that do not hold.
+    MoeConfigError
+        For `hidden_states` of another shape than the routers read.
 
     Examples
     --------
@@ -117,7 +137,8 @@ def inspect_model(path: str | os.PathLike[str], *, copies: bool = True) -> Model
         num_bytes=sum(sizes.values()),
         num_files=len({tensor.file for tensor in model.tensors.values()}),
         bytes_by_dtype=dict(sizes.most_common()),
-        routers=router_reports(model),
+        hidden_states="random tokens" if hidden_states is None else "given tokens",
+        routers=router_reports(model, hidden_states),
         copies=expert_copies(model) if copies and model.layers else None,
         problems=tuple(model.problems()),
     )
@@ -141,16 +162,33 @@ def active_parameters(model: MoeModel, num_parameters: int) -> int | None:
     return num_parameters
 
 
-def router_reports(model: MoeModel) -> tuple[RouterReport, ...]:
+def router_reports(
+    model: MoeModel, hidden_states: npt.ArrayLike | None = None
+) -> tuple[RouterReport, ...]:
+    routers = [
+        (number, layer.number, layer.router)
+        for number, layer in enumerate(model.layers)
+        if layer.router is not None and len(layer.router.shape) == 2
+    ]
+    states: npt.NDArray[Any] | None = None
+    if hidden_states is not None and routers:
+        width = max(router.shape[1] for _, _, router in routers)
+        states = as_hidden_states(hidden_states, len(model.layers), width)
+    reports = []
     with Streams() as streams:
-        return tuple(
-            router_report(layer.number, read_floats(layer.router, streams))
-            for layer in model.layers
-            if layer.router is not None and len(layer.router.shape) == 2
-        )
+        for number, layer, router in routers:
+            weights = read_floats(router, streams)
+            read = states if states is None or states.ndim == 2 else states[number]
+            reports.append(router_report(layer, weights, read, model.num_experts_per_tok))
+    return tuple(reports)
 
 
-def router_report(layer: int, weights: npt.NDArray[np.float64] | None) -> RouterReport:
+def router_report(
+    layer: int,
+    weights: npt.NDArray[np.float64] | None,
+    hidden_states: npt.NDArray[Any] | None,
+    top_k: int | None,
+) -> RouterReport:
     if weights is None or not np.isfinite(weights).all():
         return RouterReport(layer, False, None, None, None, 0)
     norms = np.linalg.norm(weights, axis=1)
@@ -159,13 +197,28 @@ def router_report(layer: int, weights: npt.NDArray[np.float64] | None) -> Router
     if len(weights) > 1 and norms.min() > 0:
         cosines = (weights / norms[:, np.newaxis]) @ (weights / norms[:, np.newaxis]).T
         most_alike = float(cosines[~np.eye(len(weights), dtype=bool)].max())
-    return RouterReport(
+    report = RouterReport(
         layer,
         True,
         float(norms.min(initial=np.inf)),
         float(norms.max(initial=0)),
         most_alike,
         int(counts[counts > 1].sum()),
+    )
+    if top_k is None or not 0 < top_k <= len(weights) <= MOST_EXPERTS:
+        return report
+    with np.errstate(over="ignore"):
+        single = weights.astype(np.float32)
+    if not np.isfinite(single).all():
+        return report
+    try:
+        stats = predict_load(single[np.newaxis], hidden_states, num_experts_per_tok=top_k)
+    except RoutingError:  # logits beyond float32
+        return report
+    return replace(
+        report,
+        coefficient_of_variation=float(stats.coefficient_of_variation[0]),
+        mean_entropy=float(stats.mean_entropy[0]),
     )
 
 

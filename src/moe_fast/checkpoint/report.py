@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from moe_fast.checkpoint.check import CheckReport, Status
+from moe_fast.checkpoint.check import CheckReport, Status, spread
 from moe_fast.checkpoint.inspection import ModelReport, inspect_model
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
 from moe_fast.checkpoint.provenance import changes, distinct_names, ranges
 from moe_fast.checkpoint.readers import has_tokenizer, readers_of
 from moe_fast.errors import CheckpointError
+from moe_fast.health import counted
 from moe_fast.html import plan_picture, shares_picture, table
 from moe_fast.plan import MoeConstructionPlan
 
@@ -279,13 +280,19 @@ def router_part(found: ModelReport) -> Iterator[str]:
     tied = [router.layer for router in found.routers if router.tied_experts]
     yield from problem_list(
         [
-            *([f"layers {ranges(ill)}: a router holds a number that is not finite"] if ill else []),
-            *([f"layers {ranges(tied)}: experts with the same row always tie"] if tied else []),
+            *([f"{counted('layer', ill)}: the router has numbers that are not finite"] * bool(ill)),
+            *([f"{counted('layer', tied)}: experts with the same row always tie"] * bool(tied)),
         ],
         "failed",
     )
     if not ill and not tied:
         yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
+    variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
+    if variations:
+        yield (
+            "<p>Predicted on random tokens, the load’s coefficient of variation is "
+            f"{spread(variations)}, where 0 is even. Training moves it.</p>"
+        )
     rows = [
         (
             str(router.layer),
@@ -293,13 +300,18 @@ def router_part(found: ModelReport) -> Iterator[str]:
             number_text(router.greatest_norm),
             number_text(router.most_alike),
             str(router.tied_experts),
+            number_text(router.coefficient_of_variation),
+            number_text(router.mean_entropy),
         )
         for router in found.routers
     ]
-    header = ("layer", "shortest row", "longest row", "most alike (cosine)", "tied experts")
+    header = (
+        "layer", "shortest row", "longest row", "most alike (cosine)", "tied experts",
+        "load’s variation", "entropy",
+    )  # fmt: skip
     yield (
         f"<details><summary>{len(rows)} routers, layer by layer</summary>"
-        f"{table(header, rows, numbers=range(5))}</details>"
+        f"{table(header, rows, numbers=range(7))}</details>"
     )
 
 
