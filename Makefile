@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi')
 
-.PHONY: help build demo test lint types format docs bench sanitize dist clean
+.PHONY: help build demo test lint types format docs bench sanitize coverage dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
@@ -17,6 +17,7 @@ help:
 	@echo 'make docs      the documentation as a website, into site/'
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make coverage  which lines of Python and of the kernels the tests run'
 	@echo 'make dist      sdist, and from it a wheel, into dist/'
 	@echo 'make clean     remove everything the above made'
 
@@ -41,7 +42,7 @@ demo: build
 	$(VENV)/bin/moe-fast demo
 
 test: build
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check
@@ -65,6 +66,10 @@ bench: build
 
 sanitize: $(VENV)/ready
 	bash tests/sanitize.sh $(RUN)
+
+coverage: $(VENV)/ready
+	$(RUN) -m pip install --quiet --group coverage
+	bash tests/coverage.sh $(RUN)
 
 dist: $(VENV)/ready
 	rm -rf dist

@@ -13,6 +13,7 @@ platform = sysconfig.get_platform()
 ON_X86_64 = platform.endswith(("x86_64", "amd64")) and not platform.startswith("macosx")
 DEBUG = os.environ.get("MOE_FAST_BUILD_DEBUG") == "1"
 SANITIZE = os.environ.get("MOE_FAST_BUILD_SANITIZE") == "1"
+COVERAGE = os.environ.get("MOE_FAST_BUILD_COVERAGE") == "1"
 
 LEVEL_FLAGS = {
     "unix": {
@@ -58,6 +59,9 @@ class BuildKernels(build_ext):
                     ]
                     extension.extra_compile_args += sanitizers
                     extension.extra_link_args = sanitizers
+                elif COVERAGE:
+                    extension.extra_compile_args += ["--coverage", "-O0"]
+                    extension.extra_link_args = ["--coverage"]
                 else:
                     extension.extra_compile_args.append("-g0")
                 level_flags = LEVEL_FLAGS["unix"]

@@ -20,8 +20,8 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONMALLOC=malloc PYTHONPATH=$built PYTHONDONTWRITEBYTECODE=1
 "$python" -c 'import moe_fast, sys; sys.exit(not moe_fast.__file__.startswith(sys.argv[1]))' "$built"
 # AddressSanitizer itself ends a process that asks for too much memory.
-exec "$python" -m pytest -p no:cacheprovider \
+exec "$python" -m pytest -p no:cacheprovider -n auto \
     --deselect tests/test_plan.py::test_too_little_memory_names_the_argument \
     tests/test_counting.py tests/test_dtypes.py tests/test_gates.py tests/test_generator.py \
-    tests/test_golden.py tests/test_plan.py tests/test_threads.py \
-    tests/test_upstream.py "$@"
+    tests/test_golden.py tests/test_normal.py tests/test_plan.py tests/test_routing.py \
+    tests/test_statistics.py tests/test_threads.py tests/test_upstream.py "$@"
