@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from moe_fast import MoeConfig, build_moe, route
+from moe_fast import MoeConfig, build_moe
 from moe_fast.demo import make_dense_model
+from moe_fast.torch import RoutingTensors, route
 
 NAMES = ("Ada", "Emmy", "Grace", "Sofia")
 THINGS = ("apples", "books", "lamps", "maps")
@@ -52,25 +53,9 @@ def batches(tokens: torch.Tensor, size: int, length: int, seed: int) -> Iterator
         yield tokens[starts + torch.arange(length)]
 
 
-def balancing_loss(router_logits: Sequence[torch.Tensor], config: MoeConfig) -> torch.Tensor:
-    """The Switch loss (Fedus et al. 2022, eq. 4) of each layer, averaged: 1 is even.
-
-    transformers' own pools the layers first, so that one layer's excess can hide another's.
-    """
-    losses = []
-    for logits in router_logits:
-        probabilities = logits.float().softmax(-1)
-        chosen = probabilities.topk(config.num_experts_per_tok).indices
-        share = torch.bincount(chosen.flatten(), minlength=config.num_experts) / chosen.numel()
-        losses.append(config.num_experts * (share * probabilities.mean(0)).sum())
-    return torch.stack(losses).mean()
-
-
-def load_cv(router_logits: Sequence[torch.Tensor], config: MoeConfig) -> float:
+def mean_cv(routings: Sequence[RoutingTensors]) -> float:
     """Standard deviation over mean of the tokens per expert, averaged over the layers."""
-    counts = [
-        route(logits.detach().float().numpy(), config).tokens_per_expert for logits in router_logits
-    ]
+    counts = [routing.routing.tokens_per_expert for routing in routings]
     return float(np.mean([np.std(count) / np.mean(count) for count in counts]))
 
 
@@ -89,8 +74,11 @@ def train(
         output = model(batch, labels=batch, output_router_logits=config is not None)
         loss, line = output.loss, f"step {step:4d}  loss {output.loss:.3f}"
         if config is not None:
-            loss = loss + balance * balancing_loss(output.router_logits, config)
-            line += f"  load cv {load_cv(output.router_logits, config):.3f}"
+            routings = [route(logits, config) for logits in output.router_logits]
+            # transformers' own loss pools the layers first, so that one can hide another.
+            balancing = torch.stack([routing.load_balancing_loss() for routing in routings]).mean()
+            loss = loss + balance * balancing
+            line += f"  load cv {mean_cv(routings):.3f}"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -194,6 +194,34 @@ def add_weights(
     expert_indices: _Index32, weights: _Real, scale: float, importance: _Float64
 ) -> None: ...
 
+# routing_gradients.pxi
+@_fused
+def pull_back_scores(
+    logits: _Bytes,
+    encoding: int,
+    is_sigmoid: bool,
+    normalised: bool,
+    of_square: float,
+    work: _Real,
+    gradient: _Real,
+    start: int,
+    stop: int,
+) -> None: ...
+@_fused
+def pull_back_weights(
+    logits: _Bytes,
+    encoding: int,
+    is_sigmoid: bool,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    expert_indices: _Index32,
+    of_weights: _Real,
+    work: _Real,
+    gradient: _Real,
+    start: int,
+    stop: int,
+) -> None: ...
+
 # conversion.pxi
 def float32_to_bfloat16(values: _Words, out: _Half) -> int: ...
 def float32_to_float16(values: _Words, out: _Half) -> int: ...

@@ -148,6 +148,49 @@ def switch_loss(counts: npt.ArrayLike, p: Matrix, k: int, alpha: float) -> float
     return float(alpha * p.shape[1] * np.sum(f * p.mean(axis=0)))
 
 
+def pull_back_scores(
+    logits: npt.ArrayLike,
+    of_scores: npt.ArrayLike,
+    scores: str,
+    normalised: bool,
+    of_square: float = 0.0,
+) -> Matrix:
+    """The gradient by logits, given that by scores: a product with the Jacobian of each row."""
+    z, g = np.asarray(logits, np.float64), np.asarray(of_scores, np.float64)
+    if scores == "softmax":
+        p = softmax(z)
+        result: Matrix = p * (g - np.sum(p * g, axis=1, keepdims=True))
+        if of_square:
+            result += of_square * log_sum_exp(z)[:, np.newaxis] * p
+        return result
+    s = sigmoid(z)
+    slope: Matrix = s * sigmoid(-z)
+    if not normalised:
+        return slope * g
+    total: Matrix = s.sum(axis=1, keepdims=True) + 1e-20
+    shift: Matrix = np.sum(s / total * g, axis=1, keepdims=True)
+    return slope / total * (g - shift)
+
+
+def pull_back_weights(
+    logits: npt.ArrayLike,
+    chosen: Indices,
+    of_weights: npt.ArrayLike,
+    scores: str,
+    norm_topk_prob: bool,
+    scale: float,
+) -> Matrix:
+    """The gradient by logits, given that by the weights of the experts chosen."""
+    z, g = np.asarray(logits, np.float64), np.asarray(of_weights, np.float64) * scale
+    result = np.zeros(z.shape)
+    if scores == "softmax" and not norm_topk_prob:
+        np.put_along_axis(result, chosen, g, axis=1)
+        return pull_back_scores(z, result, scores, True)
+    of_chosen = pull_back_scores(np.take_along_axis(z, chosen, axis=1), g, scores, norm_topk_prob)
+    np.put_along_axis(result, chosen, of_chosen, axis=1)
+    return result
+
+
 def dropped_by_capacity(
     chosen: Indices, num_experts: int, capacity_factors: Sequence[float]
 ) -> list[int]:

@@ -1,0 +1,183 @@
+# Backwards: from the gradient by weights or probabilities to that by logits.
+
+cdef inline real slope_of_sigmoid(real x) noexcept nogil:
+    # s (1 - s), without the cancellation where s is nearly 1.
+    cdef real magnitude = x if x < <real>0.0 else -x
+    cdef real e = exponential(magnitude)
+    return e / ((<real>1.0 + e) * (<real>1.0 + e))
+
+
+cdef inline bint in_columns(Py_ssize_t n) noexcept nogil:
+    return n < 2 * LANES
+
+
+cdef void pull_back(
+    const real* x, Py_ssize_t n, bint is_row, bint is_sigmoid, bint normalised, real of_square,
+    real* score, real* gradient
+) noexcept nogil:
+    # In place: the gradient by scores becomes that by logits x. Either LANES tokens, each in its
+    # lane, or one token as a row, ended by -inf and gradients of 0 up to a multiple of LANES.
+    # Softmax adds of_square times half the gradient of the squared log-sum-exp.
+    cdef Py_ssize_t size = padded_to_lanes(n) if is_row else n * LANES
+    cdef Py_ssize_t lanes = 1 if is_row else LANES
+    cdef Py_ssize_t i, j
+    cdef real[LANES] top
+    cdef real[LANES] total
+    cdef real[LANES] shift
+    if is_sigmoid and not normalised:
+        for i in range(size):
+            gradient[i] *= slope_of_sigmoid(x[i])
+        return
+    for j in range(LANES):
+        total[j] = 0
+        shift[j] = 0
+    if is_sigmoid:
+        for i in range(0, size, 16):
+            for j in range(LANES):
+                score[i + j] = sigmoid(x[i + j])
+                total[j] += score[i + j]
+                shift[j] += score[i + j] * gradient[i + j]
+        for i in range(size):
+            score[i] = slope_of_sigmoid(x[i])
+    else:
+        fold(x, size, LANES, top)
+        if is_row:
+            top[0] = largest_of_row(x, size)
+            for j in range(1, LANES):
+                top[j] = top[0]
+        for i in range(0, size, 16):
+            for j in range(LANES):
+                score[i + j] = exponential_below(x[i + j], top[j])
+                total[j] += score[i + j]
+                shift[j] += score[i + j] * gradient[i + j]
+    if is_row:
+        total[0] = sum_of_lanes(total)
+        shift[0] = sum_of_lanes(shift)
+    for j in range(lanes):
+        if is_sigmoid:
+            total[j] += <real>1e-20
+        elif top[j] == -INFINITY:
+            # All count as equal, and so did what ends a row.
+            total[j] = <real>n
+        shift[j] /= total[j]
+        if of_square != 0:
+            shift[j] -= of_square * (top[j] + <real>logarithm(total[j]))
+    if is_row:
+        for j in range(1, LANES):
+            total[j] = total[0]
+            shift[j] = shift[0]
+    for i in range(0, size, 16):
+        for j in range(LANES):
+            gradient[i + j] = score[i + j] / total[j] * (gradient[i + j] - shift[j])
+
+
+cdef void pull_back_block(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
+    bint is_sigmoid, bint normalised, real of_square, real* work, Py_ssize_t room, real* gradient
+) noexcept nogil:
+    # A block of up to LANES tokens; `gradient` has a row for each. `work` is three times `room`.
+    cdef real* x = work
+    cdef real* score = work + room
+    cdef real* g = work + 2 * room
+    cdef Py_ssize_t e, t
+    if in_columns(n):
+        load_columns(logits, stride, encoding, tokens, n, x, score)
+        for t in range(tokens):
+            for e in range(n):
+                g[e * LANES + t] = gradient[t * n + e]
+        pull_back(x, n, False, is_sigmoid, normalised, of_square, score, g)
+        for t in range(tokens):
+            for e in range(n):
+                gradient[t * n + e] = g[e * LANES + t]
+        return
+    for t in range(tokens):
+        load_row(logits + t * stride, encoding, n, x)
+        memcpy(g, gradient + t * n, n * sizeof(real))
+        for e in range(n, padded_to_lanes(n)):
+            g[e] = 0
+        pull_back(x, n, True, is_sigmoid, normalised, of_square, score, g)
+        memcpy(gradient + t * n, g, n * sizeof(real))
+
+
+cdef void pull_back_chosen(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
+    const int32_t* expert, Py_ssize_t k, bint is_sigmoid, bint normalised, real* work,
+    Py_ssize_t room, real* gradient, Py_ssize_t n
+) noexcept nogil:
+    # The same where scores are of the chosen alone. `gradient` holds that by their scores where
+    # they stand, and 0 elsewhere.
+    cdef real* x = work
+    cdef real* g = work + 2 * room
+    cdef const uint8_t* row
+    cdef Py_ssize_t s, t, place
+    for t in range(tokens):
+        row = logits + t * stride
+        for s in range(k):
+            place = expert[t * k + s]
+            if encoding == BFLOAT16:
+                x[s * LANES + t] = from_bfloat16((<const uint16_t*>row)[place])
+            elif encoding == FLOAT16:
+                x[s * LANES + t] = from_float16((<const uint16_t*>row)[place])
+            else:
+                x[s * LANES + t] = (<const real*>row)[place]
+            g[s * LANES + t] = gradient[t * n + place]
+    pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, work + room, g)
+    for t in range(tokens):
+        for s in range(k):
+            gradient[t * n + expert[t * k + s]] = g[s * LANES + t]
+
+
+def pull_back_scores(
+    const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint normalised,
+    double of_square, real[:, ::1] work not None, real[:, ::1] gradient not None,
+    Py_ssize_t start, Py_ssize_t stop
+):
+    """Turn gradients by the scores of tokens from start to stop into those by their logits.
+
+    For softmax, adds `of_square` times half the gradient of the squared log-sum-exp. `work` is
+    three rows of LANES values for each expert.
+    """
+    cdef Py_ssize_t token
+    with nogil:
+        for token in range(start, stop, 16):
+            pull_back_block(
+                &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
+                LANES if token + LANES < stop else stop - token, gradient.shape[1], is_sigmoid,
+                normalised, <real>of_square, &work[0, 0], work.shape[1], &gradient[token, 0]
+            )
+
+
+def pull_back_weights(
+    const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint norm_topk_prob,
+    double routed_scaling_factor, const int32_t[:, ::1] expert_indices not None,
+    const real[:, ::1] of_weights not None, real[:, ::1] work not None,
+    real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
+):
+    """Write the gradient by the logits of tokens from start to stop, given that by their weights.
+
+    `work` as for `pull_back_scores`.
+    """
+    cdef Py_ssize_t n = gradient.shape[1]
+    cdef Py_ssize_t k = expert_indices.shape[1]
+    cdef Py_ssize_t stride = logits.strides[0]
+    cdef Py_ssize_t token, tokens, t, s
+    cdef real scale = <real>routed_scaling_factor
+    cdef const uint8_t* row
+    with nogil:
+        for token in range(start, stop, 16):
+            tokens = LANES if token + LANES < stop else stop - token
+            row = &logits[0, 0] + token * stride
+            memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
+            for t in range(token, token + tokens):
+                for s in range(k):
+                    gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
+            if is_sigmoid or norm_topk_prob:
+                pull_back_chosen(
+                    row, stride, encoding, tokens, &expert_indices[token, 0], k, is_sigmoid,
+                    norm_topk_prob, &work[0, 0], work.shape[1], &gradient[token, 0], n
+                )
+            else:
+                pull_back_block(
+                    row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
+                    &work[0, 0], work.shape[1], &gradient[token, 0]
+                )
