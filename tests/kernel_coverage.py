@@ -2,8 +2,8 @@
 
     python tests/kernel_coverage.py FOLDER    (of the .gcda files; run where the sources lie)
 
-gcov counts lines of the generated C. Above what it makes of a line, Cython writes a comment with the
-line's place, and blocks of C it copies as they are: so each line of C leads back to a definition.
+gcov counts lines of the generated C. Above what it makes of a line, Cython writes a comment with
+the line's place, and blocks of C it copies as they are: so each line of C leads to a definition.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
                 runs[file][line] += count
     for file, lines in sorted(runs.items()):
         report(file, lines)
-    report("all kernels", {i: n for i, n in enumerate(n for r in runs.values() for n in r.values())})
+    report("all kernels", dict(enumerate(n for lines in runs.values() for n in lines.values())))
 
 
 def report(name: str, lines: dict[int, int]) -> None:
