@@ -24,9 +24,12 @@ from moe_fast import (
     MoeConfig,
     build_moe,
     check_moe,
+    convert_moe,
     inspect_model,
 )
-from moe_fast.checkpoint.check import Status
+from moe_fast.checkpoint.check import Status, reason_to_differ
+from moe_fast.checkpoint.manifest import read_manifest
+from moe_fast.checkpoint.moe import open_moe_model
 from moe_fast.demo import make_dense_model
 
 CONFIG = MoeConfig(num_experts=4)
@@ -498,6 +501,68 @@ def test_nothing_loads_it(moe):
     edit_json(moe / "config.json", num_local_experts="absent", num_experts="absent")
     report = check_moe(moe)
     assert len(report["readers"].problems) == 4
+
+
+# Logits; that they are what they should be is for tests/real, with torch
+
+
+def test_without_torch_logits_are_not_possible(moe, monkeypatch):
+    assert "logits" not in statuses(check_moe(moe))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    finding = check_moe(moe, text="Hello")["logits"]
+    assert finding.status is Status.NOT_POSSIBLE
+    assert finding.summary == "running models needs torch: pip install torch transformers"
+    (moe / "moe_fast.json").unlink()
+    finding = check_moe(moe, text="Hello")["logits"]
+    assert finding.summary == "needs the dense model to compare with (--against)"
+
+
+def test_logits_open_no_network_share(moe):
+    edit_json_request(moe, base="//server/share/model")
+    report = check_moe(moe, text="Hello")
+    assert "names network shares" in report["logits"].summary
+
+
+NO_REASON = None
+ELSEWHERE = "experts come from elsewhere than the base's own layers"
+CHANGED = "experts have noise or a scale"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "reason"),
+    [
+        ({}, {}, NO_REASON),
+        ({}, {"target": "qwen2_moe", "layout": "fused", "router_init": "uniform"}, NO_REASON),
+        ({}, {"dtype": "float32"}, NO_REASON),
+        ({"source_layers": [0, 1]}, {}, NO_REASON),
+        ({"source_layers": [1, 0]}, {}, ELSEWHERE),
+        ({"noise_scale": 0.1}, {}, CHANGED),
+        ({"residual_scale": 0.5}, {}, CHANGED),
+        ({}, {"base": "second"}, ELSEWHERE),
+        ({}, {"dtype": "bfloat16"}, "weights were rounded to bfloat16"),
+        ({}, {"target": "deepseek", "shared_experts": "second"}, "shared experts add their output"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_when_logits_are_meant_to_be_equal(models, tmp_path, source, options, reason):
+    options = {k: str(tmp_path / v) if v == "second" else v for k, v in options.items()}
+    build_moe(ExpertSource(models[0], **source), tmp_path / "moe", CONFIG, **options)
+    reference = open_moe_model(models[0])
+    assert reason_to_differ(read_manifest(tmp_path / "moe"), reference) == reason
+
+
+def test_a_conversion_is_meant_to_be_equal_unless_it_rounds(moe, tmp_path):
+    for dtype, reason in (
+        (None, None),
+        ("float32", None),
+        ("float16", "weights were rounded to float16"),
+    ):
+        convert_moe(moe, tmp_path / f"{dtype}", dtype=dtype)
+        manifest = read_manifest(tmp_path / f"{dtype}")
+        assert reason_to_differ(manifest, open_moe_model(moe)) == reason
+    convert_moe(tmp_path / "float16", tmp_path / "again", dtype="float16")
+    manifest = read_manifest(tmp_path / "again")
+    assert reason_to_differ(manifest, open_moe_model(tmp_path / "float16")) is None
 
 
 # Arguments and the command

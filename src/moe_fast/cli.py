@@ -16,7 +16,7 @@ from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
 from moe_fast.doctor import diagnose
-from moe_fast.errors import MoeFastError
+from moe_fast.errors import CheckpointError, MoeFastError
 from moe_fast.gates import compute_router_weights
 from moe_fast.health import read_hidden_states
 from moe_fast.plan import plan_moe_construction
@@ -181,11 +181,20 @@ def check(
             help="A source model, once for each: where the manifest is missing or they have moved."
         ),
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE or TEXT",
+            help="Run it through the MoE and its dense model, and compare their logits.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
     with reported_errors(), progress_bar("comparing") as progress:
-        report = moe_fast.check_moe(output, against=against or (), progress=progress)
+        report = moe_fast.check_moe(
+            output, against=against or (), text=text_of(text), progress=progress
+        )
     show(report, show_check, as_json)
     if not report.passed:
         raise typer.Exit(1)
@@ -341,6 +350,18 @@ def demo(
     show_check(report)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def text_of(text: str | None) -> str | None:
+    """The text of a file of that name, else the text itself."""
+    try:
+        if text is None or not Path(text).is_file():
+            return text
+        return Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{text}: is no text in UTF-8") from None
+    except (OSError, ValueError):  # too long for a name, or with a character that none can have
+        return text
 
 
 def states_of(file: Path | None) -> Any:

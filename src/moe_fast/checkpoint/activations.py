@@ -1,6 +1,6 @@
 """What a dense model makes of tokens: their embeddings, and what its routers would read.
 
-The only place that runs a model. That needs transformers and torch, and memory for one layer.
+Runs a model, which needs transformers and torch, and memory for one layer.
 """
 
 from __future__ import annotations

@@ -17,17 +17,19 @@ from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
 from moe_fast.checkpoint.header import Tensor, is_plain_name
 from moe_fast.checkpoint.inspection import router_reports
+from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
-from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
+from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES, FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
+from moe_fast.checkpoint.request import ConvertRequest
 from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
 from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import Weight
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.checkpoint.writer import sha256_of
-from moe_fast.config import GateMode
+from moe_fast.config import Dtype, GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
 
@@ -86,12 +88,16 @@ class CheckReport(Report):
 
 # The parts of a checkpoint that come from different places and are compared one by one.
 PARTS = ("experts", "routers", "other weights")
+# By how much of the scale the logits of equal functions may differ: float32 over many layers gives
+# around 1e-5, one wrong tensor more than a tenth.
+ROUNDING = 1e-3
 
 
 def check_moe(
     output: ModelPath,
     *,
     against: ModelPath | Sequence[ModelPath] = (),
+    text: str | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Check an MoE checkpoint, whoever made it, as far as there is something to check it against.
@@ -107,6 +113,12 @@ def check_moe(
     against : path or sequence of paths
         The source models, where the manifest is missing or names folders that have moved. Moved
         folders are recognised by their names, or else by the order in which the build had them.
+    text : str, optional
+        To be run through the dense model that the output should compute like, and through the
+        output: the base of the build, the model that was converted, or else the first of `against`.
+        Needs transformers and torch, and memory for 4 bytes a parameter. Logits must be equal but
+        for rounding where all experts are the base's own and nothing was done to them; otherwise
+        the finding says how far they are apart.
     progress : callable, optional
         Called many times with the bytes compared so far and the bytes to compare in all.
 
@@ -158,6 +170,8 @@ def check_moe(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
     findings.append(check_readers(model, readers))
+    if text is not None:
+        findings.append(check_logits(model, manifest, sources, readers, text))
     passed = not any(finding.status is Status.FAILED for finding in findings)
     return CheckReport(folder, passed, tuple(findings), readers)
 
@@ -237,11 +251,8 @@ def check_sources(
         )
         return [finding(names[0], "the manifest is another checkpoint's", [problem])]
     recorded = folders_of(manifest)
-    shares = [path for path in recorded if path.startswith(("//", "\\\\"))]
-    if shares and not against:
-        # Opening one would send the user's credentials to whoever wrote the manifest.
-        reason = f"the manifest names network shares ({', '.join(shares)}): name them by --against"
-        return [not_possible(name, reason) for name in names]
+    if (shares := network_shares(recorded, against)) is not None:
+        return [not_possible(name, shares) for name in names]
     now = places(recorded, [str(Path(path).absolute()) for path in against])
     try:
         expected = expect(manifest, now)
@@ -253,6 +264,17 @@ def check_sources(
         compare_config(model, expected.config),
         compare_companions(model, expected.companions),
     ]
+
+
+def network_shares(recorded: Sequence[str], against: Sequence[ModelPath]) -> str | None:
+    """Why folders of a manifest are not opened; `None` where they can be.
+
+    Opening a network share would send the user's credentials to whoever wrote the manifest.
+    """
+    shares = [path for path in recorded if path.startswith(("//", "\\\\"))]
+    if not shares or against:
+        return None
+    return f"the manifest names network shares ({', '.join(shares)}): name them by --against"
 
 
 def folders_of(manifest: Manifest) -> list[str]:
@@ -553,3 +575,77 @@ def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
         return finding("readers", f"loads in {', '.join(able)}")
     problems = [f"{reader.name}: {'; '.join(reader.reasons)}" for reader in readers]
     return finding("readers", "nothing loads it", problems)
+
+
+def check_logits(
+    model: MoeModel,
+    manifest: Manifest | None,
+    against: Sequence[ModelPath],
+    readers: Sequence[Reader],
+    text: str,
+) -> Finding:
+    """What the checkpoint makes of a text, beside what its dense model makes of it."""
+    if manifest is None and not against:
+        return not_possible("logits", "needs the dense model to compare with (--against)")
+    recorded = [] if manifest is None else folders_of(manifest)
+    if (shares := network_shares(recorded, against)) is not None:
+        return not_possible("logits", shares)
+    try:
+        installed = installed_transformers()
+        for reader in readers:
+            if reader.name == installed and not reader.loads:
+                return not_possible("logits", f"{installed} {'; '.join(reader.reasons)}")
+        reference = reference_of(manifest, against)
+        dense = open_moe_model(reference)  # whatever reads it next, it has been checked
+        tokens = tokens_of(text, model.path, reference)
+    except (CheckpointError, ModuleNotFoundError) as error:
+        return not_possible("logits", str(error))
+    try:
+        difference = compare_models(reference, model.path, tokens)
+    except CheckpointError as error:
+        return finding("logits", "cannot be compared", error.problems)
+    reason = reason_to_differ(manifest, dense)
+    if reason is not None:
+        return finding("logits", f"{difference}; not meant to be equal: {reason}")
+    problems = []
+    if not difference.relative <= ROUNDING:
+        problems = [f"{model.path}: should compute what {reference} computes"]
+    return finding("logits", f"{difference}; meant to be equal", problems)
+
+
+def reference_of(manifest: Manifest | None, against: Sequence[ModelPath]) -> Path:
+    """The model that a checkpoint is compared with, where it is now."""
+    if manifest is None:
+        return Path(against[0])
+    now = places(folders_of(manifest), [str(Path(path).absolute()) for path in against])
+    if manifest.conversion is not None:
+        return Path(now[manifest.conversion.model])
+    assert manifest.request is not None
+    return Path(now[manifest.request.base])
+
+
+def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | None:
+    """Why a checkpoint need not compute what the model does that it was made from.
+
+    `None` where it must: experts that are all the same FFN add up to that FFN, whatever the router
+    says, because a token's weights add up to 1.
+    """
+    if manifest is None:
+        return "a checkpoint without a manifest does not say how it was made"
+    request = manifest.request or manifest.conversion
+    assert request is not None
+    if request.dtype not in (None, Dtype.FLOAT32):  # which holds every number of the others
+        dtypes = {tensor.dtype for tensor in reference.tensors.values()}
+        if dtypes != {SAFETENSORS_DTYPES[request.dtype]}:
+            return f"weights were rounded to {request.dtype}"
+    if isinstance(request, ConvertRequest):
+        return None
+    if request.shared_experts:
+        return "shared experts add their output"
+    for source in request.models:
+        same_layers = source.source_layers in (None, tuple(range(len(source.source_layers or ()))))
+        if source.model != request.base or not same_layers:
+            return "experts come from elsewhere than the base's own layers"
+        if source.noise_scale != 0 or source.residual_scale != 1:
+            return "experts have noise or a scale"
+    return None
