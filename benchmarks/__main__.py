@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import conversion, gates, plan
+from benchmarks import conversion, gates, gradients, plan
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion]
+TOPICS = [gates, plan, conversion, gradients]
 
 
 def main() -> None:
