@@ -6,6 +6,9 @@ What mergekit-moe makes of the same recipe comes from the Python that MOE_FAST_M
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,8 @@ from moe_fast.checkpoint.activations import visit_router_inputs
 from moe_fast.checkpoint.prompts import PromptTokenizer
 from moe_fast.checkpoint.source import open_dense_model
 
-KINDS = yaml.safe_load((Path(__file__).parent / "kinds.yml").read_text(encoding="utf-8"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KINDS = yaml.safe_load((EXAMPLES / "kinds.yml").read_text(encoding="utf-8"))
 PROMPTS, HELD_OUT = KINDS["prompts"], KINDS["held_out"]
 TOKENS = [np.random.default_rng(n).integers(96, size=n).tolist() for n in (5, 17, 1, 9)]
 
@@ -146,3 +150,17 @@ def test_first_choices_follow_the_kind_of_text(smollm2, hidden, tmp_path):
     assert follows["hidden"] > 0.9
     assert follows["hidden"] > follows["theirs"]
     assert follows["hidden"] > follows["cheap"]
+
+
+def test_the_picture_of_the_readme(smollm2, tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "route_by_kind.py", smollm2, "load.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    shares = re.findall(r"^(\w+): (\S+) % of the choices", done.stdout, re.M)
+    assert [kind for kind, _ in shares] == list(PROMPTS)
+    assert min(float(share) for _, share in shares) > 90
