@@ -13,7 +13,7 @@ from pages import Differs, blocks, run_page
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What a page may need beyond the package and its extras.
-OPTIONAL = ("torch", "transformers", "jax", "pandas", "dask")
+OPTIONAL = ("torch", "transformers", "jax", "pandas", "distributed")
 EXTRAS = ("safetensors", "ml_dtypes", "typer", "matplotlib", "yaml")
 
 if not (ROOT / "docs").exists():

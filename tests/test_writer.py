@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -263,6 +263,63 @@ def test_a_worker_that_dies_is_an_error_and_the_rest_can_be_written(tmp_path, mo
     with process_pool() as pool:
         write_shards(shards, out, executor=pool, advance=lambda count: None)
     assert len(list(out.iterdir())) == 7
+
+
+class Remembering(ThreadPoolExecutor):
+    """Takes calls with the same arguments for the same call, as Dask does."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.results: dict[bytes, Future[object]] = {}
+
+    def submit(self, function, /, *args):
+        key = pickle.dumps((function, args))
+        if key not in self.results:
+            self.results[key] = super().submit(function, *args)
+        return self.results[key]
+
+
+def test_an_executor_that_remembers_results_writes_again(tmp_path):
+    shards = in_shards(tmp_path, 3)
+    with Remembering() as executor:
+        for name in ("first", "second"):
+            out = tmp_path / "out"
+            out.mkdir()
+            write_shards(shards, out, executor=executor, advance=lambda count: None)
+            assert len(list(out.iterdir())) == 3
+            out.rename(tmp_path / name)
+
+
+def test_what_a_killed_worker_left_is_removed(tmp_path):
+    """Where an executor gives a dead worker's file to another one, nobody else would."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def killed_first(count: int) -> None:
+        (out / "model-00001-of-00003.safetensors.0123456789abcdef").write_bytes(b"half")
+
+    shards = in_shards(tmp_path, 3)
+    with ThreadPoolExecutor(1) as pool:
+        write_shards(shards, out, executor=pool, advance=killed_first)
+    assert {file.name for file in out.iterdir()} == {shard.file_name for shard in shards}
+
+
+def test_a_fault_is_raised_where_cancelled_tasks_are_never_heard_of_again(tmp_path):
+    class Silent(ThreadPoolExecutor):
+        """Runs the first task and loses the others, as a cluster does that loses its workers."""
+
+        def submit(self, function, /, *args):
+            if self._work_queue.empty() and not self._threads:
+                return super().submit(function, *args)
+            return Future()
+
+    out = tmp_path / "out"
+    out.mkdir()
+    shards = in_shards(tmp_path, 3)
+    broken = FileRange(SourceFile(str(tmp_path / "absent"), 5000, 0, ""), 0, 5000)
+    shards[0] = shard_of(broken, name=shards[0].file_name)
+    with Silent(1) as pool, pytest.raises(CheckpointError, match="absent: No such file"):
+        write_shards(shards, out, executor=pool, advance=lambda count: None)
 
 
 def test_a_shard_is_a_small_task(tmp_path):

@@ -13,7 +13,7 @@ import pickle
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from functools import partial
@@ -78,11 +78,10 @@ def write_shards(
             digest = sha256_of(folder / shard.file_name) if checksum else None
             done[shard.file_name] = record(shard, digest, overflow_in(shard))
             advance(shard.nbytes)
-    for entry in folder.iterdir():
-        if entry.name not in done:
-            entry.unlink()
+    remove_all_but(done, folder)
     left = [shard for shard in shards if shard.file_name not in done]
-    write = partial(write_shard, folder=folder, checksum=checksum, fsync=fsync)
+    attempt = secrets.token_hex(8)
+    write = partial(write_shard, folder=folder, checksum=checksum, fsync=fsync, attempt=attempt)
     if executor is not None:
         done |= write_on(executor, write, left, lambda shard: advance(shard.nbytes))
     elif min(threads, len(left)) > 1:
@@ -90,7 +89,14 @@ def write_shards(
     else:
         for shard in left:
             done[shard.file_name] = write(shard, advance=advance)
+    remove_all_but(done, folder)  # a worker that was killed cannot clean up, and may be replaced
     return {shard.file_name: done[shard.file_name] for shard in shards}
+
+
+def remove_all_but(names: Collection[str], folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in names:
+            entry.unlink()
 
 
 def write_on_threads(
@@ -128,10 +134,9 @@ def write_on(
             finished(tasks[task])
     except BaseException as error:
         stop()
-        for task in tasks:
-            task.cancel()
+        running = [task for task in tasks if not task.cancel()]
         if isinstance(error, Exception):  # who presses Ctrl-C does not want to wait
-            wait(tasks)
+            wait(running)
         raise
     return records
 
@@ -143,8 +148,12 @@ def write_shard(
     checksum: bool = False,
     fsync: bool = False,
     advance: Advance = lambda count: None,
+    attempt: str = "",
 ) -> FileRecord:
-    """Write one file of the output; it appears in `folder` when it is complete."""
+    """Write one file of the output; it appears in `folder` when it is complete.
+
+    Executors that remember results and errors (Dask does) know by `attempt` to write it again.
+    """
     growing = folder / f"{shard.file_name}.{secrets.token_hex(8)}"
     digest = hashlib.sha256() if checksum else None
     overflow = {}
