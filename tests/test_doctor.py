@@ -80,3 +80,10 @@ def test_command():
     assert kernels.level_in_use in done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert json.loads(done.stdout) == diagnose().to_dict()
+
+
+def test_the_command_tells_its_version():
+    pytest.importorskip("typer")
+    command = [sys.executable, "-m", "moe_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["moe-fast", metadata.version("moe-fast")])

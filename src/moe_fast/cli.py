@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -37,7 +38,9 @@ app = typer.Typer(
     name="moe-fast",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Turn dense language models on disk into Mixture-of-Experts checkpoints.",
+    help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check it, "
+    "look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
+    "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
 )
 RECIPE_ENDINGS = (".yml", ".yaml")
 SAID_BY_RECIPES = (
@@ -85,8 +88,21 @@ HiddenStates = Annotated[
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moe-fast {version('moe-fast')}")
+        raise typer.Exit
+
+
 @app.callback()
-def commands() -> None:
+def commands(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
     pass
 
 
