@@ -23,5 +23,5 @@ export PYTHONMALLOC=malloc PYTHONPATH=$built PYTHONDONTWRITEBYTECODE=1
 exec "$python" -m pytest -p no:cacheprovider -n auto \
     --deselect tests/test_plan.py::test_too_little_memory_names_the_argument \
     tests/test_counting.py tests/test_dtypes.py tests/test_gates.py tests/test_generator.py \
-    tests/test_golden.py tests/test_normal.py tests/test_plan.py tests/test_routing.py \
-    tests/test_statistics.py tests/test_threads.py tests/test_upstream.py "$@"
+    tests/test_golden.py tests/test_gradients.py tests/test_normal.py tests/test_plan.py \
+    tests/test_routing.py tests/test_statistics.py tests/test_threads.py tests/test_upstream.py "$@"
