@@ -10,14 +10,8 @@ cdef void choose_in_columns(
 ) noexcept nogil:
     # LANES tokens at once: column[e * LANES + t] is the value of expert e for token t. k <= FEW.
     cdef real[FEW * LANES] chosen
-    cdef Py_ssize_t e, t
-    for e in range(n):
-        if e < k:
-            # Put last, where even -inf stays until something passes it.
-            for t in range(LANES):
-                best[e * LANES + t] = column[e * LANES + t]
-                chosen[e * LANES + t] = <real>e
-        insert(best, chosen, e if e < k else k - 1, column + e * LANES, <real>e)
+    cdef Py_ssize_t t
+    best_of_columns(column, n, k, best, chosen)
     for t in range(k * LANES):
         index[t] = <int32_t>chosen[t]
 
@@ -90,7 +84,7 @@ cdef void lower_bounds(
     # different places, so the k-th largest of them is at most the k-th largest of the row.
     cdef Py_ssize_t lanes = padded_to_lanes(k)
     cdef real[LANES * LANES] column
-    cdef Py_ssize_t j, t
+    cdef Py_ssize_t t
     if 2 * lanes > padded:
         for t in range(tokens):
             bound[t] = -INFINITY
@@ -99,9 +93,8 @@ cdef void lower_bounds(
             bound[t] = largest_of_row(row[t], padded)
     elif lanes == LANES:
         for t in range(LANES):
-            fold(row[t if t < tokens else 0], padded, LANES, folded)
-            for j in range(LANES):
-                column[j * LANES + t] = folded[j]
+            fold(row[t if t < tokens else 0], padded, LANES, folded + t * LANES)
+        to_columns(<const uint8_t*>folded, LANES * sizeof(real), LANES, LANES, column)
         kth_of_columns(column, k, bound)
     else:
         for t in range(tokens):
@@ -146,21 +139,32 @@ cdef void choose_in_rows(
 ) noexcept nogil:
     # index[t * k + s] is the s-th largest of row[t][0:n]; the rest up to `padded` is -inf.
     cdef real[LANES] bound
-    cdef Py_ssize_t t, s, i, count
+    cdef Py_ssize_t[LANES] count
+    cdef Py_ssize_t t, s, j
     lower_bounds(row, tokens, padded, k, bound, value, order)
+    # All lists first, then their order: what is read while it is still being written has to wait.
+    # A list longer than LANES runs into the next one's place, and is needed no more by then.
     for t in range(tokens):
-        count = survivors(row[t], n, k, bound[t], found, value)
+        count[t] = survivors(row[t], n, k, bound[t], found, value)
+        for j in range(LANES):
+            value[count[t] + j] = -INFINITY
+        if count[t] > LANES:
+            sort_descending(value, count[t], order)
+            for s in range(k):
+                index[t * k + s] = found[order[s]]
+        found += LANES
+        value += LANES
+    found -= tokens * LANES
+    value -= tokens * LANES
+    for t in range(tokens):
         if k == 1 and bound[t] > -INFINITY:
             index[t] = found[0]
-            continue
-        for i in range(count, padded_to_lanes(count)):
-            value[i] = -INFINITY
-        if count <= LANES:
-            sort_few(value, <int>count, order)
-        else:
-            sort_descending(value, count, order)
-        for s in range(k):
-            index[t * k + s] = found[order[s]]
+        elif count[t] <= LANES:
+            sort_few(value, <int>count[t], order)
+            for s in range(k):
+                index[t * k + s] = found[order[s]]
+        found += LANES
+        value += LANES
 
 
 cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noexcept nogil:

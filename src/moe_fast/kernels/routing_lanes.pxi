@@ -13,26 +13,26 @@ cdef extern from *:
     #if defined(__AVX512F__)
     typedef __m512 part_float;
     typedef __m512d part_double;
-    #define VECTOR(name, S) _mm512_##name##_##S
+    #define PART(name, S) _mm512_##name##_##S
     #define BITS(op, x, y, S) _mm512_cmp_##S##_mask(x, y, WIDE_##op)
     #define WHERE_ABOVE(x, y, a, b, S) _mm512_mask_blend_##S(BITS(gt, x, y, S), b, a)
     #elif defined(__AVX2__)
     typedef __m256 part_float;
     typedef __m256d part_double;
-    #define VECTOR(name, S) _mm256_##name##_##S
+    #define PART(name, S) _mm256_##name##_##S
     #define BITS(op, x, y, S) _mm256_movemask_##S(_mm256_cmp_##S(x, y, WIDE_##op))
     #define WHERE_ABOVE(x, y, a, b, S) _mm256_blendv_##S(b, a, _mm256_cmp_##S(x, y, _CMP_GT_OQ))
     #elif defined(__SSE2__) || defined(_M_X64)
     typedef __m128 part_float;
     typedef __m128d part_double;
-    #define VECTOR(name, S) _mm_##name##_##S
+    #define PART(name, S) _mm_##name##_##S
     #define BITS(op, x, y, S) _mm_movemask_##S(_mm_cmp##op##_##S(x, y))
     #define WHERE_ABOVE(x, y, a, b, S) _mm_or_##S( \
         _mm_and_##S(_mm_cmpgt_##S(x, y), a), _mm_andnot_##S(_mm_cmpgt_##S(x, y), b))
     #else
     typedef float part_float;
     typedef double part_double;
-    #define VECTOR(name, S) one_##name
+    #define PART(name, S) one_##name
     #define one_set1(x) (x)
     #define one_loadu(x) (*(x))
     #define one_storeu(to, x) (*(to) = (x))
@@ -75,7 +75,7 @@ cdef extern from *:
             uint32_t bits = 0; \
             int i; \
             EACH_PART(T) bits |= (uint32_t)BITS( \
-                gt, VECTOR(loadu, S)(x + i), VECTOR(set1, S)(bound), S) << i; \
+                gt, PART(loadu, S)(x + i), PART(set1, S)(bound), S) << i; \
             return bits; \
         } \
         /* Bit i: x[i] >= bound. */ \
@@ -83,7 +83,7 @@ cdef extern from *:
             uint32_t bits = 0; \
             int i; \
             EACH_PART(T) bits |= (uint32_t)BITS( \
-                ge, VECTOR(loadu, S)(x + i), VECTOR(set1, S)(bound), S) << i; \
+                ge, PART(loadu, S)(x + i), PART(set1, S)(bound), S) << i; \
             return bits; \
         } \
         /* How many of n values, a multiple of 16, are at least the bound. */ \
@@ -92,12 +92,15 @@ cdef extern from *:
             for (i = 0; i < n; i += 16) count += number_of_bits(at_least_##T(x + i, bound)); \
             return count; \
         } \
-        /* Whether x[i] or y[i] is a NaN for any i. */ \
-        static inline int has_nan_##T(const T* x, const T* y) { \
+        /* Whether any of n values, a multiple of 16, is a NaN. */ \
+        static inline int has_nan_##T(const T* x, Py_ssize_t n) { \
+            enum { SIZE = sizeof(part_##T) / sizeof(T), OTHER = SIZE < 16 ? 8 : 0 }; \
             uint32_t bits = 0; \
+            Py_ssize_t j; \
             int i; \
-            EACH_PART(T) bits |= (uint32_t)BITS( \
-                unord, VECTOR(loadu, S)(x + i), VECTOR(loadu, S)(y + i), S); \
+            for (j = 0; j < n; j += 16) \
+                for (i = 0; i + OTHER < 16; i += SIZE) bits |= (uint32_t)BITS( \
+                    unord, PART(loadu, S)(x + j + i), PART(loadu, S)(x + j + i + OTHER), S); \
             return bits != 0; \
         } \
         /* to[i] = the largest of x[i], x[i + step], ... before n. */ \
@@ -105,29 +108,77 @@ cdef extern from *:
             Py_ssize_t j; \
             int i; \
             EACH_PART(T) { \
-                part_##T most = VECTOR(loadu, S)(x + i); \
+                part_##T most = PART(loadu, S)(x + i); \
                 for (j = i + step; j < n; j += step) \
-                    most = VECTOR(max, S)(VECTOR(loadu, S)(x + j), most); \
-                VECTOR(storeu, S)(to + i, most); \
+                    most = PART(max, S)(PART(loadu, S)(x + j), most); \
+                PART(storeu, S)(to + i, most); \
             } \
         } \
         /* The larger of each two to a, the smaller to b. */ \
         static inline void exchange_##T(T* a, T* b) { \
             int i; \
             EACH_PART(T) { \
-                part_##T x = VECTOR(loadu, S)(a + i), y = VECTOR(loadu, S)(b + i); \
-                VECTOR(storeu, S)(a + i, VECTOR(max, S)(x, y)); \
-                VECTOR(storeu, S)(b + i, VECTOR(min, S)(x, y)); \
+                part_##T x = PART(loadu, S)(a + i), y = PART(loadu, S)(b + i); \
+                PART(storeu, S)(a + i, PART(max, S)(x, y)); \
+                PART(storeu, S)(b + i, PART(min, S)(x, y)); \
             } \
         } \
         /* to[i] = the largest of to[i] and the smaller of a[i] and b[i]. */ \
         static inline void raise_##T(T* to, const T* a, const T* b) { \
             int i; \
-            EACH_PART(T) VECTOR(storeu, S)(to + i, VECTOR(max, S)(VECTOR(loadu, S)(to + i), \
-                VECTOR(min, S)(VECTOR(loadu, S)(a + i), VECTOR(loadu, S)(b + i)))); \
+            EACH_PART(T) PART(storeu, S)(to + i, PART(max, S)(PART(loadu, S)(to + i), \
+                PART(min, S)(PART(loadu, S)(a + i), PART(loadu, S)(b + i)))); \
         } \
-        /* order[r] = index of the value with r others before it: the larger ones and, among \
-           equals, those with a lower index. At most 16; value[n:16] is -inf. */ \
+        /* Put x, of index e, among best[0] >= best[1] >= ... best[last], behind its equals; \
+           those it passes move on and the last one out. */ \
+        static inline void insert_##T( \
+            part_##T* best, part_##T* index, int last, part_##T x, part_##T e \
+        ) { \
+            int s; \
+            for (s = last; s > 0; s--) { \
+                index[s] = WHERE_ABOVE(x, best[s - 1], index[s - 1], \
+                    WHERE_ABOVE(x, best[s], e, index[s], S), S); \
+                best[s] = PART(max, S)(PART(min, S)(x, best[s - 1]), best[s]); \
+            } \
+            index[0] = WHERE_ABOVE(x, best[0], e, index[0], S); \
+            best[0] = PART(max, S)(x, best[0]); \
+        } \
+        /* The k largest of each lane of column[0], column[16], ... before column[16 * n], and \
+           their indices, in the same form. With k known, all of it stays in registers. */ \
+        static inline void best_##T( \
+            const T* column, Py_ssize_t n, int k, T* best, T* index \
+        ) { \
+            part_##T b[16], j[16]; \
+            Py_ssize_t e; \
+            int i, s; \
+            EACH_PART(T) { \
+                for (s = 0; s < k; s++) { \
+                    /* The index is there for a -inf, which passes nothing. */ \
+                    b[s] = PART(set1, S)(-(T)INFINITY); \
+                    j[s] = PART(set1, S)((T)s); \
+                    insert_##T(b, j, s, PART(loadu, S)(column + 16 * s + i), j[s]); \
+                } \
+                for (e = k; e < n; e++) \
+                    insert_##T(b, j, k - 1, PART(loadu, S)(column + 16 * e + i), \
+                        PART(set1, S)((T)e)); \
+                for (s = 0; s < k; s++) { \
+                    PART(storeu, S)(best + 16 * s + i, b[s]); \
+                    PART(storeu, S)(index + 16 * s + i, j[s]); \
+                } \
+            } \
+        } \
+        static inline void best_of_columns_##T( \
+            const T* column, Py_ssize_t n, int k, T* best, T* index \
+        ) { \
+            if (k == 1) best_##T(column, n, 1, best, index); \
+            else if (k == 2) best_##T(column, n, 2, best, index); \
+            else if (k == 3) best_##T(column, n, 3, best, index); \
+            else if (k == 4) best_##T(column, n, 4, best, index); \
+            else best_##T(column, n, k, best, index); \
+        }
+    /* order[r] = index of the value with r others before it: the larger ones and, among equals,
+       those with a lower index. At most 16 values, ended by -inf; both have room for 16. */
+    #define SORT_FEW(T) \
         static inline void sort_few_##T(const T* value, int n, int32_t* order) { \
             uint32_t lower = 0; \
             int j; \
@@ -136,30 +187,6 @@ cdef extern from *:
                     | (above_##T(value, value[j]) & ~lower); \
                 order[number_of_bits(before)] = j; \
                 lower = 2 * lower + 1; \
-            } \
-        } \
-        /* Put x below those in best[0], best[16], ... best[16 * last] that are not smaller, and \
-           e among their indices; those it passes move down and the last one out. */ \
-        static inline void insert_##T(T* best, T* index, Py_ssize_t last, const T* x, T e) { \
-            Py_ssize_t s; \
-            int i; \
-            EACH_PART(T) { \
-                part_##T v = VECTOR(loadu, S)(x + i), new_index = VECTOR(set1, S)(e); \
-                part_##T here = VECTOR(loadu, S)(best + 16 * last + i); \
-                part_##T here_index = VECTOR(loadu, S)(index + 16 * last + i); \
-                for (s = last; s > 0; s--) { \
-                    part_##T up = VECTOR(loadu, S)(best + 16 * (s - 1) + i); \
-                    part_##T up_index = VECTOR(loadu, S)(index + 16 * (s - 1) + i); \
-                    here_index = WHERE_ABOVE(v, here, new_index, here_index, S); \
-                    here = VECTOR(max, S)(v, here); \
-                    VECTOR(storeu, S)(best + 16 * s + i, WHERE_ABOVE(v, up, up, here, S)); \
-                    VECTOR(storeu, S)(index + 16 * s + i, \
-                        WHERE_ABOVE(v, up, up_index, here_index, S)); \
-                    here = up; \
-                    here_index = up_index; \
-                } \
-                VECTOR(storeu, S)(index + i, WHERE_ABOVE(v, here, new_index, here_index, S)); \
-                VECTOR(storeu, S)(best + i, VECTOR(max, S)(v, here)); \
             } \
         }
     #define COLLECT(T) \
@@ -182,10 +209,13 @@ cdef extern from *:
         }
     STEPS(float, ps)
     STEPS(double, pd)
+    SORT_FEW(double)
+    COLLECT(double)
 
+    #if defined(__AVX512F__)
+    SORT_FEW(float)
     /* Indices and values of those from `bound` up, ascending, and how many; indices begin at
        `first`, n is a multiple of 16, and both outputs have room for 16 more. */
-    #if defined(__AVX512F__)
     static inline Py_ssize_t collect_float(
         const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
     ) {
@@ -205,10 +235,157 @@ cdef extern from *:
         }
         return count;
     }
+    #elif defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
+    #if defined(__AVX2__)
+    #define INTS(name) _mm256_##name
+    #define FLAGS(op, x, y) _mm256_castps_si256(_mm256_cmp_ps(x, y, WIDE_##op))
+    #define BLEND_INTS(x, y, mask) _mm256_blendv_epi8(x, y, mask)
+    #define LOAD_INTS(from) _mm256_loadu_si256((const __m256i*)(from))
+    #define STORE_INTS(to, x) _mm256_storeu_si256((__m256i*)(to), x)
+    typedef __m256i part_int;
+    #else
+    #define INTS(name) _mm_##name
+    #define FLAGS(op, x, y) _mm_castps_si128(_mm_cmp##op##_ps(x, y))
+    #define BLEND_INTS(x, y, mask) \
+        _mm_or_si128(_mm_and_si128(mask, y), _mm_andnot_si128(mask, x))
+    #define LOAD_INTS(from) _mm_loadu_si128((const __m128i*)(from))
+    #define STORE_INTS(to, x) _mm_storeu_si128((__m128i*)(to), x)
+    typedef __m128i part_int;
+    #endif
+    static inline void sort_few_float(const float* value, int n, int32_t* order) {
+        enum { SIZE = sizeof(part_int) / 4, PARTS = 16 / SIZE };
+        /* From LATER + 7 - i: -1 in the lanes after lane i. */
+        static const int32_t LATER[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+        part_float x[PARTS];
+        part_int rank[PARTS];
+        int32_t ranks[16];
+        int i, p, q;
+        for (p = 0; p < PARTS; p++) {
+            x[p] = PART(loadu, ps)(value + p * SIZE);
+            rank[p] = INTS(set1_epi32)(0);
+        }
+        for (q = 0; q < PARTS; q++)
+            for (i = 0; i < SIZE; i++) {
+                part_float other = PART(set1, ps)(value[q * SIZE + i]);
+                part_int later = LOAD_INTS(LATER + 7 - i);
+                for (p = 0; p < q; p++)
+                    rank[p] = INTS(sub_epi32)(rank[p], FLAGS(gt, other, x[p]));
+                rank[q] = INTS(sub_epi32)(rank[q],
+                    BLEND_INTS(FLAGS(gt, other, x[q]), FLAGS(ge, other, x[q]), later));
+                for (p = q + 1; p < PARTS; p++)
+                    rank[p] = INTS(sub_epi32)(rank[p], FLAGS(ge, other, x[p]));
+            }
+        for (p = 0; p < PARTS; p++) STORE_INTS(ranks + p * SIZE, rank[p]);
+        /* From memory: taking them out of the vectors one by one is slower. */
+        for (i = 0; i < 16; i++) order[((volatile int32_t*)ranks)[i]] = i;
+    }
+    #if defined(__AVX2__)
+    /* The places of the bits of a byte, one a byte, and how many. */
+    static uint8_t PLACES[256][8];
+    static void list_places(void) {
+        int byte, bit, count;
+        for (byte = 0; byte < 256; byte++)
+            for (bit = count = 0; bit < 8; bit++)
+                if (byte >> bit & 1) PLACES[byte][count++] = (uint8_t)bit;
+    }
+    static inline Py_ssize_t collect_float(
+        const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
+    ) {
+        const __m256 least = _mm256_set1_ps(bound);
+        const __m256i step = _mm256_set1_epi32(8);
+        __m256i base = _mm256_set1_epi32(first);
+        Py_ssize_t i, count = 0;
+        for (i = 0; i < n; i += 8) {
+            __m256 v = _mm256_loadu_ps(x + i);
+            int bits = _mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ));
+            __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES[bits]));
+            _mm256_storeu_si256((__m256i*)(index + count), _mm256_add_epi32(at, base));
+            _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps(v, at));
+            count += number_of_bits(bits);
+            base = _mm256_add_epi32(base, step);
+        }
+        return count;
+    }
     #else
     COLLECT(float)
     #endif
-    COLLECT(double)
+    #else
+    SORT_FEW(float)
+    COLLECT(float)
+    #endif
+    #if !defined(__AVX2__) || defined(__AVX512F__)
+    static void list_places(void) {}
+    #endif
+
+    /* Four bytes each: to[16 * c + r] = x[r][c] for 16 rows, and back, where k is the length of a
+       row; or no change and 0 where there is no quick way. */
+    #if defined(__SSE2__) || defined(_M_X64)
+    static inline void transpose_4x4(
+        const float* x0, const float* x1, const float* x2, const float* x3,
+        float* y0, float* y1, float* y2, float* y3
+    ) {
+        __m128 a = _mm_loadu_ps(x0), b = _mm_loadu_ps(x1);
+        __m128 c = _mm_loadu_ps(x2), d = _mm_loadu_ps(x3);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(y0, a);
+        _mm_storeu_ps(y1, b);
+        _mm_storeu_ps(y2, c);
+        _mm_storeu_ps(y3, d);
+    }
+    static inline int columns_of_rows(
+        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
+    ) {
+        Py_ssize_t e;
+        int t;
+        if (n % 4) return 0;
+        for (t = 0; t < 16; t += 4)
+            for (e = 0; e < n; e += 4) {
+                const uint8_t* at = rows + t * stride + e * 4;
+                float* to = column + 16 * e + t;
+                transpose_4x4((const float*)at, (const float*)(at + stride),
+                    (const float*)(at + 2 * stride), (const float*)(at + 3 * stride),
+                    to, to + 16, to + 32, to + 48);
+            }
+        return 1;
+    }
+    static inline int rows_of_columns(const float* column, Py_ssize_t k, float* rows) {
+        Py_ssize_t s;
+        int t;
+        if (k == 2) {
+            for (t = 0; t < 16; t += 4) {
+                __m128 a = _mm_loadu_ps(column + t), b = _mm_loadu_ps(column + 16 + t);
+                _mm_storeu_ps(rows + 2 * t, _mm_unpacklo_ps(a, b));
+                _mm_storeu_ps(rows + 2 * t + 4, _mm_unpackhi_ps(a, b));
+            }
+            return 1;
+        }
+        if (k % 4) return 0;
+        for (t = 0; t < 16; t += 4)
+            for (s = 0; s < k; s += 4) {
+                const float* at = column + 16 * s + t;
+                float* to = rows + t * k + s;
+                transpose_4x4(at, at + 16, at + 32, at + 48, to, to + k, to + 2 * k, to + 3 * k);
+            }
+        return 1;
+    }
+    #define PREFETCH(address) _mm_prefetch((const char*)(address), _MM_HINT_T0)
+    #else
+    static inline int columns_of_rows(
+        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
+    ) {
+        return 0;
+    }
+    static inline int rows_of_columns(const float* column, Py_ssize_t k, float* rows) { return 0; }
+    #define PREFETCH(address) ((void)(address))
+    #endif
+    /* Ask for rows that are read soon. */
+    static inline void prefetch_rows(
+        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t number, Py_ssize_t nbytes
+    ) {
+        Py_ssize_t i, t;
+        for (t = 0; t < number; t++)
+            for (i = 0; i < nbytes; i += 64) PREFETCH(rows + t * stride + i);
+    }
     """
     uint32_t above_float(const float* x, float bound) noexcept nogil
     uint32_t above_double(const double* x, double bound) noexcept nogil
@@ -216,8 +393,8 @@ cdef extern from *:
     uint32_t at_least_double(const double* x, double bound) noexcept nogil
     Py_ssize_t count_at_least_float(const float* x, Py_ssize_t n, float bound) noexcept nogil
     Py_ssize_t count_at_least_double(const double* x, Py_ssize_t n, double bound) noexcept nogil
-    int has_nan_float(const float* x, const float* y) noexcept nogil
-    int has_nan_double(const double* x, const double* y) noexcept nogil
+    bint has_nan_float(const float* x, Py_ssize_t n) noexcept nogil
+    bint has_nan_double(const double* x, Py_ssize_t n) noexcept nogil
     void fold_float(const float* x, Py_ssize_t n, Py_ssize_t step, float* to) noexcept nogil
     void fold_double(const double* x, Py_ssize_t n, Py_ssize_t step, double* to) noexcept nogil
     void exchange_float(float* a, float* b) noexcept nogil
@@ -232,12 +409,20 @@ cdef extern from *:
     Py_ssize_t collect_double(
         const double* x, Py_ssize_t n, double bound, int32_t first, int32_t* index, double* value
     ) noexcept nogil
-    void insert_float(
-        float* best, float* index, Py_ssize_t last, const float* x, float e
+    void best_of_columns_float(
+        const float* column, Py_ssize_t n, int k, float* best, float* index
     ) noexcept nogil
-    void insert_double(
-        double* best, double* index, Py_ssize_t last, const double* x, double e
+    void best_of_columns_double(
+        const double* column, Py_ssize_t n, int k, double* best, double* index
     ) noexcept nogil
+    bint columns_of_rows(
+        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
+    ) noexcept nogil
+    bint rows_of_columns(const float* column, Py_ssize_t k, float* rows) noexcept nogil
+    void prefetch_rows(
+        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t number, Py_ssize_t nbytes
+    ) noexcept nogil
+    void list_places() noexcept nogil
     int lowest_bit(uint64_t bits) noexcept nogil
     int number_of_bits(uint32_t bits) noexcept nogil
 
@@ -263,11 +448,11 @@ cdef inline Py_ssize_t count_at_least(const real* x, Py_ssize_t n, real bound) n
         return count_at_least_double(x, n, bound)
 
 
-cdef inline bint has_nan(const real* x, const real* y) noexcept nogil:
+cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
     if real is float:
-        return has_nan_float(x, y)
+        return has_nan_float(x, n)
     else:
-        return has_nan_double(x, y)
+        return has_nan_double(x, n)
 
 
 cdef inline void fold(const real* x, Py_ssize_t n, Py_ssize_t step, real* to) noexcept nogil:
@@ -307,10 +492,13 @@ cdef inline Py_ssize_t collect(
         return collect_double(x, n, bound, first, index, value)
 
 
-cdef inline void insert(
-    real* best, real* index, Py_ssize_t last, const real* x, real e
+cdef inline void best_of_columns(
+    const real* column, Py_ssize_t n, Py_ssize_t k, real* best, real* index
 ) noexcept nogil:
     if real is float:
-        insert_float(best, index, last, x, e)
+        best_of_columns_float(column, n, <int>k, best, index)
     else:
-        insert_double(best, index, last, x, e)
+        best_of_columns_double(column, n, <int>k, best, index)
+
+
+list_places()

@@ -37,11 +37,10 @@ cdef inline const real* readable_row(
 
 cdef Py_ssize_t first_nan(const real** row, Py_ssize_t tokens, Py_ssize_t padded) noexcept nogil:
     # The first of the rows with a NaN, or -1.
-    cdef Py_ssize_t t, i
+    cdef Py_ssize_t t
     for t in range(tokens):
-        for i in range(0, padded, 16):
-            if has_nan(row[t] + i, row[t] + i):
-                return t
+        if has_nan(row[t], padded):
+            return t
     return -1
 
 
@@ -83,30 +82,54 @@ cdef real sum_of_exponentials(
     return sum_of_lanes(lane)
 
 
+cdef inline void to_columns(
+    const uint8_t* rows, Py_ssize_t stride, Py_ssize_t tokens, Py_ssize_t n, real* column
+) noexcept nogil:
+    # column[e * LANES + t] = value e of row t.
+    cdef Py_ssize_t e, t
+    if real is float:
+        if tokens == LANES and columns_of_rows(rows, stride, n, column):
+            return
+    for t in range(tokens):
+        for e in range(n):
+            column[e * LANES + t] = (<const real*>(rows + t * stride))[e]
+
+
+cdef inline void to_rows(
+    const real* column, Py_ssize_t tokens, Py_ssize_t k, real* rows
+) noexcept nogil:
+    # And back: rows[t * k + s] = column[s * LANES + t].
+    cdef Py_ssize_t s, t
+    if real is float:
+        if tokens == LANES and rows_of_columns(column, k, rows):
+            return
+    for t in range(tokens):
+        for s in range(k):
+            rows[t * k + s] = column[s * LANES + t]
+
+
 cdef Py_ssize_t load_columns(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     Py_ssize_t n, real* column, real* row
 ) noexcept nogil:
     # column[e * LANES + t]; lanes without a token hold 0. Returns the first with a NaN, or -1.
     cdef Py_ssize_t e, t
-    for t in range(tokens):
-        if encoding == NATIVE:
-            for e in range(n):
-                column[e * LANES + t] = (<const real*>(logits + t * stride))[e]
-        else:
+    if encoding == NATIVE:
+        to_columns(logits, stride, tokens, n, column)
+    else:
+        for t in range(tokens):
             load_row(logits + t * stride, encoding, n, row)
             for e in range(n):
                 column[e * LANES + t] = row[e]
     for t in range(tokens, LANES):
         for e in range(n):
             column[e * LANES + t] = 0
-    for e in range(n):
-        if has_nan(column + e * LANES, column + e * LANES):
-            # Some token's; now the first token that has one.
-            for t in range(tokens):
-                for e in range(n):
-                    if column[e * LANES + t] != column[e * LANES + t]:
-                        return t
+    if has_nan(column, n * LANES):
+        # Some token's; now the first token that has one.
+        for t in range(tokens):
+            for e in range(n):
+                if column[e * LANES + t] != column[e * LANES + t]:
+                    return t
     return -1
 
 

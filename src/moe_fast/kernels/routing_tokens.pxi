@@ -4,10 +4,9 @@ cdef struct Work:
     # What a block needs besides its input and output, each of one kind of float.
     void* rows       # LANES * padded: copies of rows, or num_experts * LANES as columns
     void* scores     # LANES * padded: what rows, or columns, are chosen by
-    void* value      # 3 * padded + 2 * LANES: what is being sorted
+    void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is being sorted
     void* chosen     # k * LANES
-    int32_t* index   # LANES * k: a row a token
-    int32_t* found   # padded + LANES
+    int32_t* found   # padded + LANES + LANES * LANES
     int32_t* order   # padded
     int32_t* expert  # LANES * padded: the experts of the groups kept
 
@@ -25,7 +24,7 @@ cdef inline bint wants_sums(const Rule* rule) noexcept nogil:
 
 cdef Py_ssize_t route_columns(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const real* bias, const Rule* rule, Work* work
+    const real* bias, const Rule* rule, Work* work, int32_t* index, real* weight
 ) noexcept nogil:
     # One block of up to LANES tokens, each in its lane. Returns the first with a NaN, or -1.
     cdef Py_ssize_t n = rule.num_experts
@@ -33,7 +32,7 @@ cdef Py_ssize_t route_columns(
     cdef real* column = <real*>work.rows
     cdef real* score = <real*>work.scores
     cdef real* chosen = <real*>work.chosen
-    cdef int32_t[FEW * LANES] index
+    cdef int32_t[FEW * LANES] expert
     cdef real[LANES] largest
     cdef real[LANES] total
     cdef real[LANES] x
@@ -44,7 +43,7 @@ cdef Py_ssize_t route_columns(
     if wants_sums(rule):
         sum_columns(column, n, largest, total)
     if not rule.by_score:
-        choose_in_columns(column, n, k, index, chosen)
+        choose_in_columns(column, n, k, expert, chosen)
     else:
         for e in range(n):
             for t in range(LANES):
@@ -54,14 +53,13 @@ cdef Py_ssize_t route_columns(
                     x[t] = exponential_below(column[e * LANES + t], largest[t]) / total[t]
             for t in range(LANES):
                 score[e * LANES + t] = x[t] + bias[e]
-        choose_in_columns(score, n, k, index, chosen)
+        choose_in_columns(score, n, k, expert, chosen)
         for s in range(k):
             for t in range(LANES):
-                chosen[s * LANES + t] = column[index[s * LANES + t] * LANES + t]
-    for t in range(tokens):
-        for s in range(k):
-            work.index[t * k + s] = index[s * LANES + t]
+                chosen[s * LANES + t] = column[expert[s * LANES + t] * LANES + t]
+    to_rows(<const float*>expert, tokens, k, <float*>index)
     weigh(chosen, largest, total, rule)
+    to_rows(chosen, tokens, k, weight)
     return -1
 
 
@@ -83,7 +81,7 @@ cdef void score_row(
 
 cdef Py_ssize_t route_rows(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const real* bias, const Rule* rule, Work* work
+    const real* bias, const Rule* rule, Work* work, int32_t* index, real* weight
 ) noexcept nogil:
     # One block of up to LANES tokens, row by row. Returns the first with a NaN, or -1.
     cdef Py_ssize_t n = rule.num_experts
@@ -113,7 +111,7 @@ cdef Py_ssize_t route_rows(
             largest[t] = largest_of_row(row[t], padded)
             total[t] = sum_of_exponentials(row[t], n, padded, largest[t])
     if not rule.by_score:
-        choose_in_rows(row, tokens, n, padded, k, work.index, value, work.found, work.order)
+        choose_in_rows(row, tokens, n, padded, k, index, value, work.found, work.order)
     else:
         for t in range(tokens):
             score = <real*>work.scores + t * padded
@@ -127,19 +125,20 @@ cdef Py_ssize_t route_rows(
             choice[t] = score
         n = n // rule.n_group * rule.topk_group
         padded = padded_to_lanes(n)
-        choose_in_rows(choice, tokens, n, padded, k, work.index, value, work.found, work.order)
+        choose_in_rows(choice, tokens, n, padded, k, index, value, work.found, work.order)
         if rule.n_group > 1:
             for t in range(tokens):
                 expert = work.expert + t * padded_to_lanes(rule.num_experts)
                 for s in range(k):
-                    work.index[t * k + s] = expert[work.index[t * k + s]]
+                    index[t * k + s] = expert[index[t * k + s]]
     for t in range(tokens):
         for s in range(k):
-            chosen[s * LANES + t] = row[t][work.index[t * k + s]]
+            chosen[s * LANES + t] = row[t][index[t * k + s]]
     for t in range(tokens, LANES):
         for s in range(k):
             chosen[s * LANES + t] = 0
     weigh(chosen, largest, total, rule)
+    to_rows(chosen, tokens, k, weight)
     return -1
 
 
@@ -163,10 +162,10 @@ def route_tokens(
     cdef Py_ssize_t k = expert_indices.shape[1]
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t stride = logits.strides[0]
-    cdef Py_ssize_t token, tokens, t, s
+    cdef Py_ssize_t token, tokens, i, nbytes
     cdef Py_ssize_t bad = -1
-    cdef int32_t expert
-    cdef real* chosen
+    cdef int32_t* index
+    cdef real* weight
     cdef const uint8_t* row
     cdef char* memory
     rule.num_experts = n
@@ -179,36 +178,39 @@ def route_tokens(
     rule.experts_per_group_score = experts_per_group_score
     rule.routed_scaling_factor = routed_scaling_factor
     memory = <char*>malloc(
-        (2 * LANES * padded + 3 * padded + 2 * LANES + LANES * k) * sizeof(real)
-        + (LANES * k + 2 * padded + LANES + LANES * padded) * sizeof(int32_t)
+        (2 * LANES * padded + 3 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
+        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
     )
     if memory == NULL:
         raise MemoryError(f"no memory to route among num_experts={n}")
     work.rows = memory
     work.scores = <real*>work.rows + LANES * padded
     work.value = <real*>work.scores + LANES * padded
-    work.chosen = <real*>work.value + 3 * padded + 2 * LANES
-    work.index = <int32_t*>(<real*>work.chosen + LANES * k)
-    work.found = work.index + LANES * k
-    work.order = work.found + padded + LANES
+    work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
+    work.found = <int32_t*>(<real*>work.chosen + LANES * k)
+    work.order = work.found + padded + LANES + LANES * LANES
     work.expert = work.order + padded
-    chosen = <real*>work.chosen
+    nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
     with nogil:
         for token in range(start, stop, 16):
             tokens = LANES if token + LANES < stop else stop - token
             row = &logits[0, 0] + token * stride
+            if token + 2 * LANES <= stop:
+                prefetch_rows(row + LANES * stride, stride, LANES, nbytes)
+            index = &expert_indices[0, 0] + token * k
+            weight = &weights[0, 0] + token * k
             if few_enough_for_columns(&rule):
-                bad = route_columns(row, stride, encoding, tokens, &bias[0], &rule, &work)
+                bad = route_columns(
+                    row, stride, encoding, tokens, &bias[0], &rule, &work, index, weight
+                )
             else:
-                bad = route_rows(row, stride, encoding, tokens, &bias[0], &rule, &work)
+                bad = route_rows(
+                    row, stride, encoding, tokens, &bias[0], &rule, &work, index, weight
+                )
             if bad >= 0:
                 bad += token
                 break
-            for t in range(tokens):
-                for s in range(k):
-                    expert = work.index[t * k + s]
-                    expert_indices[token + t, s] = expert
-                    weights[token + t, s] = chosen[s * LANES + t]
-                    tokens_per_expert[expert] += 1
+            for i in range(tokens * k):
+                tokens_per_expert[index[i]] += 1
     free(memory)
     return bad

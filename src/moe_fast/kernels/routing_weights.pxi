@@ -10,17 +10,13 @@ cdef void weigh(
     cdef real scale = <real>rule.routed_scaling_factor
     cdef real[LANES] top
     cdef real[LANES] divisor
-    for t in range(LANES):
-        top[t] = chosen[t]
     if rule.is_sigmoid:
         for s in range(k):
             for t in range(LANES):
                 chosen[s * LANES + t] = sigmoid(chosen[s * LANES + t])
     else:
         if rule.norm_topk_prob:
-            for s in range(1, k):
-                for t in range(LANES):
-                    top[t] = chosen[s * LANES + t] if chosen[s * LANES + t] > top[t] else top[t]
+            fold(chosen, k * LANES, LANES, top)
         else:
             for t in range(LANES):
                 top[t] = largest[t]
