@@ -18,8 +18,9 @@ from moe_fast import (
     inspect_model,
     predict_load,
 )
+from moe_fast.arrays import map_npy
 from moe_fast.demo import make_dense_model
-from moe_fast.health import RANDOM_TOKENS, counted, read_hidden_states
+from moe_fast.health import RANDOM_TOKENS, counted
 from moe_fast.kernels import reference
 
 RNG = np.random.default_rng(0)
@@ -187,7 +188,7 @@ def test_hidden_states_that_do_not_fit_write_nothing(dense, tmp_path):
 def test_a_file_of_hidden_states(dense, tmp_path):
     pytest.importorskip("typer")
     np.save(tmp_path / "states.npy", RNG.normal(size=(200, 64)).astype(np.float32))
-    assert isinstance(read_hidden_states(tmp_path / "states.npy"), np.memmap)
+    assert isinstance(map_npy(tmp_path / "states.npy"), np.memmap)
     build = ["build", dense, "-o", tmp_path / "moe", "--hidden-states", tmp_path / "states.npy"]
     done = run(*build)
     assert done.returncode == 0, done.stderr
@@ -216,7 +217,7 @@ def objects(file):
 def test_a_file_that_is_no_array_is_refused(tmp_path, write, reason):
     write(tmp_path / "states.npy")
     with pytest.raises(CheckpointError, match=rf"states\.npy: cannot be read as .*: {reason}"):
-        read_hidden_states(tmp_path / "states.npy")
+        map_npy(tmp_path / "states.npy")
 
 
 def test_a_large_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):

@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
 import moe_fast
+from moe_fast.arrays import map_npy
+from moe_fast.checkpoint.router_logits import statistics_of_file
 from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
-from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit
+from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
 from moe_fast.doctor import diagnose
 from moe_fast.errors import CheckpointError, MoeFastError
 from moe_fast.gates import compute_router_weights
-from moe_fast.health import read_hidden_states
 from moe_fast.plan import plan_moe_construction
+from moe_fast.plotting import save_load_picture
 from moe_fast.reports import Report
 from moe_fast.show import (
     complain,
@@ -32,6 +34,7 @@ from moe_fast.show import (
     show_diagnosis,
     show_model,
     show_plan,
+    show_routing,
 )
 
 app = typer.Typer(
@@ -343,6 +346,85 @@ def gates(
 
 
 @app.command()
+def route(
+    logits: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LOGITS",
+            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors, a tensor a "
+            "layer.",
+        ),
+    ],
+    method: Annotated[RoutingMethod, typer.Option(help="Who chooses.")] = RoutingMethod.TOP_K,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="Experts per token.", show_default="2, for Switch 1")
+    ] = None,
+    scores: Annotated[
+        str, typer.Option(help="What a logit becomes: softmax or sigmoid.")
+    ] = "softmax",
+    norm: Annotated[
+        bool | None,
+        typer.Option(help="Weights of a token sum to 1.", show_default="for top-k"),
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
+    groups_per_token: Annotated[
+        int | None, typer.Option(help="Groups that a token chooses from.", show_default="all")
+    ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="Limits the tokens of an expert.",
+            show_default="no limit for top-k, 1.25 for Switch, 1 for expert choice",
+        ),
+    ] = None,
+    drop_policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Who stays in a full expert: position or probs.",
+            show_default="probs, for Switch position",
+        ),
+    ] = None,
+    capacity_factors: Annotated[
+        str, typer.Option(help="Show what each of these factors would drop.")
+    ] = "1,1.25,1.5,2",
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(help="Tokens that share a capacity.", show_default="all of a layer"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that route.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the load per layer and expert into this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what routers do with saved logits: load, losses, collapse, drops."""
+    with reported_errors():
+        stats = statistics_of_file(
+            logits,
+            method,
+            experts_per_token,
+            capacity_factors=parse_factors(capacity_factors, method),
+            tokens_per_batch=tokens_per_batch,
+            threads=threads,
+            scores=cast(Any, scores),
+            norm_topk_prob=norm,
+            n_group=groups,
+            topk_group=groups_per_token,
+            capacity_factor=capacity_factor,
+            drop_policy=cast(Any, drop_policy),
+        )
+        if plot is not None:
+            save_load_picture(stats.counts, plot)
+    if as_json:
+        typer.echo(json.dumps(stats.to_dict() | {"layers": stats.summary()}, indent=2))
+    else:
+        show_routing(stats)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what is installed, which kernels run, and what is missing for what."""
     with reported_errors():
@@ -381,7 +463,7 @@ def text_of(text: str | None) -> str | None:
 
 
 def states_of(file: Path | None) -> Any:
-    return None if file is None else read_hidden_states(file)
+    return None if file is None else map_npy(file)
 
 
 def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:
@@ -408,6 +490,16 @@ def fail(error: BaseException, code: int) -> NoReturn:
     for note in getattr(error, "__notes__", ()):
         complain(note)
     raise typer.Exit(code) from None
+
+
+def parse_factors(text: str, method: RoutingMethod) -> list[float]:
+    """Numbers between commas; none for expert choice, which drops nothing."""
+    if method is RoutingMethod.EXPERT_CHOICE:
+        return []
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} are no numbers; write 1,1.25,2") from None
 
 
 def parse_size(text: str) -> int:

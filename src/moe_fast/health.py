@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
-from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
+from moe_fast.errors import MoeConfigError, RoutingError
 from moe_fast.reports import Report
 from moe_fast.statistics import RoutingStats
 
@@ -127,25 +126,6 @@ def as_hidden_states(
     if tokens.shape[-2] == 0:
         raise MoeConfigError(f"hidden_states hold no token: their shape is {tokens.shape}")
     return tokens
-
-
-def read_hidden_states(path: Path) -> npt.NDArray[Any]:
-    """The array of a `.npy` file, mapped into memory: what is not needed is not read.
-
-    Raises
-    ------
-    CheckpointError
-        For a file that is none, and for one that holds Python objects, which are never unpickled.
-    """
-    try:
-        with path.open("rb") as stream:
-            if stream.read(6) != b"\x93NUMPY":
-                raise ValueError("it does not begin as one")
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read as a .npy file: {reason}") from None
-    return array
 
 
 def router_health(

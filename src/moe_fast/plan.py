@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RouterInit, as_member
 from moe_fast.errors import MoeConfigError, as_index, shown
-from moe_fast.reports import Report
+from moe_fast.reports import Report, pandas_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -361,16 +361,8 @@ class MoeConstructionPlan:
         ModuleNotFoundError
             Without pandas.
         """
-        try:
-            from pandas import DataFrame
-        except ModuleNotFoundError as error:
-            if error.name != "pandas":
-                raise
-            raise ModuleNotFoundError(
-                "to_frame needs pandas: pip install pandas", name="pandas"
-            ) from None
         layer, expert = np.indices(self._source_model.shape)
-        return DataFrame(
+        return pandas_frame(
             {
                 "layer": layer.reshape(-1),
                 "expert": expert.reshape(-1),

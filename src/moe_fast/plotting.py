@@ -6,8 +6,9 @@ their order in grey print and for colour-blind readers, and small grids carry th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,17 @@ from moe_fast.errors import MoeConfigError, as_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from moe_fast.plan import MoeConstructionPlan
 
-__all__ = ["compute_router_similarity", "plot_load", "plot_plan", "plot_router_similarity"]
+__all__ = [
+    "compute_router_similarity",
+    "plot_load",
+    "plot_plan",
+    "plot_router_similarity",
+    "save_load_picture",
+]
 
 # Okabe and Ito's colours for the colour-blind (2008) without the black, in an order in which the
 # first few differ in grey print too; beyond those, the numbers in the cells tell.
@@ -147,6 +155,25 @@ def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
     write_cells(image, text, characters=4)
     ax.set(xlabel="expert", ylabel="layer", title="Load per layer and expert")
     return ax
+
+
+def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Draw `plot_load` into a file whose ending says the format, without a window.
+
+    Raises
+    ------
+    ModuleNotFoundError, TypeError, MoeConfigError
+        As `plot_load`; also for an ending that matplotlib does not write.
+    """
+    figure = cast("Figure", plot_load(load).figure)
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise MoeConfigError(f"{os.fspath(path)}: {error}") from None
+    finally:
+        pyplot.close(figure)
 
 
 def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Report"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["Report", "pandas_frame"]
 
 
 class Report:
@@ -33,6 +36,19 @@ class Report:
 
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return pairs_table({name.replace("_", " "): getattr(self, name) for name in names})
+
+
+def pandas_frame(columns: Mapping[str, Any]) -> DataFrame:
+    """A pandas data frame; `ModuleNotFoundError` says how to install pandas."""
+    try:
+        from pandas import DataFrame
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise ModuleNotFoundError(
+            "to_frame needs pandas: pip install pandas", name="pandas"
+        ) from None
+    return DataFrame(columns)
 
 
 def plain(value: Any) -> Any:

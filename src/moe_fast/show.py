@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_fast.doctor import Diagnosis
     from moe_fast.health import RouterHealth
     from moe_fast.plan import MoeConstructionPlan, MoeReport
+from moe_fast.statistics import RoutingStats
 
 MOST_PROBLEMS = 10
 MOST_LINES = 100
@@ -216,6 +217,52 @@ def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
         say(f"  {experts}" + (f" in layers {ranges(where)}" if where else ""))
+
+
+def show_routing(stats: RoutingStats) -> None:
+    config = stats.config
+    show_pairs(
+        {
+            "method": f"{config.routing_method}",
+            "experts": f"{config.num_experts} per layer, {config.num_experts_per_tok} per token",
+            "layers": f"{stats.num_layers}",
+            "tokens": f"{int(stats.num_tokens.sum()):,}",
+            "loss": f"{stats.huggingface_load_balancing_loss():.4f}, of all layers as transformers "
+            f"computes it ({config.num_experts_per_tok} is even)",
+        }
+    )
+    table = new_table(
+        "layer", "tokens", "load CV", "like experts", "entropy", "Switch loss", "z-loss",
+        "importance", "dropped", "no expert",
+        *(f"at {factor:g}" for factor in stats.capacity_factors),
+    )  # fmt: skip
+    rows = stats.summary()
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['num_tokens']:,}",
+            *(
+                "-" if row[name] is None else f"{row[name]:.4g}"
+                for name in (
+                    "coefficient_of_variation", "effective_num_experts", "mean_entropy",
+                    "load_balancing_loss", "z_loss", "importance_loss",
+                )
+            ),
+            *map(percent, (row["share_dropped"], row["share_unrouted"])),
+            *map(percent, row["share_dropped_by_capacity_factor"].values()),
+        )  # fmt: skip
+    say("\nlayers (load CV and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
+    if stats.capacity_factors:
+        factors = ", ".join(f"{factor:g}" for factor in stats.capacity_factors)
+        say(f"dropped: of the choices, now and at a capacity factor of {factors}")
+    output_console.print(table)
+    say("")
+    for row in rows:
+        say(f"layer {row['layer']}: {row['description']}")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def show_diagnosis(diagnosis: Diagnosis) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.reports import pandas_frame
 from moe_fast.routing import (
     LANES,
     LOGITS_PER_THREAD,
@@ -29,6 +30,9 @@ from moe_fast.routing import (
     specialisation,
 )
 from moe_fast.threads import as_threads, share
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["RoutingStats", "plan_capacity", "update_selection_bias"]
 
@@ -61,6 +65,10 @@ SUMS = (
     "_entropy",
     "_square",
 )
+
+KEYS = ("config", "options", "capacity_factors", "num_layers", "sums")
+# What of a summary is no single number.
+LISTS = ("load", "starving_experts", "dominating_experts", "description")
 
 
 class RoutingStats:
@@ -170,22 +178,24 @@ class RoutingStats:
         if layer >= self.num_layers:
             raise MoeConfigError(f"layer must be below num_layers ({self.num_layers}), got {layer}")
         array = np.asarray(logits)
-        rows, _, _ = readable(array, self.config.num_experts)
-        if self.num_tokens[layer] + len(rows) > MOST_TOKENS:
+        # What cannot be read as it stands is copied, and that only a piece at a time.
+        readable(array[:0] if array.ndim else array, self.config.num_experts)
+        num_tokens = len(array)
+        if self.num_tokens[layer] + num_tokens > MOST_TOKENS:
             raise MoeConfigError(f"logits hold too many tokens: at most {MOST_TOKENS} to a layer")
         added = RoutingStats(self.config, capacity_factors=self.capacity_factors, **self.options)
-        size = len(rows) if tokens_per_batch is None else tokens_per_batch
-        size = max(1, as_index(size, "tokens_per_batch", minimum=0 if len(rows) == 0 else 1))
-        for start in range(0, len(rows), size):
-            added._add_batch(array, start, min(start + size, len(rows)), as_threads(threads))
+        size = num_tokens if tokens_per_batch is None else tokens_per_batch
+        size = max(1, as_index(size, "tokens_per_batch", minimum=0 if num_tokens == 0 else 1))
+        for start in range(0, num_tokens, size):
+            added._add_batch(array, start, min(start + size, num_tokens), as_threads(threads))
         for name in SUMS:
             getattr(self, name)[layer] += getattr(added, name)[0]
 
     def _add_batch(self, logits: npt.NDArray[Any], start: int, stop: int, threads: int) -> None:
         """Add one batch, which shares a capacity."""
         if self._rule.method is RoutingMethod.EXPERT_CHOICE:
-            routing = route(logits[start:stop], self.config, threads=threads, **self.options)
             self._add_probabilities(logits, start, stop, threads)
+            routing = route(logits[start:stop], self.config, threads=threads, **self.options)
             self._add_choice(routing)
             self.num_unrouted[0] += routing.num_unrouted
             self.num_tokens[0] += stop - start
@@ -219,7 +229,7 @@ class RoutingStats:
         self, logits: npt.NDArray[Any], start: int, stop: int, threads: int
     ) -> None:
         num_experts = self.config.num_experts
-        rows, encoding, dtype = readable(logits, num_experts)
+        rows, encoding, dtype = readable(logits[start:stop], num_experts)
         kernel = kernels.compiled.add_statistics[specialisation(dtype)]
         ends: list[tuple[int, Float64, Float64]] = []
 
@@ -232,15 +242,15 @@ class RoutingStats:
             )  # fmt: skip
             ends.append((bad, probability, totals))
 
-        for first in range(start, stop, TOKENS_AT_A_TIME):
-            last = min(first + TOKENS_AT_A_TIME, stop)
+        for first in range(0, stop - start, TOKENS_AT_A_TIME):
+            last = min(first + TOKENS_AT_A_TIME, stop - start)
             share(
                 partial(add, first),
                 last - first,
                 threads,
                 grain=LOGITS_PER_THREAD // num_experts + 1,
             )
-        raise_for_nan(bad for bad, _, _ in ends)
+        raise_for_nan(bad + start for bad, _, _ in ends if bad >= 0)
         for _, probability, (entropy, whole, rest) in ends:
             self._probability[0] += in_units(probability)
             self._entropy[0] += int(entropy / ENTROPY_UNIT)
@@ -394,6 +404,115 @@ class RoutingStats:
                 parts.append(f"{100 * dropped:.1f} % of the choices dropped")
             yield "; ".join(parts)
 
+    def summary(self) -> list[dict[str, Any]]:
+        """The statistics in plain values, a dict a layer; `None` where there is no number.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from moe_fast import MoeConfig, RoutingStats
+        >>> stats = RoutingStats(MoeConfig(num_experts=2, num_experts_per_tok=1))
+        >>> stats.update(np.array([[1.0, 0.0], [0.0, 1.0]]))
+        >>> stats.summary()[0]["effective_num_experts"]
+        2.0
+        """
+        columns: dict[str, Sequence[Any]] = {
+            "num_tokens": self.num_tokens.tolist(),
+            "coefficient_of_variation": numbers(self.coefficient_of_variation),
+            "effective_num_experts": numbers(self.effective_num_experts),
+            "mean_entropy": numbers(self.mean_entropy),
+            "load_balancing_loss": numbers(self.load_balancing_loss()),
+            "z_loss": numbers(self.z_loss()),
+            "importance_loss": numbers(self.importance_loss()),
+            "share_dropped": numbers(self.share_dropped),
+            "share_unrouted": numbers(self.share_unrouted),
+            "share_dropped_by_capacity_factor": [
+                dict(zip(map(str, self.capacity_factors), numbers(row), strict=True))
+                for row in self.share_dropped_by_capacity_factor
+            ],
+            "load": [numbers(row) for row in self.load],
+            "starving_experts": self.starving_experts(),
+            "dominating_experts": self.dominating_experts(),
+            "description": list(self._words()),
+        }
+        return [
+            {"layer": layer, **dict(zip(columns, row, strict=True))}
+            for layer, row in enumerate(zip(*columns.values(), strict=True))
+        ]
+
+    def to_frame(self) -> DataFrame:
+        """The numbers of `summary` as a pandas data frame, one row a layer.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        rows = self.summary()
+        for row in rows:
+            by_factor = row.pop("share_dropped_by_capacity_factor")
+            row |= {f"share_dropped_at_{factor}": share for factor, share in by_factor.items()}
+        return pandas_frame(
+            {name: [row[name] for row in rows] for name in rows[0] if name not in LISTS}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was added up, in plain values as JSON has them: sums are exact integers.
+
+        Examples
+        --------
+        >>> from moe_fast import MoeConfig, RoutingStats
+        >>> stats = RoutingStats(MoeConfig(num_experts=4), capacity_factors=[1.0])
+        >>> RoutingStats.from_dict(stats.to_dict()) == stats
+        True
+        """
+        options = dict(self.options)
+        if options.get("selection_bias") is not None:
+            options["selection_bias"] = np.asarray(self.options["selection_bias"]).tolist()
+        values = {
+            "config": self.config.to_dict(),
+            "options": options,
+            "capacity_factors": list(self.capacity_factors),
+            "num_layers": self.num_layers,
+            "sums": {name.lstrip("_"): getattr(self, name).tolist() for name in SUMS},
+        }
+        plain: dict[str, Any] = without_infinity(values)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RoutingStats:
+        """The statistics that `to_dict` gave; what else is in `values` is left alone.
+
+        Raises
+        ------
+        TypeError, MoeConfigError
+            A key that is missing, or values that make no statistics.
+        """
+        missing = [name for name in KEYS if name not in values]
+        if missing:
+            raise MoeConfigError(f"statistics lack {missing[0]!r}")
+        known: dict[str, Any] = with_infinity({name: values[name] for name in KEYS})
+        stats = cls(
+            MoeConfig.from_dict(known["config"]),
+            known["num_layers"],
+            capacity_factors=known["capacity_factors"],
+            **known["options"],
+        )
+        for name in SUMS:
+            total = getattr(stats, name)
+            total[...] = as_sums(known["sums"], name.lstrip("_"), total.shape)
+        return stats
+
+    def _repr_html_(self) -> str:
+        from moe_fast.html import table
+
+        header = ("layer", "tokens", "load")
+        rows = [
+            (str(row["layer"]), f"{row['num_tokens']:,}", row["description"])
+            for row in self.summary()
+        ]
+        return table(header, rows, numbers=(0, 1))
+
     def __iadd__(self, other: RoutingStats) -> Self:
         if not isinstance(other, RoutingStats):
             return NotImplemented
@@ -440,6 +559,42 @@ class RoutingStats:
             f"num_experts_per_tok={self.config.num_experts_per_tok}, "
             f"num_tokens={self.num_tokens.tolist()})"
         )
+
+
+def numbers(values: Float64) -> list[float | None]:
+    """Plain numbers, `None` for those that JSON does not have."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def without_infinity(value: Any) -> Any:
+    """Plain values in which infinity, which JSON does not have, is the string "inf"."""
+    if isinstance(value, dict):
+        return {name: without_infinity(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinity(item) for item in value]
+    return "inf" if isinstance(value, float) and value == math.inf else value
+
+
+def with_infinity(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: with_infinity(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_infinity(item) for item in value]
+    return math.inf if isinstance(value, str) and value == "inf" else value
+
+
+def as_sums(sums: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The integers `sums[name]`, of this shape; squares may be infinite."""
+    try:
+        found = np.array(sums[name], object).reshape(shape)
+    except (KeyError, TypeError, ValueError):
+        found = None
+    if found is None or not all(
+        (type(value) is int and 0 <= value < 2**63) or (name == "square" and value >= 0)
+        for value in found.flat
+    ):
+        raise MoeConfigError(f"sums must hold {name!r} as integers of the shape {list(shape)}")
+    return found
 
 
 def named(experts: list[int], verb: str) -> str:

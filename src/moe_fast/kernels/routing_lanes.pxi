@@ -102,7 +102,8 @@ cdef extern from *:
                 for (i = 0; i + OTHER < 16; i += SIZE) bits |= (uint32_t)BITS( \
                     unord, PART(loadu, S)(x + j + i), PART(loadu, S)(x + j + i + OTHER), S); \
             return bits != 0; \
-        } \
+        }
+    #define EXTREMES(T, S) \
         /* to[i] = the largest of x[i], x[i + step], ... before n. */ \
         static inline void fold_##T(const T* x, Py_ssize_t n, Py_ssize_t step, T* to) { \
             Py_ssize_t j; \
@@ -128,7 +129,8 @@ cdef extern from *:
             int i; \
             EACH_PART(T) PART(storeu, S)(to + i, PART(max, S)(PART(loadu, S)(to + i), \
                 PART(min, S)(PART(loadu, S)(a + i), PART(loadu, S)(b + i)))); \
-        } \
+        }
+    #define COLUMNS(T, S) \
         /* Put x, of index e, among best[0] >= best[1] >= ... best[last], behind its equals; \
            those it passes move on and the last one out. */ \
         static inline void insert_##T( \
@@ -209,6 +211,10 @@ cdef extern from *:
         }
     STEPS(float, ps)
     STEPS(double, pd)
+    EXTREMES(float, ps)
+    EXTREMES(double, pd)
+    COLUMNS(float, ps)
+    COLUMNS(double, pd)
     SORT_FEW(double)
     COLLECT(double)
 
