@@ -550,8 +550,8 @@ def readable(
 ) -> tuple[npt.NDArray[np.uint8], int, np.dtype[Any]]:
     """The bytes of each row, how to read them, and the dtype to compute in."""
     array = np.asarray(logits)
-    encoding = ENCODINGS.get(array.dtype.name)
-    if encoding is None:
+    encoding, dtype = reading(array.dtype)
+    if dtype is None:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {array.dtype}")
     if array.ndim != 2 or array.shape[1] != num_experts:
         raise RoutingError(
@@ -562,8 +562,16 @@ def readable(
         array = array.astype(array.dtype.newbyteorder("="))
     if array.strides[1] != array.itemsize or not array.flags.aligned:
         array = array.copy()
-    dtype = np.dtype(np.float64 if array.itemsize == 8 else np.float32)
     return array.view(np.uint8), encoding, dtype
+
+
+@lru_cache(maxsize=64)  # NumPy works out the name of a dtype whenever it is asked for
+def reading(dtype: np.dtype[Any]) -> tuple[int, np.dtype[Any] | None]:
+    """How the kernels read a dtype and what they compute in; `None` where they do not."""
+    encoding = ENCODINGS.get(dtype.name)
+    if encoding is None:
+        return 0, None
+    return encoding, np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
 
 def as_bias(
@@ -620,22 +628,36 @@ def tokens_choose(
     """Fill the indices, the weights and the counts before anything is dropped."""
     kernel = kernels.compiled.route_tokens[specialisation(out.weights.dtype)]
     if bias is None:
-        bias = np.zeros(rule.num_experts, out.weights.dtype)
+        bias = no_bias(rule.num_experts, out.weights.dtype)
+    input = (
+        rows, encoding, bias, rule.is_sigmoid, rule.norm_topk_prob, rule.by_score,
+        rule.n_group, rule.topk_group, rule.experts_per_group_score, rule.routed_scaling_factor,
+    )  # fmt: skip
+    if threads == 1:
+        bad = kernel(
+            *input, out._indices, out.weights, out.tokens_per_expert_before_drop, 0, len(rows)
+        )
+        if bad >= 0:
+            raise_for_nan([bad])
+        return
     ends: list[tuple[int, Counts]] = []
 
     def choose(start: int, stop: int) -> None:
         counts = np.zeros(rule.num_experts, np.int64)
-        bad = kernel(
-            rows, encoding, bias, rule.is_sigmoid, rule.norm_topk_prob, rule.by_score,
-            rule.n_group, rule.topk_group, rule.experts_per_group_score,
-            rule.routed_scaling_factor, out._indices, out.weights, counts, start, stop,
-        )  # fmt: skip
+        bad = kernel(*input, out._indices, out.weights, counts, start, stop)
         ends.append((bad, counts))
 
     share(choose, len(rows), threads, grain=LOGITS_PER_THREAD // rule.num_experts + 1)
     raise_for_nan(bad for bad, _ in ends)
     for _, counts in ends:
         out.tokens_per_expert_before_drop += counts
+
+
+@lru_cache(maxsize=64)
+def no_bias(num_experts: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    zeros = np.zeros(num_experts, dtype)
+    zeros.flags.writeable = False
+    return zeros
 
 
 def drop(rule: Rule, out: Routing, capacity: int) -> None:
