@@ -109,7 +109,7 @@ class Model:
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
     def feed_forward(self, x: np.ndarray, prefix: str) -> np.ndarray:
-        if self.kind in DENSE:
+        if self.kind in DENSE or f"{prefix}mlp.gate_proj.weight" in self.weights:
             return swiglu(x, self.ffn(prefix + "mlp."))
         (router_name,) = (
             prefix + name for name in ROUTERS if f"{prefix}{name}.weight" in self.weights

@@ -296,7 +296,7 @@ def test_routers_are_held_to_the_digests_of_the_manifest(moe):
     (problem,) = check_moe(moe)["routers"].problems
     assert problem.endswith("gate.weight' is not the one whose SHA-256 moe_fast.json has")
     edit_json(moe / "moe_fast.json", gate_sha256=manifest["gate_sha256"][:1])
-    assert "1 digests for 2 layers" in check_moe(moe)["routers"].summary
+    assert "1 digests for 2 gates" in check_moe(moe)["routers"].summary
     edit_json_request(moe, gate_mode=None)  # what can be made again is
     assert "what is made for it" in check_moe(moe)["routers"].problems[0]
 

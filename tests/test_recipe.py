@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,11 @@ for extra in ("ml_dtypes", "safetensors", "typer", "yaml"):
 import numpy as np
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 from safetensors.numpy import load_file
 
 from moe_fast import (
+    CheckpointError,
     ExpertSource,
     MoeConfig,
     RecipeError,
@@ -121,6 +124,155 @@ seed: 3
     assert (asked.router_init, asked.gate_mode, asked.seed) == ("random", None, 3)
 
 
+ALL_OF_THEM = """\
+base_model: a
+gate_mode: cheap_embed
+dtype: torch.bfloat16
+architecture: Qwen
+experts_per_token: 1
+layout: fused
+dense_layers: [1, 0, 1]
+experts:
+  - source_model: b
+    positive_prompts: [x]
+  - source_model: c
+    positive_prompts: [y]
+    negative_prompts: []
+shared_experts:
+  - source_model: a
+    positive_prompts: [z, w]
+    negative_prompts: [v]
+    residual_scale: 0.1
+"""
+
+
+def test_the_keys_about_the_output():
+    asked = request(ALL_OF_THEM)
+    assert (asked.dtype, asked.target, asked.layout) == ("bfloat16", "qwen", "fused")
+    assert asked.dense_layers == (0, 1)
+    assert asked.shared_experts == (
+        ExpertSource(
+            str(Path.cwd() / "a"),
+            residual_scale=0.1,
+            positive_prompts=("z", "w"),
+            negative_prompts=("v",),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("architecture: mixtral", "mixtral"),
+        ("architecture: mix", "mixtral"),
+        ("architecture: DeepSeek MoE", "deepseek"),
+        ("architecture: qwen", "qwen"),
+        ("architecture: qwen moe", "qwen2_moe"),
+        ("architecture: qwen3", "qwen3_moe"),
+        ("target: flex-olmo", "flex_olmo"),
+        ("target: auto", "auto"),
+        ("", "mergekit"),
+    ],
+)
+def test_architecture_is_the_beginning_of_mergekits_name_for_a_target(text, target):
+    assert request(f"{TWO}{text}\n").target == target
+
+
+def test_what_is_ours_alone_goes_by_our_order_of_targets():
+    assert request("models: [a, b]\n").target == "auto"
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, "bfloat16"),
+        ({"torch_dtype": None}, None),
+        ({"torch_dtype": "float8"}, None),
+        ({"dtype": ["float16"]}, None),
+    ],
+)
+def test_without_a_dtype_it_is_the_one_that_the_bases_configuration_names(config, dtype):
+    file = Path("a/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"torch_dtype": None} | config))
+    assert request(TWO).dtype == dtype
+    assert request(TWO + "dtype: float32\n").dtype == "float32"
+    assert request("models: [a, b]\n").dtype is None
+    file.write_text("{")
+    assert request(TWO).dtype is None
+    with pytest.raises(CheckpointError, match=r"a.config\.json: not valid JSON"):
+        build_recipe("recipe.yml", "moe")
+
+
+@pytest.mark.parametrize(
+    ("base", "shared", "target"),
+    [
+        ("a", "", "mixtral"),
+        ("a", "shared_experts: [{source_model: a}]", "deepseek"),
+        ("a", "shared_experts: [{source_model: a}, {source_model: b}]", "deepseek"),
+        ("a", "shared_experts: [{source_model: a, positive_prompts: [x]}]", "qwen2_moe"),
+        ("a", "shared_experts: []", "mixtral"),
+    ],
+)
+def test_the_target_is_the_one_that_mergekit_takes(base, shared, target):
+    report = build_recipe(write(f"{TWO}{shared}\n"), "moe")
+    assert report.target == target
+    assert check_moe("moe").passed
+
+
+def test_prompts_of_shared_experts_make_their_gate():
+    report = build_recipe(
+        write(ALL_OF_THEM.replace("layout: fused\ndense_layers: [1, 0, 1]", "")), "moe"
+    )
+    assert report.target == "qwen2_moe"
+    assert check_moe("moe").passed
+    embeddings = load_file("a/model.safetensors")["model.embed_tokens.weight"].astype(np.float64)
+
+    def direction(text: bytes) -> np.ndarray:
+        total = embeddings[list(text)].sum(axis=0)
+        return total / np.linalg.norm(total)
+
+    expected = direction(b"zw") - direction(b"v")
+    expected = (expected / np.linalg.norm(expected)).astype(np.float32).astype(bfloat16)
+    built = load_file("moe/model.safetensors")
+    for layer in range(2):
+        gate = built[f"model.layers.{layer}.mlp.shared_expert_gate.weight"]
+        assert gate.tobytes() == expected.tobytes()
+
+
+def test_a_target_without_a_gate_refuses_prompts_of_shared_experts():
+    text = ALL_OF_THEM.replace("architecture: Qwen\nexperts_per_token: 1\nlayout: fused\n", "")
+    text = text.replace("dense_layers: [1, 0, 1]", "architecture: deepseek")
+    message = r"prompts of the shared expert .*a: DeepSeek-MoE has no gate for it that prompts"
+    with pytest.raises(CheckpointError, match=message):
+        build_recipe(write(text), "moe")
+    assert not Path("moe").exists()
+
+
+def test_an_empty_prompt_is_the_beginning_of_the_text():
+    config = Path("a/tokenizer_config.json")
+    config.write_text(json.dumps({"bos_token": "<"}))
+    text = TWO.replace("random", "cheap_embed").replace("b\n", "b\n    positive_prompts: ['']\n")
+    build_recipe(write(text + "    positive_prompts: [y]\n"), "moe")
+    row = load_file("a/model.safetensors")["model.embed_tokens.weight"][ord("<")].astype(float)
+    expected = (row / np.linalg.norm(row)).astype(np.float32)
+    assert routers("moe")[0][0].tobytes() == expected.tobytes()
+
+
+# The example of mergekit's documentation, whose models are names on the Hub.
+UPCYCLING = "base_model: BEE-spoke-data/smol_llama-220M-GQA\ngate_mode: random\ndtype: bfloat16\n"
+UPCYCLING += "experts:\n" + "  - source_model: BEE-spoke-data/smol_llama-220M-GQA\n" * 8
+
+
+def test_the_upcycling_recipe_of_mergekits_documentation():
+    make_dense_model("BEE-spoke-data/smol_llama-220M-GQA", seed=0)
+    report = build_recipe(write(UPCYCLING), "moe")
+    assert (report.target, report.num_experts, report.num_experts_per_tok) == ("mixtral", 8, 2)
+    built = load_file("moe/model.safetensors")
+    assert {array.dtype for array in built.values()} == {np.dtype(bfloat16)}
+    assert check_moe("moe").passed
+
+
 def test_merge_keys():
     asked = request(
         """\
@@ -154,6 +306,8 @@ def test_a_recipe_gives_what_build_moe_gives():
         "from-call",
         config,
         base="a",
+        target="mixtral",
+        dtype="float32",  # what the base's configuration names
         router_init="random",
         seed=5,
         max_shard_size=100_000,

@@ -53,6 +53,7 @@ SAID_BY_RECIPES = (
     "layout",
     "dtype",
     "base",
+    "dense_layers",
     "router_init",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -115,7 +116,8 @@ def build(
     models: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MODEL...", help="Folders of dense models, or one recipe (.yml or .yaml)."
+            metavar="MODEL...",
+            help="Dense models, folders or names on the Hub; or one recipe (.yml or .yaml).",
         ),
     ],
     output: OutputFolder,
@@ -138,6 +140,10 @@ def build(
             help="Gives attention, embeddings, norms and tokenizer.", show_default="the first model"
         ),
     ] = None,
+    dense_layers: Annotated[
+        str,
+        typer.Option(metavar="LAYERS", help="Layers without experts, such as 0,5 or 0-3."),
+    ] = "",
     router_init: Annotated[
         RouterInit, typer.Option(help="How routers start.")
     ] = RouterInit.BALANCED,
@@ -174,6 +180,7 @@ def build(
                 layout=layout,
                 dtype=dtype,
                 base=base,
+                dense_layers=parse_layers(dense_layers),
                 router_init=router_init,
                 **how,
             )
@@ -508,3 +515,15 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is no size; write 500MB or 5GB")
     number, unit = match.groups()
     return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0,5` or `0-3,7` as the layers that it names."""
+    layers: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
+        if match is None:
+            raise typer.BadParameter(f"{text!r} names no layers; write 0,5 or 0-3")
+        first, last = match.groups()
+        layers += range(int(first), int(last or first) + 1)
+    return layers

@@ -20,6 +20,7 @@ DISTRIBUTION = "moe-fast"
 PURPOSES = {
     "checkpoint": "bfloat16 weights, and the demo's models",
     "cli": "the command moe-fast",
+    "hub": "models by their name on the Hugging Face Hub",
     "plot": "pictures of plans, loads and routers",
     "recipes": "recipe files, and tokenizers of several models",
 }

@@ -133,19 +133,21 @@ def router_health(
     hidden_states: npt.NDArray[Any] | None,
     num_experts_per_tok: int,
     *,
+    layers: Sequence[int],
     source: str,
     remedy: str,
 ) -> RouterHealth:
     """`predict_load` with what to say of it; `source` names the hidden states.
 
-    Routers are taken one at a time: those of a large model need much memory together.
+    `layers` are the numbers of the layers that the routers belong to. Routers are taken one at a
+    time: those of a large model need much memory together.
     """
     variation, entropy = [], []
     found: dict[str, list[int]] = {}
-    for layer, router in enumerate(routers):
+    for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
         states = hidden_states
         if states is not None and states.ndim == 3:
-            states = states[layer]
+            states = states[index]
         stats = predict_load(router[np.newaxis], states, num_experts_per_tok=num_experts_per_tok)
         tokens = int(stats.num_tokens[0])
         variation += stats.coefficient_of_variation.tolist()

@@ -180,10 +180,13 @@ class Reader:
         advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         return f"unknown key; {advice}"
 
-    def listed(self, read: Read, node: Node, where: str) -> list[Entry]:
-        """The entries of a list, which is not empty."""
-        if node.id != "sequence" or not node.value:
-            raise Wrong(node, f"must be a list with something in it, got {shown(node)}")
+    def listed(
+        self, read: Read, node: Node, where: str, *, may_be_empty: bool = False
+    ) -> list[Entry]:
+        """The entries of a list."""
+        if node.id != "sequence" or not (node.value or may_be_empty):
+            wanted = "a list" if may_be_empty else "a list with something in it"
+            raise Wrong(node, f"must be {wanted}, got {shown(node)}")
         return [
             entry
             for i, item in enumerate(node.value)

@@ -12,10 +12,13 @@ from typing import Any
 import numpy.typing as npt
 
 from moe_fast.checkpoint.build import BuildReport, build_checkpoint
+from moe_fast.checkpoint.header import read_config
+from moe_fast.checkpoint.hub import REPOSITORY, find_model
 from moe_fast.checkpoint.output import Writing
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
-from moe_fast.config import PROMPT_MODES, GateMode, MoeConfig, RouterInit
-from moe_fast.errors import MoeConfigError, RecipeError
+from moe_fast.checkpoint.targets import as_target_name
+from moe_fast.config import PROMPT_MODES, Dtype, GateMode, Layout, MoeConfig, RouterInit
+from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.nodes import (
     Entries,
     Entry,
@@ -25,6 +28,8 @@ from moe_fast.nodes import (
     Wrong,
     compose,
     integer,
+    is_nothing,
+    kind,
     member,
     number,
     pairs,
@@ -35,12 +40,20 @@ from moe_fast.nodes import (
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
 
 RENAMED = {"source_model": "model"}
+# What mergekit-moe calls its output architectures, of which it takes a beginning.
+ARCHITECTURES = {
+    "mixtral": "mixtral",
+    "deepseek moe": "deepseek",
+    "qwen moe": "qwen2_moe",
+    "qwen3 moe": "qwen3_moe",
+}
 # Keys of mergekit-yaml that people leave in, and mergekit-moe passes over.
 OF_MERGEKIT_YAML = (
     "chat_template", "merge_method", "modules", "name", "out_dtype", "parameters", "slices",
     "tokenizer", "tokenizer_source",
 )  # fmt: skip
 PROMPTS = ("positive_prompts", "negative_prompts")
+LISTS = ("experts", "models", "shared_experts")
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,10 @@ def build_recipe(
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe file, ours or mergekit-moe's. No model is opened.
+    """Read a recipe file, ours or mergekit-moe's. No weight is read.
+
+    Models that are named as on the Hugging Face Hub are fetched into its cache, once nothing else
+    in the recipe is wrong.
 
     Raises
     ------
@@ -114,9 +130,25 @@ class RecipeReader(Reader):
         keys: Entries = next((entry.value for entry in self.read(self.keys, node, "")), {})
         if not self.problems:
             self.check(keys, Entry("", node, None))
+        folders = {} if self.problems else self.folders(keys)
         if self.problems:
             raise RecipeError(*self.problems)
-        return Recipe(as_request(plain(keys)), tuple(self.notes))
+        return Recipe(as_request(plain(keys), folders), tuple(self.notes))
+
+    def folders(self, keys: Entries) -> dict[str, str]:
+        """The folder of each model by what the recipe calls it."""
+        listed = [each for key in LISTS if key in keys for each in keys[key].value]
+        entries = [each.value["source_model"] for each in listed]
+        entries += [keys["base_model"]] if "base_model" in keys else []
+        folders: dict[str, str] = {}
+        for entry in entries:
+            if entry.value not in folders:
+                try:
+                    folders[entry.value] = find_model(entry.value)
+                except CheckpointError as error:
+                    folders[entry.value] = ""
+                    self.problem(entry, str(error))
+        return folders
 
     def unknown(self, key: str, known: Collection[str]) -> str:
         if key in OF_MERGEKIT_YAML:
@@ -130,8 +162,14 @@ class RecipeReader(Reader):
             "models": partial(self.listed, self.model_or_expert),
             "num_experts": integer,
             "experts_per_token": integer,
+            "shared_experts": partial(self.listed, self.expert, may_be_empty=True),
+            "dense_layers": partial(self.listed, integer, may_be_empty=True),
             "gate_mode": partial(member, GateMode),
             "router_init": partial(member, RouterInit),
+            "architecture": architecture,
+            "target": target,
+            "layout": partial(member, Layout),
+            "dtype": dtype,
             "seed": integer,
         }
         return self.mapping(reads, (), node, where)
@@ -139,8 +177,8 @@ class RecipeReader(Reader):
     def expert(self, node: Node, where: str) -> Entries:
         reads: dict[str, Read] = {
             "source_model": model,
-            "positive_prompts": partial(self.listed, text),
-            "negative_prompts": partial(self.listed, text),
+            "positive_prompts": partial(self.listed, text, may_be_empty=True),
+            "negative_prompts": partial(self.listed, text, may_be_empty=True),
             "noise_scale": number,
             "residual_scale": number,
             "source_layers": partial(self.listed, integer),
@@ -165,9 +203,11 @@ class RecipeReader(Reader):
                 self.problem(keys["num_experts"], "experts lists them; leave this out")
             if "base_model" not in keys:
                 self.problem(whole, "base_model is missing")
-        if "gate_mode" in keys and "router_init" in keys:
-            self.problem(keys["router_init"], "stands beside gate_mode; give one of them")
-        for expert in listed.value:
+        for one, other in (("gate_mode", "router_init"), ("architecture", "target")):
+            if one in keys and other in keys:
+                self.problem(keys[other], f"stands beside {one}; give one of them")
+        shared = keys["shared_experts"].value if "shared_experts" in keys else []
+        for expert in [*listed.value, *shared]:
             try:
                 as_source(plain(expert))
             except MoeConfigError as error:
@@ -177,19 +217,31 @@ class RecipeReader(Reader):
             as_config(asked).validate()
         except MoeConfigError as error:
             self.problem(keys.get("experts_per_token", listed), str(error))
-        self.check_prompts(listed.value, as_gate_mode(asked))
+        self.check_prompts(listed.value, shared, as_gate_mode(asked))
 
-    def check_prompts(self, experts: Sequence[Entry], mode: GateMode | None) -> None:
+    def check_prompts(
+        self, experts: Sequence[Entry], shared: Sequence[Entry], mode: GateMode | None
+    ) -> None:
         """Where routers are made from prompts, every expert has some, and not all the same."""
+        given = [
+            e.value[key]
+            for e in (*experts, *shared)
+            for key in PROMPTS
+            if key in e.value and e.value[key].value
+        ]
         if mode not in PROMPT_MODES:
-            unused = [e.value[key] for e in experts for key in PROMPTS if key in e.value]
-            if unused:
+            if given:
                 why = "router_init" if mode is None else f"gate_mode {mode}"
-                self.notes.append(self.at(unused[0], f"prompts have no effect with {why}"))
+                self.notes.append(self.at(given[0], f"prompts have no effect with {why}"))
             return
         for expert in experts:
-            if "positive_prompts" not in expert.value:
+            prompts = expert.value.get("positive_prompts")
+            if prompts is None:
                 self.problem(expert, f"positive_prompts is missing, which gate_mode {mode} needs")
+            elif not prompts.value:
+                self.problem(prompts, f"is empty, and gate_mode {mode} makes routers of them")
+        if len({"positive_prompts" in e.value for e in shared}) > 1:
+            self.problem(shared[0], "some shared experts have prompts and others none; all or none")
         prompts = [tuple(plain(expert).get(key) for key in PROMPTS) for expert in experts]
         if len(experts) > 1 and len(set(prompts)) == 1:
             self.problem(
@@ -197,12 +249,23 @@ class RecipeReader(Reader):
             )
 
 
-def as_request(asked: dict[str, Any]) -> BuildRequest:
-    models = tuple(as_source(each) for each in asked.get("experts") or asked["models"])
+def as_request(asked: dict[str, Any], folders: dict[str, str]) -> BuildRequest:
+    def sources(key: str) -> tuple[ExpertSource, ...]:
+        found = (as_source(each) for each in asked.get(key, ()))
+        return tuple(replace(source, model=folders[source.model]) for source in found)
+
+    models = sources("experts") or sources("models")
+    base = folders[asked["base_model"]] if "base_model" in asked else models[0].model
+    listed = "experts" in asked
     return BuildRequest(
         models=models,
-        base=asked.get("base_model", models[0].model),
+        base=base,
         config=as_config(asked),
+        target=asked.get("target", asked.get("architecture", "mergekit" if listed else "auto")),
+        layout=asked.get("layout"),
+        dtype=asked.get("dtype", stated_dtype(Path(base)) if listed else None),
+        shared_experts=sources("shared_experts"),
+        dense_layers=tuple(sorted(set(asked.get("dense_layers", ())))),
         router_init=asked.get("router_init", RouterInit.BALANCED),
         gate_mode=as_gate_mode(asked),
         seed=asked.get("seed", 0),
@@ -224,19 +287,70 @@ def as_gate_mode(asked: dict[str, Any]) -> GateMode | None:
     return asked.get("gate_mode", default)
 
 
+def stated_dtype(base: Path) -> Dtype | None:
+    """What the base's configuration names, to which mergekit-moe converts where it is not told."""
+    try:
+        config = read_config(base)
+    except CheckpointError:  # which the build says better, with all others
+        return None
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return Dtype(stated) if stated in list(Dtype) else None
+
+
+def dtype(node: Node, where: str) -> Dtype:
+    if kind(node) == "a string" and node.value.removeprefix("torch.") in list(Dtype):
+        return Dtype(node.value.removeprefix("torch."))
+    return Dtype(member(Dtype, node, where))
+
+
+def target(node: Node, where: str) -> str:
+    try:
+        return as_target_name(text(node, where))
+    except CheckpointError as error:
+        raise Wrong(node, str(error)) from None
+
+
+def architecture(node: Node, where: str) -> str:
+    """The target that mergekit-moe's name for it begins with this."""
+    start = text(node, where).lower()
+    found = [target for name, target in ARCHITECTURES.items() if name.startswith(start)]
+    if len(found) == 1:
+        return found[0]
+    if found == ["qwen2_moe", "qwen3_moe"]:
+        return "qwen"
+    raise Wrong(
+        node,
+        f"must be mixtral, deepseek, qwen or qwen3, got {node.value!r}; "
+        "the key target knows more families",
+    )
+
+
 def model(node: Node, where: str) -> str:
-    """The folder of a model, named by a string or, as in mergekit, a mapping."""
+    """What a model is called, by a string or, as in mergekit, a mapping: its folder where it is."""
     if node.id == "mapping":
-        parts = {text(key, where): value for key, value in pairs(node)}
-        for key, value in parts.items():
-            if key not in ("model", "path"):
-                raise Wrong(value, f"{key} is not supported; name a folder with a finished model")
-        if len(parts) != 1:
-            raise Wrong(node, "must name one model")
-        return model(next(iter(parts.values())), where)
+        return model_of_mapping(node, where)
     name = text(node, where)
     folder = Path(name).expanduser().absolute()
-    if not folder.is_dir():
-        lora = "; merge a LoRA into its model first, and name the result" if "+" in name else ""
-        raise Wrong(node, f"{name!r} is not a folder with a model{lora}")
-    return str(folder)
+    if folder.is_dir():
+        return str(folder)
+    if REPOSITORY.fullmatch(name):
+        return name
+    lora = "; merge a LoRA into its model first, and name the result" if "+" in name else ""
+    raise Wrong(node, f"{name!r} is not a folder with a model{lora}")
+
+
+def model_of_mapping(node: Node, where: str) -> str:
+    parts = {text(key, where): value for key, value in pairs(node)}
+    for key, value in parts.items():
+        if key not in ("model", "path", "revision"):
+            raise Wrong(value, f"{key} is not supported; name a folder with a finished model")
+    revision = parts.pop("revision", None)
+    if len(parts) != 1:
+        raise Wrong(node, "must name one model")
+    found = model(next(iter(parts.values())), where)
+    if revision is None or is_nothing(revision):
+        return found
+    name = f"{found}@{text(revision, where)}"
+    if not REPOSITORY.fullmatch(name):
+        raise Wrong(revision, f"{name!r}: only a repository on the Hugging Face Hub has revisions")
+    return name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ def show_build(report: BuildReport) -> None:
         {
             "output": f"{report.output} ({report.target})",
             "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
-            "layers": f"{report.num_layers}",
+            "layers": f"{report.num_layers}{dense(report.dense_layers)}",
             "parameters": f"{report.num_parameters:,}",
             "load balance": f"{report.load_balance:.4f} (0 is even)",
             "router load": f"{predicted(report.routers)}",
@@ -68,6 +68,10 @@ def show_build(report: BuildReport) -> None:
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def dense(layers: Sequence[int]) -> str:
+    return f", dense: {ranges(layers)}" if layers else ""
 
 
 def show_layout(report: BuildReport) -> None:

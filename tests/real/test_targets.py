@@ -158,6 +158,22 @@ def test_transformers_5_loads_it_whole_and_it_computes_the_same(
     assert_same(logits, expected, 2e-5)
 
 
+# Qwen's families alone have layers without experts, among those that transformers knows.
+DENSE = [("qwen2", "qwen2_moe"), ("llama, tied", "qwen2_moe"), ("qwen3", "qwen3_moe")]
+DENSE_LAYERS = (0, 2)
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+@pytest.mark.parametrize(("source", "target"), DENSE)
+def test_transformers_5_knows_the_layers_without_experts(dense, tmp_path, source, target, layout):
+    folder, expected = dense(source)
+    options = {"target": target, "layout": layout, "dense_layers": DENSE_LAYERS}
+    build_moe(folder, tmp_path / "moe", CONFIG, **options)
+    logits, problems = compute_logits(tmp_path / "moe", TOKENS)
+    assert not problems
+    assert_same(logits, expected, 2e-5)
+
+
 TRANSFORMERS_4 = [case.values[:2] for case in CASES if case.values[2] != "fused"]
 
 
@@ -175,6 +191,10 @@ def transformers_4(dense, smollm2, smollm2_tokens, tmp_path_factory):
         folder = scratch / f"{len(jobs)}"
         build_moe(dense(source)[0], folder, CONFIG, target=target)
         jobs[source, target] = (str(folder), TOKENS)
+    for source, target in DENSE:
+        folder = scratch / f"{len(jobs)}"
+        build_moe(dense(source)[0], folder, CONFIG, target=target, dense_layers=DENSE_LAYERS)
+        jobs[source, target, "dense layers"] = (str(folder), TOKENS)
     for target in ("mixtral", "qwen2_moe"):
         build_moe(smollm2, scratch / target, CONFIG, target=target)
         jobs["smollm2", target] = (str(scratch / target), smollm2_tokens)
@@ -195,6 +215,13 @@ def test_transformers_4_loads_it_whole_and_it_computes_the_same(
     dense, transformers_4, source, target
 ):
     logits, problems = transformers_4[source, target]
+    assert not problems
+    assert_same(logits, dense(source)[1], 2e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), DENSE)
+def test_transformers_4_knows_the_layers_without_experts(dense, transformers_4, source, target):
+    logits, problems = transformers_4[source, target, "dense layers"]
     assert not problems
     assert_same(logits, dense(source)[1], 2e-5)
 

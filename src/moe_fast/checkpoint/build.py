@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from moe_fast.checkpoint.construction import Construction
 from moe_fast.checkpoint.header import open_regular
+from moe_fast.checkpoint.hub import find_models
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.output import (
     Contents,
@@ -93,6 +94,7 @@ class BuildReport(Report):
     """How tokens will spread over the experts, as far as the routers tell before training."""
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+    dense_layers: tuple[int, ...] = ()
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -106,6 +108,7 @@ def build_moe(
     dtype: Dtype | str | None = None,
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
+    dense_layers: Iterable[int] = (),
     router_init: RouterInit | str = RouterInit.BALANCED,
     gate_mode: GateMode | str | None = None,
     seed: int = 0,
@@ -131,7 +134,9 @@ def build_moe(
     models : path, ExpertSource, or sequence of them
         Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
         safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way.
+        the way. What is no folder and reads `"organisation/name"`, or with a revision
+        `"organisation/name@revision"`, is a repository on the Hugging Face Hub: it is taken from
+        the Hub's cache, and fetched into it first unless `HF_HUB_OFFLINE=1`.
     output : path
         The folder to create.
     config : MoeConfig, optional
@@ -152,7 +157,12 @@ def build_moe(
         Models whose FFN every token goes through, where the target has such experts. Their output
         is added to that of the routed experts, so to keep a model's function, scale both: with one
         shared expert, each by a `residual_scale` of 0.5 (in Qwen2-MoE the routed ones alone; a gate
-        that starts near one half scales the shared one).
+        that starts near one half scales the shared one). Prompts of theirs make that gate, where
+        `gate_mode` makes routers from prompts.
+    dense_layers : iterable of int
+        Layers that keep the FFN of the base in place of experts, where the target can say so:
+        Qwen2-MoE and Qwen3-MoE any, DeepSeek-MoE the first ones and, after them, all but every
+        n-th.
     router_init : RouterInit or str
         How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
@@ -163,10 +173,10 @@ def build_moe(
         tokens, or from what the routers will read of them, which takes a run of the base model.
     seed : int
         Of these draws, and of the noise that an `ExpertSource` asks for.
-    hidden_states : array_like, shape (T, hidden_size) or (num_layers, T, hidden_size), optional
-        What the routers will read, to predict the load from, as `predict_load` does; no byte of the
-        output depends on it. By default the tokens of the prompts where routers are made from what
-        they will read of them, else random ones.
+    hidden_states : array_like, shape (T, hidden_size) or (L, T, hidden_size), optional
+        What the routers of the L layers with experts will read, to predict the load from, as
+        `predict_load` does; no byte of the output depends on it. By default the tokens of the
+        prompts where routers are made from what they will read of them, else random ones.
     max_shard_size : int
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite : bool
@@ -222,19 +232,20 @@ def build_moe(
         raise CheckpointError("models must name at least one model folder")
     request = BuildRequest(
         models=experts,
-        base=experts[0].model if base is None else str(Path(base).absolute()),
+        base=experts[0].model if base is None else os.fspath(base),
         config=config,
         target=as_target_name(target),
         layout=None if layout is None else as_member(layout, Layout, "layout"),
         dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts),
+        dense_layers=as_layers(dense_layers),
         router_init=as_member(router_init, RouterInit, "router_init"),
         gate_mode=None if gate_mode is None else as_member(gate_mode, GateMode, "gate_mode"),
         seed=as_index(seed, "seed"),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
     how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    return build_checkpoint(request, output, how, hidden_states=hidden_states)
+    return build_checkpoint(with_folders(request), output, how, hidden_states=hidden_states)
 
 
 def build_checkpoint(
@@ -297,6 +308,7 @@ def build_checkpoint(
         num_experts=plan.num_experts,
         num_experts_per_tok=request.config.num_experts_per_tok,
         num_layers=plan.num_layers,
+        dense_layers=request.dense_layers,
         num_parameters=sum(t.weight.num_parameters for t in tensors),
         load_balance=report.load_balance,
         unused_models=report.unused_models,
@@ -320,11 +332,29 @@ def build_checkpoint(
 
 
 def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
-    """The argument `models` or `shared_experts`, its folders absolute."""
+    """The argument `models` or `shared_experts`."""
     if isinstance(models, (str, os.PathLike, ExpertSource)):
         models = [models]
-    experts = [m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models]
-    return tuple(replace(e, model=str(Path(e.model).absolute())) for e in experts)
+    return tuple(m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models)
+
+
+def with_folders(request: BuildRequest) -> BuildRequest:
+    """The request with the folder of each model in place of its name."""
+    experts = (*request.models, *request.shared_experts)
+    folders = find_models([*(expert.model for expert in experts), request.base])
+    return replace(
+        request,
+        models=tuple(replace(e, model=folders[e.model]) for e in request.models),
+        shared_experts=tuple(replace(e, model=folders[e.model]) for e in request.shared_experts),
+        base=folders[request.base],
+    )
+
+
+def as_layers(layers: Any) -> tuple[int, ...]:
+    """The argument `dense_layers`: each layer once, in order."""
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"dense_layers must list layers, got {layers!r}")
+    return tuple(sorted({as_index(layer, "dense_layers") for layer in layers}))
 
 
 @dataclass(frozen=True)
@@ -345,16 +375,19 @@ class Blueprint:
             remedy = "give experts prompts that differ more, and more of them"
         elif request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
             remedy = "router_init balanced or random tells experts apart"
-        states = self.hidden_states
+        layers, states = self.construction.moe_layers, self.hidden_states
+        if states is not None and len(layers) < len(states):
+            states = states[list(layers)]
         source = "random tokens" if states is None else "tokens of the prompts"
         if given is not None:
             hidden_size = self.construction.base.sizes.hidden_size
-            states = as_hidden_states(given, self.construction.plan.num_layers, hidden_size)
+            states = as_hidden_states(given, len(layers), hidden_size)
             source = "given tokens"
         return router_health(
             self.construction.routers(),
             states,
             request.config.num_experts_per_tok,
+            layers=layers,
             source=source,
             remedy=remedy,
         )
@@ -380,6 +413,7 @@ def prepare(request: BuildRequest, gate_digests: Sequence[str] = ()) -> Blueprin
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
+        dense_layers=request.dense_layers,
         converted_to=None if request.dtype is None else SAFETENSORS_DTYPES[request.dtype],
     )
     problems = construction.problems()
@@ -391,23 +425,44 @@ def prepare(request: BuildRequest, gate_digests: Sequence[str] = ()) -> Blueprin
         raise CheckpointError(*problems)
     hidden_states = None
     if gate_digests:
-        if len(gate_digests) != plan.num_layers:
-            raise CheckpointError(
-                f"gate_sha256 has {len(gate_digests)} digests for {plan.num_layers} layers"
-            )
+        layers = len(construction.moe_layers)
+        gates = layers * 2 if construction.prompts_of_shared() else layers
+        if len(gate_digests) != gates:
+            raise CheckpointError(f"gate_sha256 has {len(gate_digests)} digests for {gates} gates")
         construction = replace(construction, gate_digests=gate_digests)
     elif request.gate_mode in PROMPT_MODES:
         experts = [request.models[i] for i in plan.source_model[0]]
-        gates = prompt_gates(request.gate_mode, base, experts)
-        construction = replace(construction, gates=gates.weights)
-        hidden_states = gates.hidden_states
+        shared = [in_common(request.shared_experts)] if construction.prompts_of_shared() else []
+        made = prompt_gates(request.gate_mode, base, experts, shared)
+        construction = replace(
+            construction,
+            gates=made.weights[:, : len(experts)],
+            shared_gates=made.weights[:, len(experts) :] if shared else None,
+        )
+        hidden_states = made.hidden_states
     tensors = tuple(target.tensors(construction, request.layout))
     return Blueprint(target, construction, tensors, rejected, hidden_states)
+
+
+def in_common(experts: Sequence[ExpertSource]) -> ExpertSource:
+    """One expert with the prompts of all."""
+    return replace(
+        experts[0],
+        positive_prompts=tuple(p for expert in experts for p in expert.positive_prompts),
+        negative_prompts=tuple(p for expert in experts for p in expert.negative_prompts),
+    )
 
 
 def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
     """Round robin over the models, each from its own source layers."""
     problems = [
+        f"dense_layers: there is no layer {layer}, the base model has {num_layers}"
+        for layer in request.dense_layers
+        if not 0 <= layer < num_layers
+    ]
+    if len({*request.dense_layers}) == num_layers and not problems:
+        problems.append("dense_layers: lists every layer; an MoE has experts in one at least")
+    problems += [
         f"source_layers of {m.model}: lists {len(m.source_layers)} layers, the output has "
         f"{num_layers}; list one for each"
         for m in (*request.models, *request.shared_experts)

@@ -343,7 +343,7 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
         blueprint.target.config(construction),
         construction.base.path,
         [model.tensors for model in models],
-        construction.plan.num_layers * construction.plan.num_experts,
+        len(construction.moe_layers) * construction.plan.num_experts,
     )
 
 

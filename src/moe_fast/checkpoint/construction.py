@@ -27,7 +27,7 @@ from moe_fast.checkpoint.pieces import (
 from moe_fast.checkpoint.request import ExpertSource
 from moe_fast.checkpoint.source import FFN, DenseModel
 from moe_fast.checkpoint.table import OutputTensor, Weight
-from moe_fast.config import GateMode, MoeConfig, RouterInit
+from moe_fast.config import PROMPT_MODES, GateMode, MoeConfig, RouterInit
 from moe_fast.gates import as_dtype
 from moe_fast.plan import MoeConstructionPlan
 
@@ -48,17 +48,27 @@ class Construction:
     shared_sources: Sequence[DenseModel] = ()
     shared_experts: Sequence[ExpertSource] = ()
     """What was asked of each of the shared sources."""
+    dense_layers: Sequence[int] = ()
+    """Layers that keep the base's FFN; the plan's rows for them mean nothing."""
     converted_to: str | None = None
     """The dtype of every output tensor; `None` keeps those of the sources."""
     gates: npt.NDArray[np.float32] | None = None
     """Routers made from prompts, `(num_layers, num_experts, hidden_size)`."""
+    shared_gates: npt.NDArray[np.float32] | None = None
+    """What weighs the shared experts, made from their prompts, `(num_layers, 1, hidden_size)`."""
     gate_digests: Sequence[str] = ()
-    """In their place, what SHA-256 makes of each layer's."""
+    """In place of both, what SHA-256 makes of each: those of `drawn_from_prompts`."""
 
     @property
     def dtype(self) -> str:
         """The dtype of experts and routers, as safetensors spells it."""
         return self.converted_to or self.base.expert_dtype
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        dense = frozenset(self.dense_layers)
+        return tuple(layer for layer in range(self.plan.num_layers) if layer not in dense)
 
     def files(self) -> tuple[SourceFile, ...]:
         """Every safetensors file of the base and the sources."""
@@ -112,10 +122,9 @@ class Construction:
         shape = (self.plan.num_experts, self.base.sizes.hidden_size)
         router: Piece
         if self.gate_digests:
-            nbytes = math.prod(shape) * ITEM_SIZES[self.dtype]
-            router = Remembered(nbytes, self.gate_digests[layer])
+            router = self.remembered(self.moe_layers.index(layer), shape)
         elif self.gates is not None:
-            router = Given(self.gates[layer].astype(as_dtype(DTYPES[self.dtype])).tobytes())
+            router = self.given(self.gates[layer])
         elif self.gate_mode is None:
             router = Router(shape[1], shape[0], layer, self.router_init, self.dtype)
         else:
@@ -123,10 +132,16 @@ class Construction:
             router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
         return Weight(self.dtype, shape, (router,))
 
+    def given(self, gate: npt.NDArray[np.float32]) -> Given:
+        return Given(gate.astype(as_dtype(DTYPES[self.dtype])).tobytes())
+
+    def remembered(self, index: int, shape: tuple[int, ...]) -> Remembered:
+        return Remembered(math.prod(shape) * ITEM_SIZES[self.dtype], self.gate_digests[index])
+
     def routers(self) -> Iterator[npt.NDArray[np.float32]]:
-        """The router of each layer as it will be written, as float32."""
+        """The router of each layer that has one as it will be written, as float32."""
         dtype = as_dtype(DTYPES[self.dtype])
-        for layer in range(self.plan.num_layers):
+        for layer in self.moe_layers:
             weight = self.router(layer)
             values = np.frombuffer(b"".join(weight.pieces[0].chunks()), dtype)
             yield values.reshape(weight.shape).astype(np.float32)
@@ -135,8 +150,27 @@ class Construction:
         """Those of routers that took a run of a model, which may not give the same bytes again."""
         if self.gate_mode is not GateMode.HIDDEN:
             return ()
-        routers = (self.router(layer).pieces[0] for layer in range(self.plan.num_layers))
-        return tuple(sha256(b"".join(router.chunks())).hexdigest() for router in routers)
+        return tuple(
+            sha256(b"".join(weight.pieces[0].chunks())).hexdigest()
+            for weight in self.drawn_from_prompts()
+        )
+
+    def drawn_from_prompts(self) -> Iterator[Weight]:
+        """The routers, then what weighs the shared experts where prompts made that too."""
+        for layer in self.moe_layers:
+            yield self.router(layer)
+        if self.prompts_of_shared():
+            for layer in self.moe_layers:
+                yield self.shared_gate(layer)
+
+    def prompts_of_shared(self) -> bool:
+        """Whether prompts make what weighs the shared experts."""
+        prompted = any(expert.positive_prompts for expert in self.shared_experts)
+        return prompted and self.gate_mode in PROMPT_MODES
+
+    def dense_ffn(self, layer: int, role: str) -> Weight:
+        """The `gate_proj`, `up_proj` or `down_proj` of a layer without experts."""
+        return self.carried(self.base.ffn(layer, role))
 
     def shared_expert(self, layer: int, index: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
@@ -169,12 +203,19 @@ class Construction:
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`.
 
-        Small, so that the sigmoid is about one half, and not zero: llama.cpp computes it as
-        `silu(x) / x`.
+        Where no prompts make it, it is small, so that the sigmoid is about one half, and not zero:
+        llama.cpp computes it as `silu(x) / x`.
         """
-        hidden = self.base.sizes.hidden_size
-        gate = Router(hidden, 1, layer, RouterInit.BALANCED, self.dtype, remove_base=True)
-        return Weight(self.dtype, (1, hidden), (gate,))
+        shape = (1, self.base.sizes.hidden_size)
+        gate: Piece
+        if self.gate_digests and self.prompts_of_shared():
+            moe_layers = self.moe_layers
+            gate = self.remembered(len(moe_layers) + moe_layers.index(layer), shape)
+        elif self.shared_gates is not None:
+            gate = self.given(self.shared_gates[layer])
+        else:
+            gate = Router(shape[1], 1, layer, RouterInit.BALANCED, self.dtype, remove_base=True)
+        return Weight(self.dtype, shape, (gate,))
 
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""

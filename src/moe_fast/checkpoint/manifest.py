@@ -49,9 +49,9 @@ class SourceRecord:
 class Manifest:
     """What the writer knew: the request to build, or to convert, and what came of it.
 
-    `source_model` and `source_layer` are the plan's, per layer. `gate_sha256` has a digest for each
-    layer's router where running a model made them: nobody can make the same bytes again with
-    certainty.
+    `source_model` and `source_layer` are the plan's, per layer. `gate_sha256` has a digest for the
+    router of each layer that has one, and then for each gate of shared experts, where running a
+    model made them: nobody can make the same bytes again with certainty.
     """
 
     moe_fast: str

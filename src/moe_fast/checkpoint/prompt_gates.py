@@ -25,16 +25,24 @@ SMALLEST_NORM = 1e-8  # what is shorter is divided by this, as in mergekit-moe
 class PromptGates:
     """Routers made from prompts.
 
-    `weights` are `(num_layers, num_experts, hidden_size)`. `hidden_states`, where they are known,
-    are what the routers will read of some of the prompts' tokens, `(num_layers, T, hidden_size)`.
+    `weights` are `(num_layers, num_experts, hidden_size)`, the shared expert last. `hidden_states`,
+    where they are known, are what the routers will read of some of the prompts' tokens,
+    `(num_layers, T, hidden_size)`.
     """
 
     weights: npt.NDArray[np.float32]
     hidden_states: npt.NDArray[np.float32] | None = None
 
 
-def prompt_gates(mode: GateMode, base: DenseModel, experts: Sequence[ExpertSource]) -> PromptGates:
+def prompt_gates(
+    mode: GateMode,
+    base: DenseModel,
+    experts: Sequence[ExpertSource],
+    shared: Sequence[ExpertSource] = (),
+) -> PromptGates:
     """Routers from the prompts of the experts, in the order of the experts.
+
+    A shared expert gets a row as the others do: what its gate multiplies with.
 
     `"cheap_embed"`: the embeddings of all tokens of all prompts of an expert are added up and
     divided by their norm; from this, the same of its negative prompts is subtracted. Every layer is
@@ -54,15 +62,17 @@ def prompt_gates(mode: GateMode, base: DenseModel, experts: Sequence[ExpertSourc
     ModuleNotFoundError
         Without tokenizers; for `"hidden"`, without transformers or torch.
     """
-    for number, expert in enumerate(experts):
+    names = [*(f"expert {number}" for number in range(len(experts))), *["the shared expert"]]
+    experts = [*experts, *shared]
+    for name, expert in zip(names, experts, strict=False):
         if not expert.positive_prompts:
             raise CheckpointError(
-                f"expert {number} has no positive_prompts, which gate_mode {str(mode)!r} needs"
+                f"{name} has no positive_prompts, which gate_mode {str(mode)!r} needs"
             )
     tokenizer = PromptTokenizer(base.path)
     prompts = dict.fromkeys(p for e in experts for p in (*e.positive_prompts, *e.negative_prompts))
     tokens = {prompt: tokenizer.tokens(prompt) for prompt in prompts}
-    first = 1 if tokenizer.start else 0
+    first = 1 if tokenizer.start and mode is GateMode.HIDDEN else 0
     for prompt, found in tokens.items():
         if len(found) <= first:
             raise CheckpointError(f"{tokenizer.file}: finds no token in the prompt {prompt!r}")
@@ -72,7 +82,7 @@ def prompt_gates(mode: GateMode, base: DenseModel, experts: Sequence[ExpertSourc
         gates = hidden_gates(base, experts, tokens, first)
     for layer, number in np.argwhere(np.linalg.norm(gates.weights, axis=2) < 0.5).tolist():
         raise CheckpointError(
-            f"expert {number}: its negative prompts cancel its positive ones in layer {layer}, "
+            f"{names[number]}: its negative prompts cancel its positive ones in layer {layer}, "
             "so that no direction is left for its router"
         )
     return gates

@@ -45,11 +45,11 @@ class Origin:
 def origins(construction: Construction) -> list[Origin]:
     """Which experts come from where, alike ones together."""
     names = names_of(construction)
-    plan = construction.plan
+    plan, rows = construction.plan, list(construction.moe_layers)
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for expert in range(plan.num_experts):
-        models = tuple(plan.source_model[:, expert].tolist())
-        layers = tuple(plan.source_layer[:, expert].tolist())
+        models = tuple(plan.source_model[rows, expert].tolist())
+        layers = tuple(plan.source_layer[rows, expert].tolist())
         groups.setdefault((models, layers), []).append(expert)
     found = []
     for (models, layers), experts in groups.items():
@@ -58,7 +58,7 @@ def origins(construction: Construction) -> list[Origin]:
             Origin(
                 tuple(experts),
                 ", ".join(dict.fromkeys(names[source.model] for source in used)),
-                "the same" if layers == tuple(range(len(layers))) else ranges(layers),
+                "the same" if list(layers) == rows else ranges(layers),
                 ", ".join(dict.fromkeys(changes(source) for source in used)),
             )
         )
@@ -118,13 +118,14 @@ def model_card(
     plan, config = construction.plan, construction.config
     sources = list(dict.fromkeys(names[source.model] for source in construction.models))
     listed = ", ".join(sources[:MOST_IN_TITLE]) + ", ..." * (len(sources) > MOST_IN_TITLE)
+    moe_layers = len(construction.moe_layers)
     parts = "one dense model" if len(sources) == 1 else f"{len(sources)} dense models"
     lines = [
         *front_matter(target, [base, *sources], license_of(construction.base.path)),
         "",
         f"# {target.title} of {plan.num_experts} experts from {escaped(listed)}",
         "",
-        f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {plan.num_layers} "
+        f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {moe_layers} "
         f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {version} "
         f"made it from {parts}; nothing in it has been trained since. Its routers start by the "
         f"method `{request.gate_mode or request.router_init}`.",
@@ -138,6 +139,9 @@ def model_card(
         cells = (ranges(origin.experts), escaped(origin.models), origin.layers, origin.changes)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Everything else comes from {escaped(base)}."]
+    if construction.dense_layers:
+        listed = ranges(construction.dense_layers)
+        lines[-1] += f" So do the FFNs of the layers that have no experts: {listed}."
     shared = [names[source.model] for source in construction.shared_experts]
     if shared:
         lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."

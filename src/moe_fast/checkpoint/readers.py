@@ -86,6 +86,7 @@ def readers_of(
         reasons = list(obstacles(name, rules, layout, has_tokenizer))
         if name in rules.natively:
             reasons += misread_keys(name, rules, config, num_experts)
+            reasons += dense_layers_in_the_way(name, config)
         else:
             reasons = [f"has no {family} of its own"]
         found.append(Reader(name, not reasons, tuple(reasons)))
@@ -101,6 +102,15 @@ def obstacles(reader: str, rules: Rules, layout: str, has_tokenizer: bool) -> It
         )
     if reader == LLAMA_CPP and not has_tokenizer:
         yield "needs the tokenizer, and no file of one is here"
+
+
+def dense_layers_in_the_way(reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+    if reader != LLAMA_CPP:
+        return
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        yield f"wants experts in every layer of a {config.get('model_type')}, some here are dense"
+    if config.get("moe_layer_freq", 1) != 1:
+        yield "does not look at moe_layer_freq, and would look for experts in dense layers"
 
 
 def misread_keys(

@@ -231,7 +231,16 @@ def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+    dense = frozenset(request.dense_layers)
+    rows_with_experts = [layer for layer in range(plan.num_layers) if layer not in dense]
+    plan = MoeConstructionPlan(
+        plan.source_model[rows_with_experts],
+        plan.source_layer[rows_with_experts],
+        num_models=plan.num_models,
+    )
     yield plan_picture(plan, labels)
+    if dense:
+        yield f"<p>Without experts, and not shown here: layers {ranges(request.dense_layers)}.</p>"
     rows = []
     for number, source in enumerate(request.models):
         layers, experts = (plan.source_model == number).nonzero()

@@ -24,8 +24,8 @@ class ExpertSource:
 
     Parameters
     ----------
-    model : path
-        The folder of a dense model.
+    model : path or str
+        The folder of a dense model, or the name of a repository on the Hugging Face Hub.
     noise_scale : float
         Standard deviation of the normal noise that is added to each weight; every expert gets noise
         of its own.
@@ -91,7 +91,8 @@ class BuildRequest:
 
     Expert `e` is made as `models[e % len(models)]` says; `base` is a folder. Routers start by
     `gate_mode` where there is one, else by `router_init`. `seed` is that of noise and of random
-    gates. A new field needs no code here to be kept and read back.
+    gates. `dense_layers` have the base's FFN in place of experts. A new field needs no code here to
+    be kept and read back.
     """
 
     models: tuple[ExpertSource, ...]
@@ -101,6 +102,7 @@ class BuildRequest:
     layout: Layout | None = None
     dtype: Dtype | None = None
     shared_experts: tuple[ExpertSource, ...] = ()
+    dense_layers: tuple[int, ...] = ()
     router_init: RouterInit = RouterInit.BALANCED
     gate_mode: GateMode | None = None
     seed: int = 0

@@ -7,9 +7,8 @@ from typing import Any
 
 from moe_fast.checkpoint.moe import MoeModel
 from moe_fast.checkpoint.source import FAMILIES, FFN, Sizes, read_rope, read_sizes
-from moe_fast.checkpoint.targets import TARGETS, Target
+from moe_fast.checkpoint.targets import TARGETS, Target, as_count
 from moe_fast.config import Layout
-from moe_fast.errors import CheckpointError
 
 # Outside of its experts, each family is this dense one.
 DENSE_TWINS = {
@@ -99,10 +98,10 @@ def expected_shapes(
     }
     if not config["tie_word_embeddings"]:
         expected["lm_head.weight"] = (vocabulary, hidden)
-    moe_layers = {layer.number for layer in model.layers}
+    dense_layers = target.dense_layers(config, sizes.num_hidden_layers)
     for layer in range(sizes.num_hidden_layers):
         shapes = dict(twin.layer_shapes(sizes, config))
-        if layer not in moe_layers:
+        if layer in dense_layers:
             shapes |= twin.ffn_shapes(sizes, config)
         else:
             shapes |= shared_shapes(target, config, hidden)
@@ -115,7 +114,7 @@ def expert_shapes(
     target: Target, model: MoeModel, config: Mapping[str, Any], layer: int, hidden: int
 ) -> Shapes:
     """Experts and router of a layer."""
-    width = as_size(config, "moe_intermediate_size", as_size(config, "intermediate_size"))
+    width = as_count(config, "moe_intermediate_size", as_count(config, "intermediate_size"))
     matrix = {"gate_proj": (width, hidden), "up_proj": (width, hidden)}
     matrix["down_proj"] = (hidden, width)
     layout = Layout.FUSED if model.layout == "fused" else Layout.PER_EXPERT
@@ -136,14 +135,14 @@ def expert_shapes(
 def shared_shapes(target: Target, config: Mapping[str, Any], hidden: int) -> Shapes:
     """The shared experts of a layer, under their names inside the layer."""
     if target.name == "qwen2_moe":
-        width = as_size(config, "shared_expert_intermediate_size")
+        width = as_count(config, "shared_expert_intermediate_size")
         shapes = ffn_shapes("mlp.shared_expert", width, hidden)
         return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
     if target.name == "deepseek":
-        number = as_size(config, "n_shared_experts", 0)
-        width = number * as_size(config, "moe_intermediate_size")
+        number = as_count(config, "n_shared_experts", 0)
+        width = number * as_count(config, "moe_intermediate_size")
         return ffn_shapes("mlp.shared_experts", width, hidden)
-    width = as_size(config, "shared_intermediate_size", 0)
+    width = as_count(config, "shared_intermediate_size", 0)
     if target.name == "granitemoeshared" and width:
         return {
             "shared_mlp.input_linear.weight": (2 * width, hidden),
@@ -158,10 +157,3 @@ def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
         f"{prefix}.{role}.weight": (hidden, width) if role == down else (width, hidden)
         for role in FFN
     }
-
-
-def as_size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if type(value) is not int or value < 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be an integer")
-    return value

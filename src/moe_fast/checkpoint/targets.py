@@ -5,10 +5,11 @@ One class a family. A target names shapes and pieces and never opens a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.construction import Construction
+from moe_fast.checkpoint.header import shown
 from moe_fast.checkpoint.pieces import DTYPES
 from moe_fast.checkpoint.source import (
     FFN,
@@ -58,6 +59,8 @@ class Target:
     multipliers = False
     rope_types: Sequence[str] = ROPE_TYPES
     shared_experts = False
+    shared_gate = False
+    dense_places = "has experts in every layer"
     expert_names: tuple[tuple[str, str], ...] = tuple((role, role) for role in FFN)
     block = "mlp"
 
@@ -80,9 +83,20 @@ class Target:
                 f"gate_hidden_dim {config.gate_hidden_dim}: {self.title}'s router reads the "
                 f"model's hidden size, {hidden}"
             )
-        if construction.shared_experts and not self.shared_experts:
-            names = ", ".join(expert.model for expert in construction.shared_experts)
-            yield f"shared experts ({names}): {self.title} has none"
+        shared = construction.shared_experts
+        if shared and not self.shared_experts:
+            yield f"shared experts ({', '.join(e.model for e in shared)}): {self.title} has none"
+        elif not self.shared_gate:
+            for expert in shared:
+                if expert.positive_prompts or expert.negative_prompts:
+                    yield (
+                        f"prompts of the shared expert {expert.model}: {self.title} has no gate "
+                        "for it that prompts could make"
+                    )
+        layers = frozenset(construction.dense_layers)
+        if self.dense_keys(layers, construction.plan.num_layers) is None:
+            listed = ", ".join(map(str, sorted(layers)))
+            yield f"dense_layers {listed}: {self.title} {self.dense_places}"
 
     def block_problems(self, base: DenseModel) -> Iterator[str]:
         """What the base's blocks have or lack."""
@@ -142,6 +156,20 @@ class Target:
         """What fits the target and may yet surprise."""
         return []
 
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
+        """The keys of config.json that leave exactly these layers dense; `None` if none can."""
+        return None if layers else {}
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        """The layers that a config.json of the family leaves dense.
+
+        Raises
+        ------
+        CheckpointError
+            Where a key of it has a value of another kind.
+        """
+        return frozenset()
+
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         """The tensors that hold a layer's experts, in order."""
         experts = range(num_experts)
@@ -163,11 +191,17 @@ class Target:
         """Every tensor of the output, in the order of the model."""
         layout = layout or self.layouts[0]
         num_experts = construction.plan.num_experts
+        dense = frozenset(construction.dense_layers)
         yield from construction.before_layers()
         for layer in range(construction.plan.num_layers):
             prefix = f"model.layers.{layer}"
             for name, weight in self.attention(construction, layer):
                 yield OutputTensor(f"{prefix}.{name}", weight)
+            if layer in dense:
+                for role in FFN:
+                    name = f"{prefix}.mlp.{role}.weight"
+                    yield OutputTensor(name, construction.dense_ffn(layer, role))
+                continue
             yield OutputTensor(self.router_name(layer, layout), construction.router(layer))
             for tensor in self.expert_tensors(layer, num_experts, layout):
                 weights = [construction.expert(layer, e, role) for e, role in tensor.parts]
@@ -245,6 +279,18 @@ def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) ->
     return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
 
 
+def as_count(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, minimum: int = 0
+) -> int:
+    """An integer of a config.json."""
+    value = config.get(key, default)
+    if type(value) is not int or value < minimum:
+        raise CheckpointError(
+            f"config.json: {key} is {shown(value)}; it must be an integer of at least {minimum}"
+        )
+    return value
+
+
 def num_experts(construction: Construction) -> dict[str, int]:
     """The number of experts in both spellings, of which each reader looks for one."""
     number = construction.plan.num_experts
@@ -282,13 +328,25 @@ class Mixtral(Target):
 class Qwen(Target):
     """What Qwen2-MoE and Qwen3-MoE share."""
 
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
+        return {"decoder_sparse_step": 1, "mlp_only_layers": sorted(layers)}
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        step = as_count(config, "decoder_sparse_step", 1, minimum=1)
+        listed = config.get("mlp_only_layers") or []
+        if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+            raise CheckpointError(
+                f"config.json: mlp_only_layers is {shown(listed)}; it must list layers"
+            )
+        between = (layer for layer in range(num_layers) if (layer + 1) % step)
+        return frozenset(between) | (frozenset(listed) & frozenset(range(num_layers)))
+
     def own_config(self, construction: Construction) -> dict[str, Any]:
         sizes, window = construction.base.sizes, construction.base.windows[0]
         return {
             **num_experts(construction),
             "moe_intermediate_size": sizes.intermediate_size,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            **self.dense_keys(frozenset(construction.dense_layers), sizes.num_hidden_layers),
             "norm_topk_prob": True,
             "router_aux_loss_coef": 0.001,
             "use_sliding_window": window is not None,
@@ -324,6 +382,7 @@ class Qwen2Moe(Qwen):
     attention_biases = ((), QKV)
     own_head_dim = False
     shared_experts = True
+    shared_gate = True
     # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
     silent_width = 256
 
@@ -443,6 +502,22 @@ class DeepSeek(Target):
     sliding_window = False
     rope_types = ("default", "linear", "dynamic")
     shared_experts = True
+    dense_places = (
+        "can leave the first layers dense, and of those after them all but every n-th, not these"
+    )
+
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
+        first = min(frozenset(range(num_layers)) - layers)
+        for step in range(1, num_layers + 1):
+            keys = {"first_k_dense_replace": first, "moe_layer_freq": step}
+            if self.dense_layers(keys, num_layers) == layers:
+                return keys
+        return None
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        first = as_count(config, "first_k_dense_replace", 0)
+        step = as_count(config, "moe_layer_freq", 1, minimum=1)
+        return frozenset(n for n in range(num_layers) if n < first or n % step)
 
     def warnings(self, construction: Construction) -> list[str]:
         if construction.config.num_experts_per_tok > 1:
@@ -471,12 +546,12 @@ class DeepSeek(Target):
 
     def own_config(self, construction: Construction) -> dict[str, Any]:
         code = "deepseek-ai/deepseek-moe-16b-base"
+        layers = frozenset(construction.dense_layers)
         return {
             "n_routed_experts": construction.plan.num_experts,
             "n_shared_experts": len(construction.shared_experts),
             "moe_intermediate_size": construction.base.sizes.intermediate_size,
-            "first_k_dense_replace": 0,
-            "moe_layer_freq": 1,
+            **(self.dense_keys(layers, construction.plan.num_layers) or {}),
             "scoring_func": "softmax",
             "norm_topk_prob": True,
             "aux_loss_alpha": 0.001,
@@ -504,6 +579,15 @@ TARGETS: dict[str, Target] = {
         DeepSeek(),
     )
 }
+# Several targets under one name, in the order in which they are tried.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "auto": tuple(TARGETS),
+    "qwen": ("qwen2_moe", "qwen3_moe"),
+    "mergekit": (  # as mergekit-moe does, and then what it cannot write
+        *("mixtral", "deepseek", "qwen2_moe", "qwen3_moe"),
+        *("granitemoe", "flex_olmo", "granitemoeshared"),
+    ),
+}
 # What people ask for and no dense family becomes.
 IMPOSSIBLE = {
     "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
@@ -524,7 +608,7 @@ def as_target_name(name: Any) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f"target must be the name of a target, got {name!r}")
-    plain = {key.replace("_", ""): key for key in ("auto", *TARGETS, *IMPOSSIBLE)}
+    plain = {key.replace("_", ""): key for key in (*GROUPS, *TARGETS, *IMPOSSIBLE)}
     plain["deepseekmoe"] = DeepSeek.name
     key = plain.get(name.lower().replace("-", "").replace("_", ""))
     if key in IMPOSSIBLE:
@@ -537,14 +621,14 @@ def as_target_name(name: Any) -> str:
 def choose(
     name: str, construction: Construction, layout: Layout | None
 ) -> tuple[Target, dict[str, tuple[str, ...]]]:
-    """The target of that name, or the first that fits; and why each other one does not.
+    """The target of that name, or the first that fits of a group; and why others do not.
 
     Raises
     ------
     CheckpointError
         With every reason why the target, or each of all, does not fit.
     """
-    wanted = TARGETS.values() if name == "auto" else [TARGETS[as_target_name(name)]]
+    wanted = [TARGETS[each] for each in GROUPS.get(name) or (as_target_name(name),)]
     problems = {target.name: tuple(target.problems(construction, layout)) for target in wanted}
     fitting = [target for target in wanted if not problems[target.name]]
     if fitting:

@@ -1,0 +1,91 @@
+"""Where a model is: a folder, or a repository of the Hugging Face Hub, of which the cache has one.
+
+Only what a model folder here can hold is ever fetched: safetensors, configuration, tokenizer. What
+could run code when opened is left where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from moe_fast.errors import CheckpointError
+
+ModelPath = str | os.PathLike[str]
+
+# ORGANISATION/NAME, or ORGANISATION/NAME@REVISION.
+REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+FETCHED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "*.model",  # sentencepiece
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "README.md",  # says the license
+]
+OF_FOLDERS = ["*/*"]  # what lies deeper is another format's, or another model's
+
+
+def find_model(model: ModelPath) -> str:
+    """The folder of a model, absolute: that of this path, or else the cache's of that repository.
+
+    A folder that is there wins over a repository of its name. A missing folder whose name no
+    repository has comes back as it is, for whoever opens it to say so.
+
+    Raises
+    ------
+    CheckpointError
+        For a name that is neither a folder nor a repository that can be had.
+    """
+    path = Path(model)
+    match = REPOSITORY.fullmatch(model if isinstance(model, str) else path.as_posix())
+    if match is None or os.path.lexists(path):
+        return str(path.absolute())
+    name = match[0]
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{name!r} is no folder here; to take it for a model on the Hugging Face Hub needs "
+            "huggingface_hub: pip install 'moe-fast[hub]'"
+        ) from None
+    try:
+        folder = snapshot_download(
+            match["name"],
+            revision=match["revision"],
+            allow_patterns=FETCHED,
+            ignore_patterns=OF_FOLDERS,
+        )
+    except Exception as error:  # those of the network are of whichever library it came with
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name!r} is no folder here, and no model that the Hugging Face Hub or its cache "
+            f"gives: {type(error).__name__}: {reason}"
+        ) from None
+    return str(Path(folder).absolute())
+
+
+def find_models(models: Iterable[ModelPath]) -> dict[str, str]:
+    """The folder of each model by what it was called; all problems at once."""
+    folders: dict[str, str] = {}
+    problems: list[str] = []
+    for model in dict.fromkeys(os.fspath(model) for model in models):
+        try:
+            folders[model] = find_model(model)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return folders
