@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import conversion, gates, gradients, plan, routing
+from benchmarks import checkpoint, conversion, gates, gradients, plan, routing
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients]
+TOPICS = [gates, plan, conversion, routing, gradients, checkpoint]
 
 
 def main() -> None:
@@ -53,13 +53,14 @@ def chosen(reference: Reference | None, words: list[str]) -> Iterator[Row]:
 
 def line(result: Result) -> str:
     row = result.row
+    shown = memory if row.returned == "bytes" else duration
     if result.theirs is None:
-        goal = f"{duration(1 / row.at_least)}" if row.at_least else ""
-        columns = [row.work, duration(result.ours), "", "", "", goal]
+        goal = f"{shown(1 / row.at_least)}" if row.at_least else ""
+        columns = [row.work, shown(result.ours), "", "", "", goal]
     else:
         goal = f"{row.at_least:.2g} ×" if row.at_least else ""
         ratio = f"{result.ratio:.2f} × ({result.low:.2f} – {result.high:.2f})"
-        columns = [row.work, duration(result.ours), row.peer, duration(result.theirs), ratio, goal]
+        columns = [row.work, shown(result.ours), row.peer, shown(result.theirs), ratio, goal]
     verdict = "" if row.at_least is None else "reached" if result.reached else "missed"
     return "| " + " | ".join([*columns, verdict]) + " |"
 
@@ -69,6 +70,10 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def memory(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.3g} MB"
 
 
 def processor() -> str:

@@ -7,8 +7,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-Work = Callable[[], object]
+Work = Callable[[], Any]
 
 SAMPLES = 15
 SECONDS_A_SAMPLE = 0.02
@@ -19,7 +20,8 @@ class Row:
     """One piece of work, ours and a peer's.
 
     `at_least` is the goal: how many times as fast as the peer, or, without a peer, the reciprocal
-    of the seconds a call may take.
+    of the seconds a call may take. Whole processes measure themselves: `returned` tells whether
+    what the calls return is "seconds" or, of memory, "bytes". `samples` is for work that is long.
     """
 
     work: str
@@ -27,6 +29,8 @@ class Row:
     peer: str = ""
     theirs: Work | None = None
     at_least: float | None = None
+    returned: str = ""
+    samples: int | None = None
 
 
 @dataclass
@@ -63,14 +67,20 @@ def timed(work: Work, calls: int) -> float:
 def measure(row: Row, samples: int = SAMPLES) -> Result:
     """Time both in turn, so that what else the machine does falls on both."""
     works = [row.ours] if row.theirs is None else [row.ours, row.theirs]
+    samples = min(samples, row.samples or samples)
     gc.collect()
     gc.disable()
     try:
-        calls = [calls_a_sample(work) for work in works]
-        rounds = [
-            [timed(work, n) / n for work, n in zip(works, calls, strict=True)]
-            for _ in range(samples)
-        ]
+        if row.returned:
+            for work in works:
+                work()  # so that caches are warm
+            rounds = [[float(work()) for work in works] for _ in range(samples)]
+        else:
+            calls = [calls_a_sample(work) for work in works]
+            rounds = [
+                [timed(work, n) / n for work, n in zip(works, calls, strict=True)]
+                for _ in range(samples)
+            ]
     finally:
         gc.enable()
     medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
