@@ -432,6 +432,17 @@ def test_dry_run_of_the_command(dense, place):
     for expected in (f"0-2  {dense}", "model-00001-of-0000", "nothing is written"):
         assert expected in done.stdout
     assert names_in(place) == []
+    done = subprocess.run(
+        command(dense, place / "moe", "--dry-run", "--max-shard-size", "1"),
+        capture_output=True,
+        text=True,
+    )
+    files = done.stdout.partition("\nfiles\n")[2].split("\n\n")[0].splitlines()
+    number = int(files[-1].partition("-of-")[2][:5])
+    assert files[0].startswith("  model-00001-of-")
+    assert files[-1].startswith(f"  model-{number:05d}-of-")
+    assert files[-2] == f"  and {number - 11} more"
+    assert len(files) == 12
     report = json.loads(
         subprocess.run(
             command(dense, place / "moe", "--dry-run", "--json"), capture_output=True, text=True

@@ -26,6 +26,7 @@ from moe_fast.statistics import RoutingStats
 
 MOST_PROBLEMS = 10
 MOST_LINES = 100
+MOST_FILES = 12
 STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
 
 output_console = Console()
@@ -40,11 +41,15 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    error_console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    tell(f"warning: {text}", "yellow")
 
 
 def complain(text: str) -> None:
-    error_console.print(text, style="red", markup=False, soft_wrap=True)
+    tell(text, "red")
+
+
+def tell(text: str, style: str) -> None:
+    error_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_build(report: BuildReport) -> None:
@@ -83,8 +88,11 @@ def show_layout(report: BuildReport) -> None:
     for models, experts in same.items():
         say(f"  {ranges(experts)}  {', '.join(models)}")
     say("\nfiles")
-    for name, nbytes in report.files.items():
-        say(f"  {name}  {size(nbytes)}")
+    lines = [f"  {name}  {size(nbytes)}" for name, nbytes in report.files.items()]
+    if len(lines) > MOST_FILES:
+        lines[MOST_FILES - 2 : -1] = [f"  and {len(lines) - MOST_FILES + 1} more"]
+    for line in lines:
+        say(line)
 
 
 def predicted(health: RouterHealth) -> str:
