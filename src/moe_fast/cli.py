@@ -41,8 +41,8 @@ app = typer.Typer(
     name="moe-fast",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check it, "
-    "look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
+    help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check "
+    "it, look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
     "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
 )
 RECIPE_ENDINGS = (".yml", ".yaml")
