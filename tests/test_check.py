@@ -601,6 +601,22 @@ def test_command(moe, models):
     done = run("check", moe, "--against", models[0])
     assert done.returncode == 1
     assert "and 4 more, which --json lists" in done.stdout  # of 14 weights beside the experts
+    found = done.stdout
     done = run("check", moe, "--against", models[0], "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["passed"] is False
+    assert "moe: 2 checks failed; 3 of 10 checks were not possible" in found
+    done = run("check", moe)
+    assert done.returncode == 0
+    assert (
+        "not possible  experts, routers, other weights, configuration, tokenizer: neither a manif"
+    ) in done.stdout
+    assert "moe: passed; 6 of 10 checks were not possible" in done.stdout
+
+
+def test_a_failed_check_does_not_say_that_all_is_well(moe):
+    edit_json(moe / "config.json", hidden_act="absent", surprise=1)
+    (moe / "tokenizer.json").write_text("{}")
+    report = check_moe(moe)
+    assert report["configuration"].summary == "2 problems"
+    assert report["tokenizer"].summary == "1 problem"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,17 +106,26 @@ def predicted(health: RouterHealth) -> str:
 
 def show_check(report: CheckReport) -> None:
     width = max(len(finding.check) for finding in report.findings)
-    for finding in report.findings:
-        status = Text(f"{finding.status:<12}", style=STATUS_STYLES[finding.status])
-        line = Text.assemble(status, "  ", f"{finding.check:<{width}}  ", finding.summary)
+    impossible = [f for f in report.findings if f.status == "not possible"]
+    for (status, summary), same in groupby(report.findings, lambda f: (f.status, f.summary)):
+        findings = list(same)
+        names = ", ".join(finding.check for finding in findings)
+        line = Text.assemble(
+            Text(f"{status:<12}", style=STATUS_STYLES[status]),
+            f"  {names:<{width}}{': ' if len(findings) > 1 else '  '}{summary}",
+        )
         output_console.print(line, soft_wrap=True)
-        for problem in finding.problems[:MOST_PROBLEMS]:
+        problems = [problem for finding in findings for problem in finding.problems]
+        for problem in problems[:MOST_PROBLEMS]:
             output_console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
-        if len(finding.problems) > MOST_PROBLEMS:
-            say(f"  and {len(finding.problems) - MOST_PROBLEMS} more, which --json lists")
+        if len(problems) > MOST_PROBLEMS:
+            say(f"  and {len(problems) - MOST_PROBLEMS} more, which --json lists")
     show_readers(reader for reader in report.readers if not reader.loads)
     failed = sum(finding.status == "failed" for finding in report.findings)
-    say(f"{report.path}: {f'{failed} checks failed' if failed else 'passed'}")
+    verdict = f"{counted(failed, 'check')} failed" if failed else "passed"
+    if impossible:
+        verdict += f"; {len(impossible)} of {len(report.findings)} checks were not possible"
+    say(f"{report.path}: {verdict}")
 
 
 def show_conversion(report: ConvertReport) -> None:

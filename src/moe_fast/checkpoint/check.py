@@ -58,9 +58,15 @@ class Finding:
     problems: tuple[str, ...] = ()
 
 
-def finding(check: str, summary: str, problems: Sequence[str] = ()) -> Finding:
-    status = Status.FAILED if problems else Status.PASSED
-    return Finding(check, status, summary, tuple(problems))
+def finding(
+    check: str, summary: str, problems: Sequence[str] = (), failed: str | None = None
+) -> Finding:
+    """Passed with this summary, or failed with `failed`, by default the number of problems."""
+    if not problems:
+        return Finding(check, Status.PASSED, summary)
+    if failed is None:
+        failed = f"{len(problems)} problem{'s'[: len(problems) > 1]}"
+    return Finding(check, Status.FAILED, failed, tuple(problems))
 
 
 def not_possible(check: str, reason: str) -> Finding:
@@ -151,7 +157,7 @@ def check_moe(
     try:
         model = open_moe_model(folder)
     except CheckpointError as error:
-        unreadable = finding("headers", "the checkpoint cannot be read", error.problems)
+        unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
     if not model.layers:
         raise CheckpointError(f"{folder}: holds no experts; it is not an MoE")
@@ -184,7 +190,7 @@ def check_manifest(model: MoeModel) -> tuple[Manifest | None, Finding]:
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
-        return None, finding("manifest", "cannot be read", error.problems)
+        return None, finding("manifest", "", error.problems, "cannot be read")
     headers = {Path(t.file.path).name: t.file.header_sha256 for t in model.tensors.values()}
     problems = []
     for name, record in manifest.files.items():
@@ -249,7 +255,7 @@ def check_sources(
         problem = (
             f"{where} is for {request.config.num_experts} experts, {model.num_experts} are here"
         )
-        return [finding(names[0], "the manifest is another checkpoint's", [problem])]
+        return [finding(names[0], "", [problem], "the manifest is another checkpoint's")]
     recorded = folders_of(manifest)
     if (shares := network_shares(recorded, against)) is not None:
         return [not_possible(name, shares) for name in names]
@@ -382,10 +388,9 @@ def compare_weights(
     return [
         finding(
             part,
-            f"{len(problems[part])} of {counts[part]} tensors differ"
-            if problems[part]
-            else f"{summaries[part]}, byte for byte",
+            f"{summaries[part]}, byte for byte",
             problems[part],
+            f"{len(problems[part])} of {counts[part]} tensors differ",
         )
         for part in PARTS
     ]
@@ -493,7 +498,7 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
     summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
     reason = "a checkpoint without a manifest does not say how its {} were made"
     return [
-        finding("experts", summary, problems),
+        finding("experts", summary, problems, summary),
         not_possible("routers", reason.format("routers")),
         check_other_weights(model, sources),
         not_possible("configuration", reason.format("keys")),
@@ -515,7 +520,7 @@ def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Findi
             where = f"{tensor.file.path}: tensor {tensor.name!r}"
             problems.append(f"{where} equals that of none of the sources")
     summary = f"{compared - len(problems)} of {compared} tensors equal one of the sources'"
-    return finding("other weights", summary, problems)
+    return finding("other weights", summary, problems, summary)
 
 
 def check_structure(model: MoeModel) -> Finding:
@@ -525,7 +530,7 @@ def check_structure(model: MoeModel) -> Finding:
         known = ", ".join(TARGETS)
         reason = f"no rules for model_type {model.model_type!r}; there are some for {known}"
         if problems:
-            return finding("structure", reason, problems)
+            return finding("structure", "", problems, reason)
         return not_possible("structure", f"experts and routers fit each other; {reason}")
     if not problems:
         try:
@@ -574,7 +579,7 @@ def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
     if able:
         return finding("readers", f"loads in {', '.join(able)}")
     problems = [f"{reader.name}: {'; '.join(reader.reasons)}" for reader in readers]
-    return finding("readers", "nothing loads it", problems)
+    return finding("readers", "", problems, "nothing loads it")
 
 
 def check_logits(
@@ -603,14 +608,15 @@ def check_logits(
     try:
         difference = compare_models(reference, model.path, tokens)
     except CheckpointError as error:
-        return finding("logits", "cannot be compared", error.problems)
+        return finding("logits", "", error.problems, "cannot be compared")
     reason = reason_to_differ(manifest, dense)
     if reason is not None:
-        return finding("logits", f"{difference}; not meant to be equal: {reason}")
+        return finding("logits", f"{difference}; need not be equal: {reason}")
     problems = []
     if not difference.relative <= ROUNDING:
         problems = [f"{model.path}: should compute what {reference} computes"]
-    return finding("logits", f"{difference}; meant to be equal", problems)
+    summary = f"{difference}; meant to be equal"
+    return finding("logits", summary, problems, summary)
 
 
 def reference_of(manifest: Manifest | None, against: Sequence[ModelPath]) -> Path:
@@ -631,7 +637,7 @@ def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | No
     says, because a token's weights add up to 1.
     """
     if manifest is None:
-        return "a checkpoint without a manifest does not say how it was made"
+        return "there is no manifest that says how it was made"
     request = manifest.request or manifest.conversion
     assert request is not None
     if request.dtype not in (None, Dtype.FLOAT32):  # which holds every number of the others

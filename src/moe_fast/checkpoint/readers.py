@@ -16,6 +16,7 @@ __all__ = ["Reader", "has_tokenizer", "readers_of"]
 
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
 VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
+REMEDY = "moe-fast convert writes both spellings"
 READERS = (TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP)
 
 
@@ -126,6 +127,7 @@ def misread_keys(
             yield (
                 f"looks for {rules.count_key}, config.json has {' and '.join(there) or 'none'}"
                 + (f"; it would take {default} experts" if reader != LLAMA_CPP and default else "")
+                + (f"; {REMEDY}" if there else "")
             )
     parameters = config.get("rope_parameters")
     if reader == TRANSFORMERS_4 and isinstance(parameters, Mapping):
@@ -133,8 +135,11 @@ def misread_keys(
         if config.get("rope_theta", rules.default_theta) != theta:
             yield (
                 f"does not look at rope_parameters, whose rope_theta is {theta}; "
-                f"it would take {config.get('rope_theta', rules.default_theta)}"
+                f"it would take {config.get('rope_theta', rules.default_theta)}; {REMEDY}"
             )
         kind = parameters.get("rope_type", "default")
         if kind != "default" and not config.get("rope_scaling"):
-            yield f"looks for rope_scaling, config.json has it in rope_parameters alone ({kind})"
+            yield (
+                f"looks for rope_scaling, config.json has it in rope_parameters alone ({kind}); "
+                f"{REMEDY}"
+            )
