@@ -17,7 +17,15 @@ import pytest
 pytest.importorskip("safetensors")
 
 import moe_fast
-from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe, write_report
+from moe_fast import (
+    CheckpointError,
+    ExpertSource,
+    MoeConfig,
+    build_moe,
+    check_moe,
+    inspect_model,
+    write_report,
+)
 from moe_fast.checkpoint.convert import convert_moe
 from moe_fast.checkpoint.moe import open_moe_model
 from moe_fast.checkpoint.report import part_of
@@ -82,6 +90,17 @@ def test_it_lies_beside_the_model_and_tells_of_it(moe, monkeypatch):
     assert "✓ transformers 5\nloads it" in text
     monkeypatch.chdir(moe)
     assert write_report(".") == file  # named after the folder, wherever one stands
+
+
+def test_routers_are_those_that_inspect_finds(moe):
+    text = Page(write_report(moe)).text
+    for router in inspect_model(moe).routers:
+        norms = (router.smallest_norm, router.greatest_norm)
+        predicted = (router.coefficient_of_variation, router.mean_entropy)
+        cells = [f"{router.layer}", *(f"{norm:#.4g}" for norm in norms)]
+        cells += [f"{router.most_alike:#.6g}", "0", *(f"{value:#.4g}" for value in predicted)]
+        assert "\n".join(cells) in text
+    assert "Predicted on random tokens, the load’s coefficient of variation is 0." in text
 
 
 def test_it_needs_nothing_and_shows_no_path(moe):

@@ -46,7 +46,7 @@ p { margin: .5rem 0 } .lead { font-size: 1.1rem }
   margin: 1.2rem 0; padding: 0 }
 .facts div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
 .facts dt { font-size: .85rem } .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600 }
-.wide { overflow-x: auto } table { border-collapse: collapse }
+.wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
   border-bottom: 1px solid var(--line) }
 td:first-child, .number { white-space: nowrap }
@@ -307,7 +307,7 @@ def router_part(found: ModelReport) -> Iterator[str]:
             str(router.layer),
             number_text(router.smallest_norm),
             number_text(router.greatest_norm),
-            number_text(router.most_alike),
+            number_text(router.most_alike, 6),
             str(router.tied_experts),
             number_text(router.coefficient_of_variation),
             number_text(router.mean_entropy),
@@ -324,8 +324,8 @@ def router_part(found: ModelReport) -> Iterator[str]:
     )
 
 
-def number_text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def number_text(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:#.{digits}g}"
 
 
 def reader_part(model: MoeModel) -> Iterator[str]:
