@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors import safe_open
 
 from families import make_model
-from moe_fast import ExpertSource, MoeConfig, build_moe
+from moe_fast import ExpertSource, MoeConfig, build_moe, build_recipe
 from moe_fast.checkpoint.provenance import model_name
 from moe_fast.demo import make_dense_model
 
@@ -83,6 +84,47 @@ def test_a_fused_output_says_who_does_not_read_it(dense, tmp_path):
     assert "vLLM does not load it: does not read the fused layout; convert it" in body
 
 
+def recipe_in(moe: Path) -> str:
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", card(moe)[1], flags=re.DOTALL)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        (
+            {"noise_scale": 1e-05, "residual_scale": 0.5, "source_layers": (1, 0)},
+            {"seed": 7, "router_init": "random", "dtype": "bfloat16", "layout": "fused"},
+        ),
+        (
+            {"positive_prompts": ('a "b": {c}', "new\nline `x` ü🙂"), "negative_prompts": ["# no"]},
+            {"gate_mode": "cheap_embed"},
+        ),
+        ({}, {"target": "qwen2_moe", "shared_experts": "second", "dense_layers": [1]}),
+    ],
+    ids=["plain", "changed", "prompts", "shared and dense"],
+)
+def test_the_recipe_of_a_card_builds_the_same_again(dense, tmp_path, monkeypatch, changes, options):
+    monkeypatch.chdir(tmp_path)
+    make_dense_model(tmp_path / "second", seed=1)
+    prompts = {"positive_prompts": ["other"]} if options.get("gate_mode") else {}
+    models = [ExpertSource("dense", **prompts), ExpertSource("second", **changes)]
+    build_moe(models, "moe", CONFIG, base="second", **options)
+    (tmp_path / "recipe.yml").write_text(recipe_in(tmp_path / "moe"), encoding="utf-8")
+    report = build_recipe("recipe.yml", "again")
+    for file in (tmp_path / "moe").iterdir():
+        assert (report.output / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_recipe_too_long_for_a_card_is_in_the_manifest(dense, tmp_path):
+    models = [ExpertSource(dense, positive_prompts=["x" * 20_000])]
+    build_moe(models, tmp_path / "moe", CONFIG)
+    body = card(tmp_path / "moe")[1]
+    assert "It is in the manifest, `moe_fast.json`." in body
+    assert "xxx" not in body
+
+
 def test_no_path_leaves_the_machine(dense, tmp_path):
     build_moe([dense, copied(dense, tmp_path / "b")], tmp_path / "moe", CONFIG)
     assert str(tmp_path) not in (tmp_path / "moe" / "README.md").read_text()
@@ -134,6 +176,7 @@ def test_odd_names_keep_the_card_valid(dense, tmp_path, name):
     metadata, body = card(tmp_path / "moe")
     assert metadata["tags"][0] == "moe"
     assert "base_model" not in metadata  # the Hub would refuse such a name
+    assert yaml.safe_load(recipe_in(tmp_path / "moe"))["base_model"] == name
     rows = [line for line in body.splitlines() if line.startswith("| 0-3 |")]
     assert len(rows) == 1
     assert rows[0].replace(r"\|", "").count("|") == 5

@@ -7,8 +7,8 @@ business with somebody else's home directory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from moe_fast.errors import CheckpointError
 CARD = "README.md"
 LONGEST_CARD = 1_000_000
 LONGEST_METADATA = 1000
+LONGEST_RECIPE = 20_000
 MOST_IN_TITLE = 4
 # The folder in which the Hub's cache keeps a revision of a model.
 SNAPSHOT = re.compile(r"models--(?P<name>[\w.-]+)[/\\]snapshots[/\\]\w+[/\\]?$")
@@ -147,6 +148,7 @@ def model_card(
         lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."
     remote = ", trust_remote_code=True" if target.name == "deepseek" else ""
     lines += [
+        *recipe_lines(request, target, names),
         "",
         "## Loading it",
         "",
@@ -163,6 +165,57 @@ def model_card(
     tokenizer = has_tokenizer(construction.base.path)
     readers = readers_of(config_json, layout, plan.num_experts, has_tokenizer=tokenizer)
     return "\n".join(lines) + reader_lines(readers)
+
+
+def recipe_lines(request: BuildRequest, target: Target, names: Mapping[str, str]) -> Iterator[str]:
+    """The recipe that builds the same again, from models of these names."""
+    keys: dict[str, Any] = {
+        "base_model": names[request.base],
+        "models": [source_keys(source, names) for source in request.models],
+        "num_experts": request.config.num_experts,
+        "experts_per_token": request.config.num_experts_per_tok,
+        "shared_experts": [source_keys(source, names) for source in request.shared_experts],
+        "dense_layers": list(request.dense_layers),
+        "target": target.name,
+        "layout": request.layout,
+        "dtype": request.dtype,
+        "gate_mode" if request.gate_mode else "router_init": request.gate_mode
+        or request.router_init,
+        "seed": request.seed,
+    }
+    lines = []
+    for key, value in keys.items():
+        if key in ("models", "shared_experts") and value:
+            lines += [f"{key}:", *(f"- {as_yaml(item)}" for item in value)]
+        elif value not in (None, [], 0):
+            lines.append(f"{key}: {as_yaml(value)}")
+    yield from ("", "## Recipe", "")
+    if sum(map(len, lines)) > LONGEST_RECIPE:
+        yield "It is in the manifest, `moe_fast.json`."
+    else:
+        yield "`moe-fast build recipe.yml -o OUTPUT` makes it again, with models of these names:"
+        yield from ("", "```yaml", *lines, "```")
+
+
+def source_keys(source: ExpertSource, names: Mapping[str, str]) -> dict[str, Any]:
+    """An entry of a recipe's models: what is not the default."""
+    given = {"source_model": names[source.model]}
+    for each in fields(source):
+        value = getattr(source, each.name)
+        if each.name != "model" and value != each.default:
+            given[each.name] = value
+    return given
+
+
+def as_yaml(value: Any) -> str:
+    """A value in one line of YAML."""
+    if isinstance(value, str):
+        return quoted(value) if type(value) is str else str(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_yaml(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return repr(value)
 
 
 READERS = "\nReaders: "
@@ -226,11 +279,16 @@ def read_card(card: Path) -> str | None:
 
 def quoted(text: str) -> str:
     """`text` as a YAML string in double quotes."""
-    return '"' + "".join(escape(c) for c in printable(text)) + '"'
+    return '"' + "".join(map(escape, text)) + '"'
 
 
 def escape(character: str) -> str:
-    return f"\\{character}" if character in '"\\' else character
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    surrogate = 0xD800 <= ord(character) <= 0xDFFF  # no character, in no encoding
+    return "?" if surrogate else f"\\U{ord(character):08x}"
 
 
 def escaped(text: str) -> str:
