@@ -267,6 +267,43 @@ def test_expert_choice_equals_the_twin(shared_out, logits, data, threads):
         assert (weights[token, n:] == 0).all()
 
 
+def many_logits(kind):
+    """Enough tokens for expert choice to guess its bounds from a sample, by fair means or foul."""
+    logits = seeded(7).standard_normal((5000, 8), dtype=np.float32)
+    blocks = len(logits) // routing.LANES
+    sampled = [blocks * i // (routing.SAMPLE // routing.LANES) for i in range(routing.SAMPLE)]
+    in_sample = np.isin(np.arange(len(logits)) // routing.LANES, sampled)
+    if kind == "quantised":
+        logits = np.round(logits * 2) / 2
+    elif kind == "rising":
+        logits.sort(axis=0)
+    elif kind == "best in the sample":  # every bound is too high
+        logits[in_sample, ::2] += 9
+    elif kind == "worst in the sample":  # every bound is too low
+        logits[in_sample, ::2] -= 9
+    return logits
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "quantised", "rising", "best in the sample", "worst in the sample"]
+)
+def test_expert_choice_of_many_tokens_equals_the_twin(shared_out, kind, scores, threads):
+    logits = many_logits(kind)
+    method = config(8, 2, "expert_choice")
+    everything = route(logits, method, scores=scores, capacity_factor=math.inf)
+    assert_close(
+        everything.weights.T, reference.score(logits, scores), weight_error(logits, "float32")
+    )
+    result = route(logits, method, scores=scores, threads=threads)
+    chosen = reference.choose_tokens(everything.weights.T, 1250, in_order=False)
+    np.testing.assert_array_equal(result.token_indices, chosen)
+    np.testing.assert_array_equal(
+        result.weights, np.take_along_axis(everything.weights, chosen, axis=1)
+    )
+
+
 OPTIONS = [
     {},
     {"norm_topk_prob": False},
