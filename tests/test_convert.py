@@ -45,8 +45,9 @@ def built(tmp_path: Path, name: str, layout: str | None = None, **options) -> Pa
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which tells of other sources."""
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "moe_fast.json"}
+    """Every file but the manifest and the card, which tell of other sources."""
+    others = ("moe_fast.json", "README.md")
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in others}
 
 
 @pytest.fixture
@@ -136,6 +137,10 @@ def test_the_card_names_the_readers_of_the_new_layout(moe, tmp_path):
     card = (tmp_path / "fused" / "README.md").read_text()
     assert "Readers: transformers 5.\n" in card
     assert "| 0, 2 | dense | the same | none |" in card
+    assert "OUTPUT` made what this was converted from, with models of these names:" in card
+    convert_moe(tmp_path / "fused", tmp_path / "back", layout="per-expert")
+    back, before = ((f / "README.md").read_text() for f in (tmp_path / "back", moe))
+    assert back == before.replace("makes it again", "made what this was converted from")
     (moe / "README.md").write_bytes(b"# Mine \xff")
     convert_moe(moe, tmp_path / "with-mine", layout="fused")
     assert (tmp_path / "with-mine" / "README.md").read_bytes() == b"# Mine \xff"

@@ -193,7 +193,7 @@ def recipe_lines(request: BuildRequest, target: Target, names: Mapping[str, str]
     if sum(map(len, lines)) > LONGEST_RECIPE:
         yield "It is in the manifest, `moe_fast.json`."
     else:
-        yield "`moe-fast build recipe.yml -o OUTPUT` makes it again, with models of these names:"
+        yield f"`moe-fast build recipe.yml -o OUTPUT` {AGAIN}, with models of these names:"
         yield from ("", "```yaml", *lines, "```")
 
 
@@ -218,6 +218,8 @@ def as_yaml(value: Any) -> str:
     return repr(value)
 
 
+# What a recipe does: before and after its output is converted.
+AGAIN, BEFORE_CONVERSION = "makes it again", "made what this was converted from"
 READERS = "\nReaders: "
 
 
@@ -232,11 +234,12 @@ def reader_lines(readers: Sequence[Reader]) -> str:
 
 
 def updated_card(card: Path, readers: Sequence[Reader]) -> str | None:
-    """The text of a card that `model_card` wrote, with other readers; `None` for other cards."""
+    """The text of a card that `model_card` wrote, for a conversion; `None` for other cards."""
     text = read_card(card)
     if text is None or "\n- moe_fast\n" not in text or READERS not in text:
         return None
-    return text[: text.index(READERS)] + reader_lines(readers)
+    kept = text[: text.index(READERS)].replace(AGAIN, BEFORE_CONVERSION, 1)
+    return kept + reader_lines(readers)
 
 
 def front_matter(
