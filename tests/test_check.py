@@ -482,6 +482,40 @@ def test_readers_of_families(tmp_path):
     assert "has no flex_olmo of its own" in readers(tmp_path / "flex")["llama.cpp"]
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "reasons"),
+    [
+        (
+            "qwen2",
+            "qwen2_moe",
+            (
+                "does not divide the weights of a qwen2_moe's chosen experts by their sum, "
+                "norm_topk_prob is true",
+                "wants a head of its own in a qwen2_moe, here it is the embedding",
+            ),
+        ),
+        (
+            "llama",
+            "deepseek",
+            (
+                "does not divide the weights of a deepseek's chosen experts by their sum, "
+                "norm_topk_prob is true",
+            ),
+        ),
+        ("qwen3", "qwen3_moe", ()),
+    ],
+)
+def test_what_llama_cpp_does_its_own_way(tmp_path, source, target, reasons):
+    make_model(tmp_path / "dense", source, tie_word_embeddings=True)
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target)
+    assert readers(tmp_path / "moe")["llama.cpp"] == reasons
+    edit_json(tmp_path / "moe" / "config.json", norm_topk_prob=False, tie_word_embeddings=False)
+    turned = "divides the weights of a qwen3_moe's chosen experts by their sum"
+    found = readers(tmp_path / "moe")["llama.cpp"]
+    assert [reason.partition(",")[0] for reason in found] == ([] if reasons else [turned])
+
+
 def test_keys_that_transformers_4_does_not_look_at(moe):
     edit_json(moe / "config.json", rope_theta="absent")
     (reason,) = readers(moe)["transformers 4"]

@@ -1,8 +1,9 @@
 """Which programs load an MoE checkpoint, and why not: their rules, in one place.
 
 transformers 4 (4.57.6) and 5 (5.23.0) were asked themselves; vLLM's native classes and llama.cpp's
-converter were read. A reader that ignores a key takes its default without a word, so that a
-checkpoint "loads" and computes something else; that counts as not loading.
+converter and graphs (of llama-cpp-python 0.3.36) were read. A reader that ignores a key takes its
+default without a word, so that a checkpoint "loads" and computes something else; that counts as not
+loading.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ class Rules:
     """What the readers know of one family.
 
     `count_key` is where they look for the number of experts. transformers 5 knows the other
-    spelling as well where `either_count_key`. The defaults are those of transformers 4.
+    spelling as well where `either_count_key`. The defaults are those of transformers 4. Of the
+    families with a `norm_topk_prob`, llama.cpp divides the chosen experts' weights by their sum in
+    some and not in others, whatever `config.json` says.
     """
 
     count_key: str
     default_count: int
     default_theta: float
+    llama_cpp_normalises: bool | None = None
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
     per_expert: tuple[str, ...] = READERS
@@ -50,8 +54,15 @@ QWEN_FUSED = (TRANSFORMERS_5, LLAMA_CPP)
 GRANITE = Rules("num_local_experts", 8, 1e4, per_expert=(), fused=READERS)
 RULES = {
     "mixtral": Rules("num_local_experts", 8, 1e6, either_count_key=True),
-    "qwen2_moe": Rules("num_experts", 60, 1e4, fused=QWEN_FUSED),
-    "qwen3_moe": Rules("num_experts", 128, 1e4, either_count_key=True, fused=QWEN_FUSED),
+    "qwen2_moe": Rules("num_experts", 60, 1e4, llama_cpp_normalises=False, fused=QWEN_FUSED),
+    "qwen3_moe": Rules(
+        "num_experts",
+        128,
+        1e4,
+        llama_cpp_normalises=True,
+        either_count_key=True,
+        fused=QWEN_FUSED,
+    ),
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE,
     "flex_olmo": Rules(
@@ -61,7 +72,14 @@ RULES = {
         either_count_key=True,
         natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM),
     ),
-    "deepseek": Rules("n_routed_experts", 0, 1e4, natively=(VLLM, LLAMA_CPP), fused=()),
+    "deepseek": Rules(
+        "n_routed_experts",
+        0,
+        1e4,
+        llama_cpp_normalises=False,
+        natively=(VLLM, LLAMA_CPP),
+        fused=(),
+    ),
 }
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
@@ -87,7 +105,8 @@ def readers_of(
         reasons = list(obstacles(name, rules, layout, has_tokenizer))
         if name in rules.natively:
             reasons += misread_keys(name, rules, config, num_experts)
-            reasons += dense_layers_in_the_way(name, config)
+            if name == LLAMA_CPP:
+                reasons += not_of_llama_cpp(rules, config, num_experts)
         else:
             reasons = [f"has no {family} of its own"]
         found.append(Reader(name, not reasons, tuple(reasons)))
@@ -105,13 +124,22 @@ def obstacles(reader: str, rules: Rules, layout: str, has_tokenizer: bool) -> It
         yield "needs the tokenizer, and no file of one is here"
 
 
-def dense_layers_in_the_way(reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-    if reader != LLAMA_CPP:
-        return
+def not_of_llama_cpp(rules: Rules, config: Mapping[str, Any], num_experts: int) -> Iterator[str]:
+    """What llama.cpp has one way of doing, and `config.json` asks for otherwise."""
+    family = config.get("model_type")
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        yield f"wants experts in every layer of a {config.get('model_type')}, some here are dense"
+        yield f"wants experts in every layer of a {family}, some here are dense"
     if config.get("moe_layer_freq", 1) != 1:
         yield "does not look at moe_layer_freq, and would look for experts in dense layers"
+    does, asked = rules.llama_cpp_normalises, bool(config.get("norm_topk_prob"))
+    if does not in (None, asked) and config.get("num_experts_per_tok") != num_experts:
+        divides = "divides" if does else "does not divide"
+        yield (
+            f"{divides} the weights of a {family}'s chosen experts by their sum, "
+            f"norm_topk_prob is {str(asked).lower()}"
+        )
+    if family == "qwen2_moe" and config.get("tie_word_embeddings"):
+        yield f"wants a head of its own in a {family}, here it is the embedding"
 
 
 def misread_keys(
