@@ -369,6 +369,103 @@ def test_out_is_written_over(options):
         assert out.offsets is held[3]
 
 
+@st.composite
+def one_token_calls(draw):
+    """One token as callers may hold it, and options, to be asked for again and again."""
+    num_experts, k = draw(st.sampled_from([(4, 2), (8, 2), (16, 1), (40, 8), (64, 8), (70, 20)]))
+    dtype = reference_dtype(draw(st.sampled_from(DTYPES)))
+    room = seeded(draw(st.integers(0, 99))).standard_normal((1, 2 * num_experts)).astype(dtype)
+    form = draw(st.sampled_from(["whole", "part", "strided", "swapped", "unaligned", "read-only"]))
+    logits = room[:, :num_experts]
+    if form == "strided":
+        logits = room[:, ::2]
+    elif form == "swapped" and dtype.kind == "f":
+        logits = logits.astype(dtype.newbyteorder())
+    elif form == "unaligned":
+        logits = np.frombuffer(b"-" + room.tobytes(), dtype, num_experts, 1)[None]
+    elif form != "part":
+        logits = logits.copy()
+        logits.flags.writeable = form != "read-only"
+    options = draw(
+        st.sampled_from(
+            [
+                {},
+                {"norm_topk_prob": False},
+                {"scores": "sigmoid"},
+                {"n_group": 2},
+                {"capacity_factor": 0.0},
+                {"selection_bias": np.arange(num_experts) / 8},
+            ]
+        )
+    )
+    return logits, MoeConfig(num_experts, k), options
+
+
+@given(calls=st.lists(one_token_calls(), min_size=1, max_size=3), data=st.data())
+def test_one_token_again_and_again(calls, data):
+    outs = [route(logits, config, **options) for logits, config, options in calls]
+    for _ in range(4):
+        logits, config, options = data.draw(st.sampled_from(calls))
+        expected = route(logits, config, **options)
+        for out in outs:
+            if (out._indices.shape, out.num_experts, out.weights.dtype) == (
+                expected._indices.shape,
+                expected.num_experts,
+                expected.weights.dtype,
+            ):
+                _ = out.permutation
+                assert route(logits, config, out=out, **options) is out
+                assert_same(out, expected)
+
+
+def test_one_token_again_is_checked_like_the_first():
+    method = config(4, 2)
+    logits = np.arange(4.0)[None]
+    out = route(logits, method)
+    nan = np.array([[0.0, np.nan, 0.0, 0.0]])
+    for bad, error, match in [
+        (nan, RoutingError, "logits of token 0 hold a NaN"),
+        (logits.astype(int), TypeError, "got int64"),
+        (logits.astype(np.float32), MoeConfigError, "out must be a routing by "),
+        (np.zeros((2, 4)), MoeConfigError, "out must be a routing by "),
+        (np.zeros((1, 5)), RoutingError, "logits must have the shape"),
+        (np.zeros(4), RoutingError, "logits must have the shape"),
+        (logits[None], RoutingError, "logits must have the shape"),
+    ]:
+        route(logits, method, out=out)
+        with pytest.raises(error, match=match):
+            route(bad, method, out=out)
+    for options, error, match in [
+        ({"n_group": True}, TypeError, "n_group must be an integer, got True"),
+        ({"scores": "tanh"}, MoeConfigError, "scores must be 'softmax' or 'sigmoid', got 'tanh'"),
+    ]:
+        route(logits, method, out=out)
+        with pytest.raises(error, match=match):
+            route(logits, method, out=out, **options)
+    assert_same(route(logits, method, out=out), route(logits, method))
+
+
+def test_one_token_again_into_other_arrays():
+    method = config(4, 2)
+    logits = np.arange(4.0)[None]
+    out = route(logits, method)
+    for weights in (np.zeros((1, 2)), np.zeros((1, 4))[:, :2]):
+        out.weights = weights
+        assert_same(route(logits, method, out=out), route(logits, method))
+        assert out.weights is weights
+    for name, array in [
+        ("weights", np.zeros((1, 2), np.float32)),
+        ("weights", np.zeros((1, 3))),
+        ("tokens_per_expert", np.zeros(3, np.int64)),
+    ]:
+        out = route(logits, method)
+        setattr(out, name, array)
+        if name == "tokens_per_expert":
+            out.tokens_per_expert_before_drop = array
+        with pytest.raises(MoeConfigError, match="out must be a routing by "):
+            route(logits, method, out=out)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pickles(options):
     result = call(seeded(3).standard_normal((20, 16)), **options)

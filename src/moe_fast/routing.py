@@ -106,6 +106,7 @@ class Routing:
     """
 
     __slots__ = (
+        "_asked",
         "_indices",
         "_offsets",
         "_permutation",
@@ -124,6 +125,8 @@ class Routing:
     weights: Floats
     tokens_per_expert: Counts
     tokens_per_expert_before_drop: Counts
+    # What `route` was asked for and how it went about it, where it can do the same again.
+    _asked: tuple[Any, ...] | None
     _indices: Indices
     _offsets: Counts
     _permutation: Indices
@@ -138,6 +141,7 @@ class Routing:
         dtype: np.dtype[Any],
         capacity: int | None,
     ) -> None:
+        self._asked = None
         self.method = method
         self.num_tokens = num_tokens
         self.capacity = capacity
@@ -388,10 +392,13 @@ def route(
     >>> routing.offsets
     array([0, 1, 3, 4])
     """
-    rule = as_rule(
+    asked = (
         config, selection_bias is not None, scores, norm_topk_prob, routed_scaling_factor,
         n_group, topk_group, experts_per_group_score, capacity_factor, drop_policy, sorted,
     )  # fmt: skip
+    if out is not None and routed_again(logits, asked, out):
+        return out
+    rule = as_rule(*asked)
     rows, encoding, dtype = readable(logits, rule.num_experts)
     num_tokens = len(rows)
     threads = 1 if num_tokens == 1 else as_threads(threads)
@@ -417,7 +424,25 @@ def route(
         )
         if capacity is not None:
             drop(rule, out, capacity)
+        if num_tokens == 1 and selection_bias is None and capacity != 0:
+            out._asked = asked, *choice(rule), rule.num_experts, rule.num_experts_per_tok
     return out
+
+
+def routed_again(logits: npt.ArrayLike, asked: tuple[Any, ...], out: Routing) -> bool:
+    """Route one token into `out`, where nothing but the logits is new; tells whether it was so."""
+    if not isinstance(out, Routing) or out._asked is None:
+        return False
+    bad = kernels.compiled.route_token_again(
+        logits, out._indices, out.weights, out.tokens_per_expert_before_drop, asked, *out._asked
+    )
+    if bad is None:
+        return False
+    out.tokens_per_expert = out.tokens_per_expert_before_drop
+    out._sorted = False
+    if bad >= 0:
+        raise_for_nan([bad])
+    return True
 
 
 def as_rule(*arguments: Any, **options: Any) -> Rule:
@@ -580,7 +605,7 @@ def as_bias(
     if bias is None:
         return None
     array = np.asarray(bias)
-    if array.dtype.name not in ENCODINGS and array.dtype.kind not in "iu":
+    if reading(array.dtype)[1] is None and array.dtype.kind not in "iu":
         raise TypeError(f"selection_bias must hold numbers, got {array.dtype}")
     if array.shape != (num_experts,):
         raise MoeConfigError(
@@ -611,6 +636,7 @@ def reuse(
             f"{rule.num_experts} experts with {dtype} weights of shape {shape}, got {out!r} "
             f"with {out.weights.dtype} weights of shape {out.weights.shape}"
         )
+    out._asked = None
     out.capacity = capacity
     out.tokens_per_expert = out.tokens_per_expert_before_drop
     out.tokens_per_expert.fill(0)
@@ -627,12 +653,7 @@ def tokens_choose(
 ) -> None:
     """Fill the indices, the weights and the counts before anything is dropped."""
     kernel = kernels.compiled.route_tokens[specialisation(out.weights.dtype)]
-    if bias is None:
-        bias = no_bias(rule.num_experts, out.weights.dtype)
-    input = (
-        rows, encoding, bias, rule.is_sigmoid, rule.norm_topk_prob, rule.by_score,
-        rule.n_group, rule.topk_group, rule.experts_per_group_score, rule.routed_scaling_factor,
-    )  # fmt: skip
+    input = rows, encoding, bias, *choice(rule)
     if threads == 1:
         bad = kernel(
             *input, out._indices, out.weights, out.tokens_per_expert_before_drop, 0, len(rows)
@@ -653,11 +674,12 @@ def tokens_choose(
         out.tokens_per_expert_before_drop += counts
 
 
-@lru_cache(maxsize=64)
-def no_bias(num_experts: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    zeros = np.zeros(num_experts, dtype)
-    zeros.flags.writeable = False
-    return zeros
+def choice(rule: Rule) -> tuple[bool, bool, bool, int, int, int, float]:
+    """How tokens choose, as the kernels take it."""
+    return (
+        rule.is_sigmoid, rule.norm_topk_prob, rule.by_score,
+        rule.n_group, rule.topk_group, rule.experts_per_group_score, rule.routed_scaling_factor,
+    )  # fmt: skip
 
 
 def drop(rule: Rule, out: Routing, capacity: int) -> None:

@@ -107,7 +107,7 @@ def fill_normal(
 def route_tokens(
     logits: _Bytes,
     encoding: int,
-    bias: _Real,
+    bias: _Real | None,
     is_sigmoid: bool,
     norm_topk_prob: bool,
     by_score: bool,
@@ -121,6 +121,25 @@ def route_tokens(
     start: int,
     stop: int,
 ) -> int: ...
+
+# routing_again.pxi
+def route_token_again(
+    logits: npt.ArrayLike,
+    expert_indices: _Index32,
+    weights: _Real,
+    tokens_per_expert: _Index64,
+    asked: tuple[object, ...],
+    asked_before: tuple[object, ...],
+    is_sigmoid: bool,
+    norm_topk_prob: bool,
+    by_score: bool,
+    n_group: int,
+    topk_group: int,
+    experts_per_group_score: int,
+    routed_scaling_factor: float,
+    num_experts: int,
+    num_experts_per_tok: int,
+) -> int | None: ...
 
 # routing_order.pxi
 def sort_by_expert(expert_indices: _Index32, offsets: _Index64, permutation: _Index32) -> None: ...

@@ -1,5 +1,8 @@
 # The kernels, included once per SIMD level. They neither check nor raise: callers do.
 
+from cpython.buffer cimport (
+    PyBUF_RECORDS, PyBUF_RECORDS_RO, PyBuffer_Release, PyObject_GetBuffer
+)
 from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc

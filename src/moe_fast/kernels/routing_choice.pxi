@@ -91,7 +91,7 @@ cdef void lower_bounds(
     elif k == 1:
         for t in range(tokens):
             bound[t] = largest_of_row(row[t], padded)
-    elif lanes == LANES:
+    elif lanes == LANES and tokens > 1:
         for t in range(LANES):
             fold(row[t if t < tokens else 0], padded, LANES, folded + t * LANES)
         to_columns(<const uint8_t*>folded, LANES * sizeof(real), LANES, LANES, column)

@@ -142,8 +142,67 @@ cdef Py_ssize_t route_rows(
     return -1
 
 
+cdef enum:
+    NO_MEMORY = -2
+
+
+cdef Py_ssize_t route_blocks(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, const real* bias, const Rule* rule,
+    int32_t* expert_indices, real* weights, int64_t* tokens_per_expert,
+    Py_ssize_t start, Py_ssize_t stop
+) noexcept nogil:
+    # The tokens from start to stop; NULL is a bias of zeros. Returns the first with a NaN, -1 where
+    # there is none, or NO_MEMORY.
+    cdef Work work
+    cdef Py_ssize_t n = rule.num_experts
+    cdef Py_ssize_t k = rule.num_experts_per_tok
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
+    cdef Py_ssize_t bad = -1
+    cdef Py_ssize_t token, tokens, i
+    cdef int32_t* index
+    cdef real* weight
+    cdef real* zeros
+    cdef const uint8_t* row
+    cdef char* memory = <char*>malloc(
+        (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
+        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
+    )
+    if memory == NULL:
+        return NO_MEMORY
+    work.rows = memory
+    work.scores = <real*>work.rows + LANES * padded
+    work.value = <real*>work.scores + LANES * padded
+    work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
+    zeros = <real*>work.chosen + LANES * k
+    work.found = <int32_t*>(zeros + padded)
+    work.order = work.found + padded + LANES + LANES * LANES
+    work.expert = work.order + padded
+    if bias == NULL:
+        memset(zeros, 0, n * sizeof(real))
+        bias = zeros
+    for token in range(start, stop, 16):
+        tokens = LANES if token + LANES < stop else stop - token
+        row = logits + token * stride
+        if token + 2 * LANES <= stop:
+            prefetch_rows(row + LANES * stride, stride, LANES, nbytes)
+        index = expert_indices + token * k
+        weight = weights + token * k
+        if few_enough_for_columns(rule):
+            bad = route_columns(row, stride, encoding, tokens, bias, rule, &work, index, weight)
+        else:
+            bad = route_rows(row, stride, encoding, tokens, bias, rule, &work, index, weight)
+        if bad >= 0:
+            bad += token
+            break
+        for i in range(tokens * k):
+            tokens_per_expert[index[i]] += 1
+    free(memory)
+    return bad
+
+
 def route_tokens(
-    const uint8_t[:, :] logits not None, int encoding, const real[::1] bias not None,
+    const uint8_t[:, :] logits not None, int encoding, const real[::1] bias,
     bint is_sigmoid, bint norm_topk_prob, bint by_score,
     Py_ssize_t n_group, Py_ssize_t topk_group, Py_ssize_t experts_per_group_score,
     double routed_scaling_factor,
@@ -152,24 +211,15 @@ def route_tokens(
 ):
     """Choose for the tokens from start to stop, and add to the counts of their experts.
 
-    `logits` holds the bytes of each row, `bias` one value an expert.
+    `logits` holds the bytes of each row, `bias` one value an expert, or is None.
 
     Returns the first token with a NaN, or -1.
     """
     cdef Rule rule
-    cdef Work work
-    cdef Py_ssize_t n = bias.shape[0]
-    cdef Py_ssize_t k = expert_indices.shape[1]
-    cdef Py_ssize_t padded = padded_to_lanes(n)
-    cdef Py_ssize_t stride = logits.strides[0]
-    cdef Py_ssize_t token, tokens, i, nbytes
-    cdef Py_ssize_t bad = -1
-    cdef int32_t* index
-    cdef real* weight
-    cdef const uint8_t* row
-    cdef char* memory
-    rule.num_experts = n
-    rule.num_experts_per_tok = k
+    cdef const real* added = NULL
+    cdef Py_ssize_t bad
+    rule.num_experts = tokens_per_expert.shape[0]
+    rule.num_experts_per_tok = expert_indices.shape[1]
     rule.is_sigmoid = is_sigmoid
     rule.norm_topk_prob = norm_topk_prob
     rule.by_score = by_score
@@ -177,40 +227,15 @@ def route_tokens(
     rule.topk_group = topk_group
     rule.experts_per_group_score = experts_per_group_score
     rule.routed_scaling_factor = routed_scaling_factor
-    memory = <char*>malloc(
-        (2 * LANES * padded + 3 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
-        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
-    )
-    if memory == NULL:
-        raise MemoryError(f"no memory to route among num_experts={n}")
-    work.rows = memory
-    work.scores = <real*>work.rows + LANES * padded
-    work.value = <real*>work.scores + LANES * padded
-    work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
-    work.found = <int32_t*>(<real*>work.chosen + LANES * k)
-    work.order = work.found + padded + LANES + LANES * LANES
-    work.expert = work.order + padded
-    nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
+    if start == stop:
+        return -1
+    if bias is not None:
+        added = &bias[0]
     with nogil:
-        for token in range(start, stop, 16):
-            tokens = LANES if token + LANES < stop else stop - token
-            row = &logits[0, 0] + token * stride
-            if token + 2 * LANES <= stop:
-                prefetch_rows(row + LANES * stride, stride, LANES, nbytes)
-            index = &expert_indices[0, 0] + token * k
-            weight = &weights[0, 0] + token * k
-            if few_enough_for_columns(&rule):
-                bad = route_columns(
-                    row, stride, encoding, tokens, &bias[0], &rule, &work, index, weight
-                )
-            else:
-                bad = route_rows(
-                    row, stride, encoding, tokens, &bias[0], &rule, &work, index, weight
-                )
-            if bad >= 0:
-                bad += token
-                break
-            for i in range(tokens * k):
-                tokens_per_expert[index[i]] += 1
-    free(memory)
+        bad = route_blocks(
+            &logits[0, 0], logits.strides[0], encoding, added, &rule,
+            &expert_indices[0, 0], &weights[0, 0], &tokens_per_expert[0], start, stop
+        )
+    if bad == NO_MEMORY:
+        raise MemoryError(f"no memory to route among num_experts={rule.num_experts}")
     return bad
