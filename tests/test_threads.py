@@ -44,6 +44,7 @@ def test_an_error_waits_for_the_other_ranges(failing):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork.*JAX:RuntimeWarning")
 def test_a_forked_child_makes_its_own_pool():
     expected = digest_of_two_threads()
     context = multiprocessing.get_context("fork")

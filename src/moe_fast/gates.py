@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from functools import cache, partial
-from typing import Any
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -152,46 +152,88 @@ def draw_routers(
     transpose: bool,
 ) -> npt.NDArray[Any]:
     """Router weights of shape `layers` followed by one layer's; from `layer` on."""
-    hidden_dim = as_index(hidden_dim, "hidden_dim", maximum=LARGEST_INDEX)
-    num_experts = as_index(num_experts, "num_experts", maximum=LARGEST_INDEX)
-    layer = as_index(layer, "layer")
+    how = layers, hidden_dim, num_experts, init, layer, full_range, remove_base, transpose
     threads = as_threads(threads)
-    seed, spread, has_base = DRAWS[as_member(init, RouterInit, "init")]
-    size, row_length = (num_experts, hidden_dim) if transpose else (hidden_dim, num_experts)
-    start, stop = (0, size) if rows is None else as_rows(rows, size)
-    out = as_output(out, (*layers, stop - start, row_length), dtype)
+    draws = remembered_draws(*how) if rows is None else draws_of(*how, rows)
+    out = as_output(out, draws.shape, dtype)
     kernel = kernel_name(out.dtype)
     if not kernel:
         raise wrong_dtype("out.dtype", out.dtype)
     if out.size == 0:
         return out
 
+    streamed = out.nbytes > STREAMED_BYTES
+    flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
+    fill = getattr(kernels.compiled, kernel)
+    if draws.same:
+        fill(flat, 0, 1, *draws.arguments, streamed)
+        flat.fill(flat[0])
+    elif threads == 1:
+        fill(flat, 0, flat.size, *draws.arguments, streamed)
+    else:
+        work = partial(fill_range, fill, flat, (*draws.arguments, streamed))
+        share(work, flat.size, threads, grain=VALUES_PER_THREAD)
+    return out
+
+
+class Draws(NamedTuple):
+    """What a call draws: the shape, whether every value is the same, and the kernel's arguments."""
+
+    shape: tuple[int, ...]
+    same: bool
+    arguments: tuple[Any, ...]
+
+
+def draws_of(
+    layers: tuple[int, ...],
+    hidden_dim: int,
+    num_experts: int,
+    init: RouterInit | str,
+    layer: int,
+    full_range: bool,
+    remove_base: bool,
+    transpose: bool,
+    rows: tuple[int, int] | None = None,
+) -> Draws:
+    """The draws that the arguments ask for, each checked."""
+    hidden_dim = as_index(hidden_dim, "hidden_dim", maximum=LARGEST_INDEX)
+    num_experts = as_index(num_experts, "num_experts", maximum=LARGEST_INDEX)
+    layer = as_index(layer, "layer")
+    seed, spread, has_base = DRAWS[as_member(init, RouterInit, "init")]
+    size, row_length = (num_experts, hidden_dim) if transpose else (hidden_dim, num_experts)
+    start, stop = (0, size) if rows is None else as_rows(rows, size)
+    num_rows = stop - start
+    shape = (*layers, num_rows, row_length)
+    if not math.prod(shape):
+        return Draws(shape, False, ())
+
     # Draws from one layer, row and column to the next, and to the first of all.
     to_layer = hidden_dim * num_experts
     to_row, to_column = (1, num_experts) if transpose else (num_experts, 1)
     first = layer * to_layer + start * to_row
-    num_rows = stop - start
     if not transpose:  # Rows follow one another in the stream: they are one long row.
         num_rows, row_length = 1, num_rows * row_length
     if row_length == to_layer:  # And so do layers.
-        row_length = out.size
+        row_length = math.prod(shape)
     base = 1.0 / num_experts if has_base and not remove_base else 0.0
     scale = spread / math.sqrt(hidden_dim)
-    draws = (
+    arguments = (
         num_rows, row_length, seed, first % PERIOD, to_layer % PERIOD, to_row % PERIOD, to_column,
-        full_range, base, scale, out.nbytes > STREAMED_BYTES,
+        full_range, base, scale,
     )  # fmt: skip
+    return Draws(shape, not spread, arguments)
 
-    flat = (out if out.itemsize > 2 else out.view(np.uint16)).reshape(-1)
-    fill = getattr(kernels.compiled, kernel)
-    if not spread:
-        fill(flat, 0, 1, *draws)
-        flat.fill(flat[0])
-    elif threads == 1:
-        fill(flat, 0, flat.size, *draws)
-    else:
-        share(partial(fill_range, fill, flat, draws), flat.size, threads, grain=VALUES_PER_THREAD)
-    return out
+
+def remembered_draws(*arguments: Any) -> Draws:
+    """`draws_of`, which remembers what it was asked, also for what cannot be remembered."""
+    try:
+        return cached_draws(*arguments)
+    except TypeError:
+        return draws_of(*arguments)
+
+
+# 1 and True are equal, and only one of them is an integer here.
+cached_draws = lru_cache(maxsize=256, typed=True)(draws_of)
 
 
 def fill_range(fill: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
