@@ -88,9 +88,6 @@ cdef void lower_bounds(
     if 2 * lanes > padded:
         for t in range(tokens):
             bound[t] = -INFINITY
-    elif k == 1:
-        for t in range(tokens):
-            bound[t] = largest_of_row(row[t], padded)
     elif lanes == LANES and tokens > 1:
         for t in range(LANES):
             fold(row[t if t < tokens else 0], padded, LANES, folded + t * LANES)
@@ -133,6 +130,16 @@ cdef Py_ssize_t survivors(
     return larger
 
 
+cdef inline int32_t first_at_least(const real* x, real bound) noexcept nogil:
+    # Where the first value from `bound` up stands; there is one.
+    cdef int32_t i = 0
+    cdef uint32_t bits = at_least(x, bound)
+    while bits == 0:
+        i += LANES
+        bits = at_least(x + i, bound)
+    return i + lowest_bit(bits)
+
+
 cdef void choose_in_rows(
     const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded, Py_ssize_t k,
     int32_t* index, real* value, int32_t* found, int32_t* order
@@ -141,6 +148,10 @@ cdef void choose_in_rows(
     cdef real[LANES] bound
     cdef Py_ssize_t[LANES] count
     cdef Py_ssize_t t, s, j
+    if k == 1:
+        for t in range(tokens):
+            index[t] = first_at_least(row[t], largest_of_row(row[t], padded))
+        return
     lower_bounds(row, tokens, padded, k, bound, value, order)
     # All lists first, then their order: what is read while it is still being written has to wait.
     # A list longer than LANES runs into the next one's place, and is needed no more by then.
@@ -157,9 +168,7 @@ cdef void choose_in_rows(
     found -= tokens * LANES
     value -= tokens * LANES
     for t in range(tokens):
-        if k == 1 and bound[t] > -INFINITY:
-            index[t] = found[0]
-        elif count[t] <= LANES:
+        if count[t] <= LANES:
             sort_few(value, <int>count[t], order)
             for s in range(k):
                 index[t * k + s] = found[order[s]]

@@ -100,6 +100,9 @@ cdef inline void to_rows(
 ) noexcept nogil:
     # And back: rows[t * k + s] = column[s * LANES + t].
     cdef Py_ssize_t s, t
+    if k == 1:
+        memcpy(rows, column, tokens * sizeof(real))
+        return
     if real is float:
         if tokens == LANES and rows_of_columns(column, k, rows):
             return
