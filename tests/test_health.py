@@ -20,7 +20,7 @@ from moe_fast import (
 )
 from moe_fast.arrays import map_npy
 from moe_fast.demo import make_dense_model
-from moe_fast.health import RANDOM_TOKENS, counted
+from moe_fast.health import RANDOM_TOKENS
 from moe_fast.kernels import reference
 
 RNG = np.random.default_rng(0)
@@ -257,8 +257,3 @@ def test_an_expert_between_two_others_starves(dense, tmp_path):
         "layers 0-3: expert 2 would get less than a quarter of an even load of 1024 random "
         "tokens; give experts prompts that differ more, and more of them",
     )
-
-
-def test_numbers_for_the_eye():
-    assert counted("layer", [3]) == "layer 3"
-    assert counted("layer", [0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"

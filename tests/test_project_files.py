@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,13 @@ def test_only_forms_and_their_configuration_lie_there():
         "blank_issues_enabled",
         "contact_links",
     }
+
+
+def test_the_sdist_holds_all_of_these_folders():
+    lines = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    taken = {folder: patterns for _, folder, *patterns in map(str.split, lines)}
+    for folder in ("tests", "docs", "examples"):
+        for file in (ROOT / folder).rglob("*"):
+            made = {part for part in file.parts if part.startswith((".", "__pycache__"))}
+            if file.is_file() and not made:
+                assert any(fnmatch(file.name, pattern) for pattern in taken[folder]), file

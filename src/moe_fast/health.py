@@ -14,6 +14,7 @@ from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
 from moe_fast.reports import Report
 from moe_fast.statistics import RoutingStats
+from moe_fast.wording import numbered
 
 __all__ = ["RouterHealth", "predict_load"]
 
@@ -160,7 +161,7 @@ def router_health(
         num_tokens=tokens,
         coefficient_of_variation=tuple(variation),
         mean_entropy=tuple(entropy),
-        warnings=tuple(f"{counted('layer', n)}: {text}; {remedy}" for text, n in found.items()),
+        warnings=tuple(f"{numbered('layer', n)}: {text}; {remedy}" for text, n in found.items()),
     )
 
 
@@ -169,10 +170,10 @@ def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) ->
     equals = first_equals(router)
     tied = [expert for expert, first in enumerate(equals) if equals.count(first) > 1]
     if tied:
-        return f"the router weights of {counted('expert', tied)} are the same, and so tie"
+        return f"the router weights of {numbered('expert', tied)} are the same, and so tie"
     if starving:
         return (
-            f"{counted('expert', starving)} would get less than a quarter of an even load "
+            f"{numbered('expert', starving)} would get less than a quarter of an even load "
             f"of {source}"
         )
     return None
@@ -188,18 +189,6 @@ def first_equals(rows: npt.NDArray[Any]) -> list[int]:
     """For each row, the number of the first one that is equal to it."""
     first: dict[bytes, int] = {}
     return [first.setdefault((row + 0).tobytes(), i) for i, row in enumerate(rows)]  # -0 is 0
-
-
-def counted(name: str, numbers: Sequence[int]) -> str:
-    """Numbers for the eye: `layer 3`, `layers 0-4, 7`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"{name}{'s'[: len(numbers) > 1]} {shown}"
 
 
 def random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

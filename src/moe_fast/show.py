@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.checkpoint.provenance import ranges
+from moe_fast.wording import counted, ranges
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_fast.doctor import Diagnosis
     from moe_fast.health import RouterHealth
     from moe_fast.plan import MoeConstructionPlan, MoeReport
-from moe_fast.statistics import RoutingStats
+    from moe_fast.statistics import RoutingStats
 
 MOST_PROBLEMS = 10
 MOST_LINES = 100
@@ -327,10 +327,6 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(nbytes: int) -> str:

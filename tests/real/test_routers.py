@@ -24,6 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from moe_fast import MoeConfig, RoutingStats, build_moe, predict_load
 from moe_fast.torch import huggingface_load_balancing_loss, route
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HIDDEN, TOKENS = 48, 600
 # Values closer than this may stand in another order after the rounding of a sum or a softmax.
 CLEAR = 1e-5
@@ -224,7 +225,7 @@ def run(smollm2, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("routers") / "moe"
     build_moe(smollm2, folder, MoeConfig(EXPERTS, K), router_init="random", seed=1)
-    kinds = yaml.safe_load((Path(__file__).parent / "kinds.yml").read_text(encoding="utf-8"))
+    kinds = yaml.safe_load((EXAMPLES / "kinds.yml").read_text(encoding="utf-8"))
     text = "\n".join(text for texts in kinds["held_out"].values() for text in texts[:2])
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

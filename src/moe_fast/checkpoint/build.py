@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.header import open_regular
+from moe_fast.checkpoint.header import json_text
 from moe_fast.checkpoint.hub import find_models
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.output import (
     Contents,
     Progress,
     Writing,
+    companions_of,
     lack_of_space,
     obstacles,
+    overflow_warnings,
     write_checkpoint,
 )
 from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES
@@ -51,20 +52,6 @@ from moe_fast.reports import Report
 __all__ = ["BuildReport", "build_moe"]
 
 ModelPath = str | os.PathLike[str]
-
-# What belongs to the base model besides its weights and is copied as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template.*",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -507,33 +494,3 @@ def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[st
         f"{request.models[model].model}: gives no expert; there are more models than experts"
         for model in unused_models
     ]
-
-
-def json_text(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def overflow_warnings(records: Mapping[str, FileRecord]) -> list[str]:
-    """One for each file with weights that its dtype does not hold."""
-    return [
-        f"{name}: {sum(counts.values())} weights of {len(counts)} tensors are beyond the dtype and "
-        f"became infinite, the first of them in {next(iter(counts))!r}; bfloat16 and float32 reach "
-        "further than float16"
-        for name, record in records.items()
-        if (counts := record.overflow)
-    ]
-
-
-def companions_of(model: Path) -> list[Path]:
-    """The tokenizer files and generation settings of a model folder, each one readable."""
-    files = [file for pattern in COMPANIONS for file in sorted(model.glob(pattern))]
-    files = [file for file in dict.fromkeys(files) if not file.is_dir()]
-    problems: list[str] = []
-    for file in files:
-        try:
-            open_regular(file).close()
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
-    return files

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from moe_fast.checkpoint.build import companions_of, prepare
+from moe_fast.checkpoint.build import prepare
 from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
-from moe_fast.checkpoint.header import Tensor, is_plain_name
+from moe_fast.checkpoint.header import Tensor, is_plain_name, read_exactly
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
+from moe_fast.checkpoint.output import companions_of
 from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES, FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
@@ -32,6 +33,7 @@ from moe_fast.checkpoint.writer import sha256_of
 from moe_fast.config import Dtype, GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
+from moe_fast.wording import counted
 
 __all__ = ["CheckReport", "Finding", "Status", "check_moe"]
 
@@ -65,7 +67,7 @@ def finding(
     if not problems:
         return Finding(check, Status.PASSED, summary)
     if failed is None:
-        failed = f"{len(problems)} problem{'s'[: len(problems) > 1]}"
+        failed = counted(len(problems), "problem")
     return Finding(check, Status.FAILED, failed, tuple(problems))
 
 
@@ -435,17 +437,6 @@ def first_difference(tensor: Tensor, expected: Expected, name: str) -> str | Non
                     return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
                 position += len(chunk)
     return None
-
-
-def read_exactly(stream: BinaryIO, count: int, path: str) -> bytearray:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        read = stream.readinto(view)  # type: ignore[attr-defined]
-        if not read:
-            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
-        view = view[read:]
-    return data
 
 
 def compare_config(model: MoeModel, config: Mapping[str, Any]) -> Finding:

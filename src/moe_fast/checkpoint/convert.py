@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_fast.checkpoint.build import companions_of, json_text, overflow_warnings
 from moe_fast.checkpoint.copies import Streams
-from moe_fast.checkpoint.header import SourceFile, Tensor, read_header_and_metadata
+from moe_fast.checkpoint.header import SourceFile, Tensor, json_text, read_header_and_metadata
 from moe_fast.checkpoint.inspection import as_floats, read_floats
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.moe import NUM_EXPERTS_KEYS, MoeLayer, MoeModel, first_size, open_moe_model
@@ -23,8 +22,10 @@ from moe_fast.checkpoint.output import (
     Contents,
     Progress,
     Writing,
+    companions_of,
     lack_of_space,
     obstacles,
+    overflow_warnings,
     write_checkpoint,
 )
 from moe_fast.checkpoint.pieces import DTYPES, SAFETENSORS_DTYPES
@@ -37,8 +38,9 @@ from moe_fast.checkpoint.table import FORMAT, OutputTensor, Weight, index_json, 
 from moe_fast.checkpoint.targets import TARGETS, Target, joined
 from moe_fast.config import Dtype, Layout, as_member
 from moe_fast.errors import CheckpointError, as_index
-from moe_fast.health import complaint_on_random_tokens, counted
+from moe_fast.health import complaint_on_random_tokens
 from moe_fast.reports import Report
+from moe_fast.wording import numbered
 
 __all__ = ["ConvertReport", "convert_moe"]
 
@@ -302,7 +304,7 @@ def rounding_warnings(conversion: Conversion, dtype: Dtype | None) -> list[str]:
             if text is not None and complaint_on_random_tokens(before, top_k) is None:
                 found.setdefault(text, []).append(layer.number)
     return [
-        f"{counted('layer', layers)}: rounded to {dtype}, {text}; "
+        f"{numbered('layer', layers)}: rounded to {dtype}, {text}; "
         f"build the MoE in {dtype} instead, or convert it after training"
         for text, layers in found.items()
     ]

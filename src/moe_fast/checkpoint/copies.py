@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
-from moe_fast.checkpoint.header import SourceFile, Tensor, open_regular
-from moe_fast.errors import CheckpointError
+from moe_fast.checkpoint.header import SourceFile, Tensor, open_regular, read_exactly
 
 SAMPLE = 512
 MEMORY = 64 * 1024 * 1024
@@ -82,7 +81,7 @@ class Streams:
     """Files opened once each and closed together."""
 
     def __init__(self) -> None:
-        self.open: dict[SourceFile, Any] = {}
+        self.open: dict[SourceFile, FileIO] = {}
         self.stack = ExitStack()
 
     def __enter__(self) -> Streams:
@@ -97,11 +96,4 @@ class Streams:
             self.open[file] = self.stack.enter_context(open_regular(Path(file.path)))
         stream = self.open[file]
         stream.seek(offset)
-        data = bytearray(count)
-        view = memoryview(data)
-        while view:
-            read = stream.readinto(view)
-            if not read:
-                raise CheckpointError(f"{file.path}: ended at byte {stream.tell()}")
-            view = view[read:]
-        return data
+        return read_exactly(stream, count, file.path)

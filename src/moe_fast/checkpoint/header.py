@@ -282,6 +282,11 @@ def read_json(path: Path, limit: int = LONGEST_CONFIG) -> Any:
     return parse_json(text, path)
 
 
+def json_text(value: Any) -> str:
+    """A value as the text of one of the output's JSON files."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a model folder.
 
@@ -367,6 +372,24 @@ def open_regular(path: Path) -> FileIO:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     raise CheckpointError(f"{path}: is not a regular file")
+
+
+def read_exactly(stream: FileIO, count: int, path: str) -> bytearray:
+    """The next `count` bytes of the file at `path`, however few of them the system gives at a time.
+
+    Raises
+    ------
+    CheckpointError
+        A file that ends before.
+    """
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        read = stream.readinto(view)
+        if not read:
+            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
+        view = view[read:]
+    return data
 
 
 def header_bytes(

@@ -5,11 +5,10 @@ Whoever reads it trusts nothing: every type in it is checked, and it names files
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.header import LONGEST_INDEX, SourceFile, read_json
+from moe_fast.checkpoint.header import LONGEST_INDEX, SourceFile, json_text, read_json
 from moe_fast.checkpoint.request import BuildRequest, ConvertRequest, typed
 from moe_fast.errors import CheckpointError
 
@@ -71,7 +70,7 @@ class Manifest:
             name: {key: item for key, item in record.items() if item is not None}
             for name, record in value["files"].items()
         }
-        return json.dumps(value, indent=2) + "\n"
+        return json_text(value)
 
 
 def read_manifest(folder: Path) -> Manifest:

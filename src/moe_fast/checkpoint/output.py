@@ -10,14 +10,29 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.header import SourceFile
+from moe_fast.checkpoint.header import SourceFile, open_regular
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
 from moe_fast.checkpoint.staging import staged, unfinished, why_not
 from moe_fast.checkpoint.table import Shard
 from moe_fast.checkpoint.writer import copy_file, key_of, write_shards, write_text
+from moe_fast.errors import CheckpointError
 from moe_fast.threads import as_threads
 
 Progress = Callable[[int, int], None]
+
+# What belongs to the base model besides its weights and is copied as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.*",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,21 @@ class Writing:
             raise TypeError(
                 f"executor must be a concurrent.futures.Executor, got {self.executor!r}"
             )
+
+
+def companions_of(model: Path) -> list[Path]:
+    """The tokenizer files and generation settings of a model folder, each one readable."""
+    files = [file for pattern in COMPANIONS for file in sorted(model.glob(pattern))]
+    files = [file for file in dict.fromkeys(files) if not file.is_dir()]
+    problems: list[str] = []
+    for file in files:
+        try:
+            open_regular(file).close()
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return files
 
 
 def obstacles(output: Path, sources: Collection[SourceFile], how: Writing) -> Iterator[str]:
@@ -136,6 +166,17 @@ def write_checkpoint(
             )
         write_text(manifest(records), folder / MANIFEST, fsync=how.fsync)
     return records
+
+
+def overflow_warnings(records: Mapping[str, FileRecord]) -> list[str]:
+    """One for each file with weights that its dtype does not hold."""
+    return [
+        f"{name}: {sum(counts.values())} weights of {len(counts)} tensors are beyond the dtype and "
+        f"became infinite, the first of them in {next(iter(counts))!r}; bfloat16 and float32 reach "
+        "further than float16"
+        for name, record in records.items()
+        if (counts := record.overflow)
+    ]
 
 
 class WrittenBytes:

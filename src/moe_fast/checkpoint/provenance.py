@@ -19,6 +19,7 @@ from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.table import FORMAT
 from moe_fast.checkpoint.targets import Target
 from moe_fast.errors import CheckpointError
+from moe_fast.wording import ranges
 
 CARD = "README.md"
 LONGEST_CARD = 1_000_000
@@ -115,7 +116,6 @@ def model_card(
     """The README.md of an output, with the metadata that the Hub shows."""
     names = names_of(construction)
     base = names[str(construction.base.path)]
-    config = construction.config
     plan, config = construction.plan, construction.config
     sources = list(dict.fromkeys(names[source.model] for source in construction.models))
     listed = ", ".join(sources[:MOST_IN_TITLE]) + ", ..." * (len(sources) > MOST_IN_TITLE)
@@ -302,14 +302,3 @@ def escaped(text: str) -> str:
 def printable(text: str) -> str:
     """`text` with a question mark for each character that is none to look at."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)

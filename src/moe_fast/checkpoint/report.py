@@ -18,12 +18,12 @@ from moe_fast.checkpoint.check import CheckReport, Status, spread
 from moe_fast.checkpoint.inspection import ModelReport, inspect_model
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
-from moe_fast.checkpoint.provenance import changes, distinct_names, ranges
+from moe_fast.checkpoint.provenance import changes, distinct_names
 from moe_fast.checkpoint.readers import has_tokenizer, readers_of
 from moe_fast.errors import CheckpointError
-from moe_fast.health import counted
 from moe_fast.html import plan_picture, shares_picture, table
 from moe_fast.plan import MoeConstructionPlan
+from moe_fast.wording import numbered, ranges
 
 __all__ = ["write_report"]
 
@@ -287,14 +287,13 @@ def router_part(found: ModelReport) -> Iterator[str]:
         return
     ill = [router.layer for router in found.routers if not router.finite]
     tied = [router.layer for router in found.routers if router.tied_experts]
-    yield from problem_list(
-        [
-            *([f"{counted('layer', ill)}: the router has numbers that are not finite"] * bool(ill)),
-            *([f"{counted('layer', tied)}: experts with the same row always tie"] * bool(tied)),
-        ],
-        "failed",
-    )
-    if not ill and not tied:
+    problems = []
+    if ill:
+        problems.append(f"{numbered('layer', ill)}: the router has numbers that are not finite")
+    if tied:
+        problems.append(f"{numbered('layer', tied)}: experts with the same row always tie")
+    yield from problem_list(problems, "failed")
+    if not problems:
         yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
     variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
     if variations:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from moe_fast.checkpoint.header import INDEX_FILE, ITEM_SIZES, SINGLE_FILE, Tensor, header_bytes
+from moe_fast.checkpoint.header import (
+    INDEX_FILE,
+    ITEM_SIZES,
+    SINGLE_FILE,
+    Tensor,
+    header_bytes,
+    json_text,
+)
 from moe_fast.checkpoint.pieces import Converted, FileRange, Piece, Zeros
 
 MOST_TENSORS_IN_FILE = 250_000  # so that readers, ours too, do not refuse the header's length
@@ -140,4 +146,4 @@ def index_json(shards: Sequence[Shard]) -> dict[str, str]:
         "metadata": {"total_size": sum(t.weight.nbytes for s in shards for t in s.tensors)},
         "weight_map": {t.name: s.file_name for s in shards for t in s.tensors},
     }
-    return {INDEX_FILE: json.dumps(index, indent=2) + "\n"}
+    return {INDEX_FILE: json_text(index)}

@@ -1,0 +1,35 @@
+"""Numbers for the eye, read back."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from moe_fast.wording import counted, numbered, ranges
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([3], "3"), ([0, 1], "0-1"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8"), ([2, 1], "2, 1")],
+)
+def test_ranges(numbers, text):
+    assert ranges(numbers) == text
+
+
+def test_ranges_lose_nothing():
+    for subset in range(2**10):
+        numbers = [number for number in range(10) if subset >> number & 1]
+        read = []
+        for run in re.findall(r"\d+(?:-\d+)?", ranges(numbers)):
+            first, _, last = run.partition("-")
+            read += range(int(first), int(last or first) + 1)
+        assert read == numbers
+
+
+def test_one_and_many():
+    assert counted(1, "file") == "1 file"
+    assert counted(0, "file") == "0 files"
+    assert counted(2, "file") == "2 files"
+    assert numbered("layer", [3]) == "layer 3"
+    assert numbered("layer", [0, 1, 2, 5]) == "layers 0-2, 5"
