@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from families import make_model
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, compute_gate_weights
 from moe_fast.checkpoint.check import check_moe
@@ -126,17 +127,28 @@ def as_dtype(dtype):
     return lambda tensors: {name: array.astype(dtype) for name, array in tensors.items()}
 
 
+@pytest.fixture(scope="module")
+def wide_tokens():
+    return np.random.default_rng(0).normal(size=(4000, 4096))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
 @pytest.mark.parametrize("init", ["random", "balanced"])
-def test_routers_spread_tokens_in_every_dtype(tmp_path, dtype, init):
-    make_dense_model(tmp_path / "wide", seed=0, hidden_size=4096, intermediate_size=8)
-    rewrite(tmp_path / "wide", as_dtype(dtype))
+def test_routers_spread_tokens_in_every_dtype(tmp_path, wide_tokens, dtype, init):
+    make_model(
+        tmp_path / "wide",
+        "mistral",
+        hidden_size=4096,
+        head_dim=8,
+        intermediate_size=8,
+        dtype=dtype,
+        torch_dtype=np.dtype(dtype).name,
+    )
     build_moe(tmp_path / "wide", tmp_path / "moe", MoeConfig(), router_init=init)
     with safe_open(tmp_path / "moe" / "model.safetensors", "numpy") as file:
         router = file.get_tensor("model.layers.1.block_sparse_moe.gate.weight")
     assert router.dtype == dtype
-    hidden = np.random.default_rng(0).normal(size=(4000, 4096))
-    first = np.argsort(-(hidden @ router.T.astype(np.float64)), axis=1)[:, :2]
+    first = np.argsort(-(wide_tokens @ router.T.astype(np.float64)), axis=1)[:, :2]
     load = np.bincount(first.reshape(-1), minlength=8)
     assert load.std() / load.mean() < 0.1
 

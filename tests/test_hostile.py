@@ -372,9 +372,9 @@ def test_index_text(dense, text, match):
     refused(dense, rf"index\.json: .*{match}")
 
 
-def test_an_index_of_a_million_missing_files_is_given_up_on(dense):
+def test_an_index_of_thousands_of_missing_files_is_given_up_on(dense):
     (dense / WEIGHTS).unlink()
-    write_index(dense, {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)})
+    write_index(dense, {f"t{i}": f"{i}.safetensors" for i in range(10_000)})
     with pytest.raises(CheckpointError, match="100 problems"):
         read_checkpoint(dense)
 
@@ -487,17 +487,17 @@ def test_configuration_text(dense, text, match):
     refused(dense, rf"config\.json: .*{match}")
 
 
-def test_a_quarter_of_a_million_layers_of_one_tensor_each(dense):
+def test_fifty_thousand_layers_of_one_tensor_each(dense):
     """Names of layers cost the one who makes them up nothing."""
     header, data = split((dense / WEIGHTS).read_bytes())
     entries = json.loads(header)
-    for layer in range(2, 250_000):
+    for layer in range(2, 50_000):
         name = f"model.layers.{layer}.input_layernorm.weight"
         entries[name] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}
     (dense / WEIGHTS).write_bytes(joined(json.dumps(entries).encode(), data))
-    config = json.loads((dense / "config.json").read_text()) | {"num_hidden_layers": 250_000}
+    config = json.loads((dense / "config.json").read_text()) | {"num_hidden_layers": 50_000}
     (dense / "config.json").write_text(json.dumps(config))
-    refused(dense, "num_hidden_layers 250000, the safetensors hold 250018 tensors of 250000 layers")
+    refused(dense, "num_hidden_layers 50000, the safetensors hold 50018 tensors of 50000 layers")
 
 
 # What stands in place of a file
