@@ -263,12 +263,6 @@ def number(node: Node, where: str) -> float:
     return value
 
 
-def truth(node: Node, where: str) -> bool:
-    if kind(node) == "a truth value":
-        return str(node.value).lower() in ("yes", "true", "on")
-    raise Wrong(node, f"must be true or false, got {shown(node)}")
-
-
 def member(choices: type[StrEnum], node: Node, where: str) -> StrEnum:
     if kind(node) == "a string" and node.value in list(choices):
         return choices(node.value)

@@ -19,7 +19,7 @@ from moe_fast.checkpoint.header import Tensor, is_plain_name, read_exactly
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
+from moe_fast.checkpoint.moe import PARTS, MoeModel, open_moe_model, part_of
 from moe_fast.checkpoint.output import companions_of
 from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES, FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
@@ -94,8 +94,6 @@ class CheckReport(Report):
         return {finding.check: finding for finding in self.findings}[check]
 
 
-# The parts of a checkpoint that come from different places and are compared one by one.
-PARTS = ("experts", "routers", "other weights")
 # By how much of the scale the logits of equal functions may differ: float32 over many layers gives
 # around 1e-5, one wrong tensor more than a tenth.
 ROUNDING = 1e-3
@@ -353,13 +351,6 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
         [model.tensors for model in models],
         len(construction.moe_layers) * construction.plan.num_experts,
     )
-
-
-def part_of(name: str) -> str:
-    """Which of `PARTS` a tensor belongs to, by its name."""
-    if PER_EXPERT.fullmatch(name) or FUSED.fullmatch(name):
-        return "experts"
-    return "routers" if ROUTER.fullmatch(name) else "other weights"
 
 
 def compare_weights(

@@ -30,6 +30,9 @@ GATE_UP_PARTS = ("experts.gate_up_proj", "input_linear.weight")
 NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
 
+# The parts of a checkpoint that come from different places.
+PARTS = ("experts", "routers", "other weights")
+
 Expert = dict[str, Tensor]
 """The three weights of an expert by role; of a fused tensor, the expert's slice."""
 
@@ -151,6 +154,13 @@ def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
     for block, layer in layers.items():
         layer.router = routers.get(block)
     return tuple(sorted(layers.values(), key=lambda layer: (layer.number, layer.block)))
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a tensor belongs to, by its name."""
+    if PER_EXPERT.fullmatch(name) or FUSED.fullmatch(name):
+        return "experts"
+    return "routers" if ROUTER.fullmatch(name) else "other weights"
 
 
 def slices(tensor: Tensor, gate_up: bool) -> list[Expert]:

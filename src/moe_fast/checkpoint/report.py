@@ -17,7 +17,7 @@ from pathlib import Path
 from moe_fast.checkpoint.check import CheckReport, Status, spread
 from moe_fast.checkpoint.inspection import ModelReport, inspect_model
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from moe_fast.checkpoint.moe import FUSED, PER_EXPERT, ROUTER, MoeModel, open_moe_model
+from moe_fast.checkpoint.moe import MoeModel, open_moe_model, part_of
 from moe_fast.checkpoint.provenance import changes, distinct_names
 from moe_fast.checkpoint.readers import has_tokenizer, readers_of
 from moe_fast.errors import CheckpointError
@@ -28,8 +28,8 @@ from moe_fast.wording import numbered, ranges
 __all__ = ["write_report"]
 
 MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
-# Parts of a model by the names of their tensors; the first that fits.
-PARTS = (
+# The other weights by the names of their tensors; the first that fits.
+OTHER_PARTS = (
     ("shared experts", re.compile(r"shared_(?:expert|mlp)", re.ASCII)),
     ("attention", re.compile(r"\bself_attn\b", re.ASCII)),
     ("embeddings and head", re.compile(r"\b(?:embed_tokens|lm_head)\b", re.ASCII)),
@@ -260,7 +260,7 @@ def space_part(model: MoeModel) -> Iterator[str]:
     sizes: dict[str, int] = {}
     counts: dict[str, int] = {}
     for name, tensor in model.tensors.items():
-        part = part_of(name)
+        part = finer_part_of(name)
         sizes[part] = sizes.get(part, 0) + tensor.nbytes
         counts[part] = counts.get(part, 0) + math.prod(tensor.shape)
     parts = sorted(sizes, key=lambda part: -sizes[part])
@@ -273,13 +273,13 @@ def space_part(model: MoeModel) -> Iterator[str]:
     yield table(("part", "parameters", "bytes", "share"), rows, numbers=(1, 2, 3))
 
 
-def part_of(name: str) -> str:
+def finer_part_of(name: str) -> str:
     """What a tensor belongs to, told by its name."""
-    if PER_EXPERT.fullmatch(name) or FUSED.fullmatch(name):
-        return "experts"
-    if ROUTER.fullmatch(name):
-        return "routers"
-    return next((part for part, pattern in PARTS if pattern.search(name)), "norms and the rest")
+    part = part_of(name)
+    if part != "other weights":
+        return part
+    fitting = (part for part, pattern in OTHER_PARTS if pattern.search(name))
+    return next(fitting, "norms and the rest")
 
 
 def router_part(found: ModelReport) -> Iterator[str]:
