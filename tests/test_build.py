@@ -18,6 +18,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from command import run
+from edits import edit_config, rewrite
 from families import make_model
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, compute_gate_weights
@@ -38,17 +40,6 @@ def dense(tmp_path: Path) -> Path:
 def two_models(dense: Path) -> list[Path]:
     make_dense_model(dense.parent / "other", seed=1)
     return [dense, dense.parent / "other"]
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
-
-
-def rewrite(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def in_shards(folder: Path, number: int) -> None:
@@ -403,12 +394,6 @@ def test_wrong_arguments(dense, tmp_path):
     with pytest.raises(MoeConfigError, match="max_shard_size must be at least 1, got 0"):
         build_moe(dense, output, max_shard_size=0)
     assert not output.exists()
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_command(two_models, tmp_path):

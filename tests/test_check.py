@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -15,8 +14,10 @@ import pytest
 for extra in ("safetensors", "ml_dtypes", "typer"):
     pytest.importorskip(extra)
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from command import run
+from edits import rewrite
 from families import OWN, make_model
 from moe_fast import (
     CheckpointError,
@@ -59,12 +60,6 @@ def models(tmp_path: Path) -> list[Path]:
 def moe(models: list[Path], tmp_path: Path) -> Path:
     build_moe(models, tmp_path / "moe", CONFIG)
     return tmp_path / "moe"
-
-
-def rewrite(folder: Path, change) -> None:
-    """Write the weights anew; sizes and headers are then no longer those of the manifest."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit_tensor(folder: Path, name: str, change) -> None:
@@ -615,12 +610,6 @@ def test_progress_ends_at_the_total(moe):
     size = sum(t.nbytes for t in load_file(moe / "model.safetensors").values())
     assert calls[-1] == (size, size)
     assert calls == sorted(calls)
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_command(moe, models):

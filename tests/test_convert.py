@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from command import run
+from edits import edit_config
 from families import make_model
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, check_moe, convert_moe
@@ -56,12 +56,6 @@ def moe(tmp_path: Path) -> Path:
     make_dense_model(tmp_path / "other", seed=1)
     build_moe([tmp_path / "dense", tmp_path / "other"], tmp_path / "moe", CONFIG)
     return tmp_path / "moe"
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -344,12 +338,6 @@ def test_a_dry_run_writes_nothing(moe, tmp_path):
     report = convert_moe(moe, tmp_path / "fused", layout="fused", dry_run=True)
     assert report.num_tensors == 20
     assert not (tmp_path / "fused").exists()
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_command(moe, tmp_path):

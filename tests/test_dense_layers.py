@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from command import run
 from families import make_model
 from forward import Model
 from moe_fast import (
@@ -250,10 +248,10 @@ def test_llama_cpp_wants_experts_everywhere(case, tmp_path):
     build_moe(dense, tmp_path / "moe", CONFIG, target=target, dense_layers=layers)
     readers = {reader.name: reader for reader in check_moe(tmp_path / "moe").readers}
     only_first = target == "deepseek" and layers in ((0, 1), (0, 1, 2, 3, 4))
-    assert readers["llama.cpp"].loads == only_first
+    llama_cpp = readers["llama.cpp"]  # it may have other reasons: how it weighs experts
+    assert any("dense" in reason for reason in llama_cpp.reasons) != only_first
+    assert only_first or not llama_cpp.loads
     assert readers["vLLM"].loads
-    if not only_first:
-        assert "dense" in readers["llama.cpp"].reasons[0]
 
 
 @pytest.mark.parametrize(("text", "layers"), [("0,5", (0, 5)), ("0-2, 4", (0, 1, 2, 4)), ("", ())])
@@ -272,9 +270,3 @@ def test_the_command_says_how_layers_are_written(sources, tmp_path, text):
     assert done.returncode == 2
     assert "names no layers; write 0,5 or 0-3" in done.stderr
     assert not (tmp_path / "moe").exists()
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_fast", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

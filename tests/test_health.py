@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
+from command import run
 from moe_fast import (
     CheckpointError,
     ExpertSource,
@@ -110,12 +108,6 @@ def dense(tmp_path):
     pytest.importorskip("safetensors")
     make_dense_model(tmp_path / "dense", seed=0, num_hidden_layers=4)
     return tmp_path / "dense"
-
-
-def run(*arguments) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def warnings_of(dense, tmp_path, models=None, num_experts=4, **options):

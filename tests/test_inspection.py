@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,8 @@ for extra in ("ml_dtypes", "safetensors", "typer"):
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from command import run
+from edits import edit_config, rewrite
 from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model, predict_load
 from moe_fast.checkpoint import copies
 from moe_fast.checkpoint.copies import equal_groups
@@ -35,17 +35,6 @@ def dense(tmp_path: Path) -> list[Path]:
 def moe(dense: list[Path], tmp_path: Path) -> Path:
     build_moe(dense, tmp_path / "moe", MoeConfig(num_experts=4))
     return tmp_path / "moe"
-
-
-def rewrite(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
 
 
 def fused(tensors):
@@ -259,12 +248,6 @@ def test_equal_bytes_of_another_shape_or_dtype_are_no_copies(tmp_path):
     zeros = [np.zeros(8, "f4"), np.zeros((2, 4), "f4"), np.zeros(4, "f8"), np.zeros(8, "f4")]
     assert equal_groups(write_tensors(tmp_path / "t", zeros)) == [[0, 3]]
     assert equal_groups([]) == []
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_command(moe, dense):

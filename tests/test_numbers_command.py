@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
+from command import run
 from moe_fast import (
     CheckpointError,
     MoeConfig,
@@ -24,12 +23,6 @@ from moe_fast import (
     plan_moe_construction,
 )
 from moe_fast.checkpoint.routers import write_router_weights
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_plan():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file
 
+from command import run
 from moe_fast import (
     CheckpointError,
     ExpertSource,
@@ -465,12 +464,6 @@ def test_any_text_is_a_recipe_or_an_error(text):
     else:
         named = [True]
     assert all(named)
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_fast", *arguments]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_the_command():

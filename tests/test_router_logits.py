@@ -12,17 +12,12 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
+from command import run
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, RoutingError, RoutingStats
 from moe_fast.checkpoint.header import header_bytes
 from moe_fast.checkpoint.router_logits import read_logits, statistics_of_file
 
 FACTORS = [1.0, 1.25, 1.5, 2.0]
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def random_logits(*shape):
