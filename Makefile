@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi')
 
-.PHONY: help build demo test lint types format docs bench sanitize coverage dist clean
+.PHONY: help build demo test lint types format docs bench sanitize emulate coverage dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
@@ -17,6 +17,7 @@ help:
 	@echo 'make docs      the documentation as a website, into site/'
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
+	@echo 'make emulate   run the AVX-512 kernels on a processor without AVX-512'
 	@echo 'make coverage  which lines of Python and of the kernels the tests run'
 	@echo 'make dist      sdist, and from it a wheel, into dist/'
 	@echo 'make clean     remove everything the above made'
@@ -66,6 +67,9 @@ bench: build
 
 sanitize: $(VENV)/ready
 	bash tests/sanitize.sh $(RUN)
+
+emulate: $(VENV)/ready
+	bash tests/emulated/run.sh $(RUN)
 
 coverage: $(VENV)/ready
 	$(RUN) -m pip install --quiet --group coverage
