@@ -431,6 +431,8 @@ def test_demo(tmp_path):
     done = run("demo", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     assert "16 experts equal their sources, byte for byte" in done.stdout
+    done = json.loads(run("demo", tmp_path / "demo", "--json").stdout)
+    assert (done["build"]["num_experts"], done["check"]["passed"]) == (8, True)
 
 
 def test_reports_as_json(dense, tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from hashlib import sha256
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -348,8 +349,19 @@ def test_a_request_of_the_wrong_kind(moe):
     assert "request.models[0].model: 3 is not str" in report["manifest"].problems[0]
 
 
+def test_a_check_in_a_notebook_and_on_one_line(moe):
+    (moe / "tokenizer.json").unlink()
+    report = check_moe(moe)
+    assert repr(report).startswith(f"<CheckReport of {moe}: headers: passed, manifest: failed, ")
+    assert len(repr(report)) < 500
+    html = report._repr_html_()
+    assert "<td>failed</td><td>tokenizer</td>" in html
+    for problem in report["tokenizer"].problems:
+        assert escape(problem) in html
+
+
 def test_a_request_for_a_huge_number_of_experts_plans_nothing(moe):
-    edit_json_request(moe, config={"num_experts": 10**15})
+    edit_json_request(moe, config=MoeConfig(num_experts=10**15).to_dict())
     (problem,) = check_moe(moe)["experts"].problems
     assert "is for 1000000000000000 experts, 4 are here" in problem
 

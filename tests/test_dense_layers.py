@@ -181,6 +181,7 @@ def test_auto_takes_a_target_that_can_say_it(sources, tmp_path):
     ("layers", "error", "message"),
     [
         ([6], CheckpointError, r"^dense_layers: there is no layer 6, the base model has 6$"),
+        ([1, 6, 7, 8, 11], CheckpointError, r"^dense_layers: there is no layer 6-8, 11, the base"),
         (range(6), CheckpointError, r"^dense_layers: lists every layer; an MoE has experts in"),
         ([-1], MoeConfigError, r"^dense_layers must be at least 0, got -1$"),
         (["0"], TypeError, r"^dense_layers must be an integer, got '0'"),

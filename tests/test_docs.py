@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import moe_fast
 from pages import Differs, blocks, run_page
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,17 @@ def somewhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_the_reference_lists_every_public_name():
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert set(moe_fast.__all__) <= {name.rpartition(".")[2] for name in listed}
+
+
+def test_the_front_page_leads_to_every_page():
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert pages - {"index.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
 
 
 def close_figures():

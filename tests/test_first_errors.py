@@ -102,6 +102,11 @@ def test_a_missing_extra(package, code, message, tmp_path):
     assert error_of(hide + code).endswith(message)
 
 
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.touch()
+
+
 def without_config(folder):
     (folder / "config.json").unlink()
 
@@ -127,7 +132,8 @@ def an_moe(folder):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (shutil.rmtree, "dense: is not a folder with a model"),
+    (shutil.rmtree, "dense: is not a folder with a model; there is nothing of that name"),
+    (a_file, "dense: is not a folder with a model; it is a file, and a model is the folder with"),
     (without_config, "dense: is no model folder, it has no config.json$"),
     (with_gguf, "holds model.gguf, and GGUF is not read: load it with transformers .*gguf_file="),
     (with_a_pickle, "pytorch_model.bin, a pickle file.*save the model as safetensors"),
@@ -139,6 +145,12 @@ def test_a_folder_that_is_no_dense_model(dense, change, message):
     with pytest.raises(CheckpointError, match=message):
         build_moe(dense, dense.parent / "out")
     assert not (dense.parent / "out").exists()
+
+
+def test_a_gguf_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"GGUF is not read: .* gguf_file='model.gguf'"):
+        build_moe(tmp_path / "model.gguf", tmp_path / "out")
 
 
 def test_an_output_that_exists(dense):

@@ -317,6 +317,7 @@ LOGITS = np.zeros((1, 4))
             lambda: STATS.update(LOGITS, 1),
         ),
         (RoutingError, "logits must have the shape", lambda: STATS.update(np.zeros((1, 5)))),
+        (RoutingError, r"\(2, 3, 4\) .* several layers", lambda: STATS.update(np.zeros((2, 3, 4)))),
         (
             MoeConfigError,
             "tokens_per_batch must be at least 1, got 0",

@@ -64,6 +64,7 @@ MaxShardSize = Annotated[
         parser=lambda text: parse_size(str(text)),
         metavar="SIZE",
         help="Bytes of weights per file, such as 500MB or 5GB.",
+        show_default="5GB",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -442,6 +443,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="A folder to create.")] = Path("demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Make two small dense models, build an MoE from them, check it."""
     from moe_fast.demo import make_dense_model
@@ -450,10 +452,14 @@ def demo(
         models = [folder / "dense-a", folder / "dense-b"]
         for seed, model in enumerate(models):
             make_dense_model(model, seed=seed)
-        show_build(moe_fast.build_moe(models, folder / "moe", overwrite=True))
-        report = moe_fast.check_moe(folder / "moe")
-    show_check(report)
-    if not report.passed:
+        built = moe_fast.build_moe(models, folder / "moe", overwrite=True)
+        checked = moe_fast.check_moe(folder / "moe")
+    if as_json:
+        typer.echo(json.dumps({"build": built.to_dict(), "check": checked.to_dict()}, indent=2))
+    else:
+        show_build(built)
+        show_check(checked)
+    if not checked.passed:
         raise typer.Exit(1)
 
 

@@ -127,18 +127,18 @@ class MoeConfig:
     moe_fast.errors.MoeConfigError: num_experts_per_tok (2) must not exceed num_experts (1)
     """
 
-    num_experts: int = 8
-    num_experts_per_tok: int = 2
-    routing_method: RoutingMethod = RoutingMethod.TOP_K
-    gate_hidden_dim: int | None = None
+    num_experts: int
+    num_experts_per_tok: int
+    routing_method: RoutingMethod
+    gate_hidden_dim: int | None
 
     # Written out because it takes more than the fields hold: NumPy integers, a method's string.
     def __init__(
         self,
-        num_experts: SupportsIndex = num_experts,
-        num_experts_per_tok: SupportsIndex = num_experts_per_tok,
-        routing_method: RoutingMethod | str = routing_method,
-        gate_hidden_dim: SupportsIndex | None = gate_hidden_dim,
+        num_experts: SupportsIndex = 8,
+        num_experts_per_tok: SupportsIndex = 2,
+        routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+        gate_hidden_dim: SupportsIndex | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "num_experts", as_index(num_experts, "num_experts", minimum=None))

@@ -6,7 +6,7 @@ Text takes the colour of what surrounds it, so that light and dark pages both wo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,9 @@ def text_of(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if is_dataclass(value):
+        pairs = ((each.name, getattr(value, each.name)) for each in fields(value))
+        return "; ".join(f"{name.replace('_', ' ')}: {text_of(item)}" for name, item in pairs)
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {text_of(item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -98,8 +98,9 @@ def show_layout(report: BuildReport) -> None:
 
 def predicted(health: RouterHealth) -> str:
     variation = health.coefficient_of_variation
+    ends = dict.fromkeys(f"{value:.4f}" for value in (min(variation), max(variation)))
     return (
-        f"{min(variation):.4f} to {max(variation):.4f} (0 is even), "
+        f"{' to '.join(ends)} (0 is even), "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
     )
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.errors import MoeConfigError, RoutingError, as_index
 from moe_fast.reports import pandas_frame
 from moe_fast.routing import (
     LANES,
@@ -178,8 +178,13 @@ class RoutingStats:
         if layer >= self.num_layers:
             raise MoeConfigError(f"layer must be below num_layers ({self.num_layers}), got {layer}")
         array = np.asarray(logits)
+        if array.ndim == 3:
+            raise RoutingError(
+                f"logits {array.shape} are those of several layers; give one at a time, as in "
+                "update(logits[2], layer=2)"
+            )
         # What cannot be read as it stands is copied, and that only a piece at a time.
-        readable(array[:0] if array.ndim else array, self.config.num_experts)
+        readable(array[:0] if array.ndim == 2 else array, self.config.num_experts)
         num_tokens = len(array)
         if self.num_tokens[layer] + num_tokens > MOST_TOKENS:
             raise MoeConfigError(f"logits hold too many tokens: at most {MOST_TOKENS} to a layer")

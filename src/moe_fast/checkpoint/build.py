@@ -48,6 +48,7 @@ from moe_fast.errors import CheckpointError, as_index
 from moe_fast.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report
+from moe_fast.wording import ranges
 
 __all__ = ["BuildReport", "build_moe"]
 
@@ -73,16 +74,16 @@ class BuildReport(Report):
     num_bytes: int
     num_files: int
     seconds: float
-    experts: tuple[tuple[str, ...], ...]
+    experts: tuple[tuple[str, ...], ...] = field(repr=False)
     """The models that each expert of a layer comes from, over all layers."""
-    files: Mapping[str, int]
+    files: Mapping[str, int] = field(repr=False)
     """The bytes of each file of weights."""
-    routers: RouterHealth
+    routers: RouterHealth = field(repr=False)
     """How tokens will spread over the experts, as far as the routers tell before training."""
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
-    rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
 
 def build_moe(
@@ -442,11 +443,10 @@ def in_common(experts: Sequence[ExpertSource]) -> ExpertSource:
 
 def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
     """Round robin over the models, each from its own source layers."""
+    absent = [layer for layer in request.dense_layers if not 0 <= layer < num_layers]
     problems = [
-        f"dense_layers: there is no layer {layer}, the base model has {num_layers}"
-        for layer in request.dense_layers
-        if not 0 <= layer < num_layers
-    ]
+        f"dense_layers: there is no layer {ranges(absent)}, the base model has {num_layers}"
+    ] * bool(absent)
     if len({*request.dense_layers}) == num_layers and not problems:
         problems.append("dense_layers: lists every layer; an MoE has experts in one at least")
     problems += [

@@ -15,7 +15,7 @@ from typing import Any
 from moe_fast.checkpoint.build import prepare
 from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
-from moe_fast.checkpoint.header import Tensor, is_plain_name, read_exactly
+from moe_fast.checkpoint.header import Tensor, check_is_folder, is_plain_name, read_exactly
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
@@ -93,6 +93,19 @@ class CheckReport(Report):
         """The finding of that name."""
         return {finding.check: finding for finding in self.findings}[check]
 
+    def __repr__(self) -> str:
+        statuses = ", ".join(f"{finding.check}: {finding.status}" for finding in self.findings)
+        return f"<CheckReport of {self.path}: {statuses}>"
+
+    def _repr_html_(self) -> str:
+        from moe_fast.html import table
+
+        rows = [
+            (finding.status, finding.check, "; ".join((finding.summary, *finding.problems)))
+            for finding in self.findings
+        ]
+        return table(("status", "check", "what was found"), rows)
+
 
 # By how much of the scale the logits of equal functions may differ: float32 over many layers gives
 # around 1e-5, one wrong tensor more than a tenth.
@@ -151,8 +164,7 @@ def check_moe(
     (True, '8 experts equal their sources, byte for byte')
     """
     folder = Path(output)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder with a model")
+    check_is_folder(folder)
     sources = [against] if isinstance(against, (str, os.PathLike)) else list(against)
     try:
         model = open_moe_model(folder)

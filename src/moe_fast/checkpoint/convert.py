@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class ConvertReport(Report):
     num_bytes: int
     num_files: int
     seconds: float
-    readers: tuple[Reader, ...]
+    readers: tuple[Reader, ...] = field(repr=False)
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
 

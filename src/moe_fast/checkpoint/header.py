@@ -295,21 +295,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     CheckpointError
         For what is no model folder, saying what it might be instead.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder with a model")
+    check_is_folder(folder)
     path = folder / "config.json"
     if is_absent(path):
-        advice = ""
-        if gguf := sorted(file.name for file in folder.glob("*.gguf")):
-            advice = (
-                f"; it holds {gguf[0]}, and GGUF is not read: load it with transformers "
-                f"(from_pretrained with gguf_file={gguf[0]!r}) and save it with save_pretrained"
-            )
+        gguf = sorted(file.name for file in folder.glob("*.gguf"))
+        advice = f"; it holds {gguf[0]}, and {without_gguf(gguf[0])}" if gguf else ""
         raise CheckpointError(f"{folder}: is no model folder, it has no config.json{advice}")
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
     return config
+
+
+def check_is_folder(folder: Path) -> None:
+    """Raise `CheckpointError` for what is no folder, with what to give in its place."""
+    if folder.is_dir():
+        return
+    advice = ""
+    if folder.suffix == ".gguf":
+        advice = f"; {without_gguf(folder.name)}"
+    elif folder.is_file():
+        advice = f"; it is a file, and a model is the folder with config.json: {folder.parent}"
+    elif is_absent(folder):
+        advice = "; there is nothing of that name"
+    raise CheckpointError(f"{folder}: is not a folder with a model{advice}")
+
+
+def without_gguf(name: str) -> str:
+    return (
+        "GGUF is not read: load it with transformers "
+        f"(from_pretrained with gguf_file={name!r}) and save it with save_pretrained"
+    )
 
 
 def parse_json(text: bytes, path: Path) -> Any:

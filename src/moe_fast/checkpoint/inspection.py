@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ class ModelReport(Report):
     bytes_by_dtype: dict[str, int]
     hidden_states: str
     """What the routers' load is predicted on."""
-    routers: tuple[RouterReport, ...]
-    copies: tuple[tuple[Place, ...], ...] | None
+    routers: tuple[RouterReport, ...] = field(repr=False)
+    copies: tuple[tuple[Place, ...], ...] | None = field(repr=False)
     problems: tuple[str, ...]
 
 
