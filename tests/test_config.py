@@ -148,3 +148,9 @@ def test_validates_exactly_when_the_definition_holds(experts, per_token, gate_di
     else:
         with pytest.raises(MoeConfigError, match=r"must"):
             config.validate()
+
+
+def test_the_defaults_of_fields_and_arguments_are_the_same():
+    assert MoeConfig() == MoeConfig(
+        **{each.name: each.default for each in dataclasses.fields(MoeConfig)}
+    )

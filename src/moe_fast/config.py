@@ -127,10 +127,11 @@ class MoeConfig:
     moe_fast.errors.MoeConfigError: num_experts_per_tok (2) must not exceed num_experts (1)
     """
 
-    num_experts: int
-    num_experts_per_tok: int
-    routing_method: RoutingMethod
-    gate_hidden_dim: int | None
+    # Defaults here too: what reads a configuration back takes them for keys that are not there.
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    routing_method: RoutingMethod = RoutingMethod.TOP_K
+    gate_hidden_dim: int | None = None
 
     # Written out because it takes more than the fields hold: NumPy integers, a method's string.
     def __init__(
