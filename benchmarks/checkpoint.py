@@ -100,6 +100,17 @@ def rows(reference: Reference | None) -> Iterator[Row]:
     for option in ("--checksum", "--fsync"):
         yield Row(f"{work}, `{option}`", build(option), "without", build(), None, "seconds", 5)
 
+    prompts = folder / "prompts.yml"
+    experts = [
+        {"source_model": str(model), "positive_prompts": [f"What is {i} times {i}?", f"Topic {i}"]}
+        for i in range(NUM_EXPERTS)
+    ]
+    asked = {"base_model": str(model), "gate_mode": "cheap_embed", "experts": experts}
+    prompts.write_text(json.dumps(asked))
+    recipe_build = [*BUILD, str(prompts), "-o", str(folder / "moe")]
+    work = f"`moe-fast build RECIPE`, `cheap_embed`, SmolLM2-135M × {NUM_EXPERTS}"
+    yield Row(work, written(recipe_build, "seconds"), "", None, 1 / 2.0, "seconds", 7)
+
     models = [folder / f"large-{i}" for i in range(8)]
     for large in models:
         make_sparse_model(large, num_files=30, num_hidden_layers=80)
