@@ -6,8 +6,9 @@
 # PYTHON has what `pip install --group dev --group coverage` brings. What needs torch counts only
 # where torch is installed. The pages with every line go into build/coverage.
 set -euo pipefail
+# Absolute: a relative path, as make gives it, ends with the next cd.
+python=$("$1" -c 'import sys; print(sys.executable)')
 cd "$(dirname "$0")/.."
-python=$1
 shift
 pages=$PWD/build/coverage
 sources=$pages/sources

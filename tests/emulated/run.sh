@@ -5,8 +5,9 @@
 #
 # PYTHON has what `pip install --group dev` brings. For Linux on x86-64.
 set -euo pipefail
+# Absolute: a relative path, as make gives it, ends with the next cd.
+python=$("$1" -c 'import sys; print(sys.executable)')
 cd "$(dirname "$0")/../.."
-python=$1
 shift
 built=$PWD/build/emulated
 rm -rf "$built"
