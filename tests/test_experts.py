@@ -183,6 +183,7 @@ def test_another_vocabulary_is_a_warning(dense, tmp_path):
         ({"residual_scale": float("inf")}, MoeConfigError, r"^residual_scale must be finite"),
         ({"residual_scale": "0.1"}, TypeError, r"^residual_scale must be a number, got '0\.1'$"),
         ({"noise_scale": True}, TypeError, r"^noise_scale must be a number, got True$"),
+        ({"noise_scale": 10**400}, MoeConfigError, "^noise_scale is larger than any float$"),
         ({"source_layers": 3}, TypeError, r"^source_layers must list layers, got 3$"),
         ({"source_layers": [-1]}, MoeConfigError, r"^source_layers must be at least 0, got -1$"),
         ({"model": 3}, TypeError, r"expected str, bytes or os\.PathLike object, not int"),

@@ -599,6 +599,11 @@ CHOICE = config(4, 1, "expert_choice")
         ),
         (TypeError, "capacity_factor must be a number, got '1'", {"capacity_factor": "1"}),
         (TypeError, r"capacity_factor must be a number, got \[1\]", {"capacity_factor": [1]}),
+        (
+            MoeConfigError,
+            "capacity_factor is larger than any float",
+            {"capacity_factor": 10**400},
+        ),
         (MoeConfigError, r"n_group must divide num_experts \(4\), got 3", {"n_group": 3}),
         (TypeError, "n_group must be an integer, got True", {"n_group": True}),
         (

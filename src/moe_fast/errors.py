@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose, and the one check every argument goes through."""
+"""The errors this package raises on purpose, and the checks that numbers go through."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ def as_integer(value: Any, name: str) -> int:
         raise TypeError(
             f"{name} must be an integer, got {reprlib.repr(value)} of type {type(value).__name__}"
         ) from None
+
+
+def as_number(value: Any, name: str) -> float:
+    """`value` as a float, NaN and the infinities among them; only real numbers pass.
+
+    Raises `TypeError` where `value` is none and `MoeConfigError` where no float is that large.
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {reprlib.repr(value)}") from None
+    except OverflowError:
+        raise MoeConfigError(f"{name} is larger than any float") from None
 
 
 def shown(number: int) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.errors import MoeConfigError, RoutingError, as_index
+from moe_fast.errors import MoeConfigError, RoutingError, as_index, as_number
 from moe_fast.threads import as_threads, share
 
 __all__ = ["Routing", "RoutingOptions", "route"]
@@ -558,16 +558,6 @@ def checked_groups(
     if topk_group == n_group:
         n_group = topk_group = 1
     return {"n_group": n_group, "topk_group": topk_group, "experts_per_group_score": best}
-
-
-def as_number(value: Any, name: str) -> float:
-    """`value` as a float; only real numbers pass."""
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def readable(

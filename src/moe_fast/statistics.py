@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.errors import MoeConfigError, RoutingError, as_index
+from moe_fast.errors import MoeConfigError, RoutingError, as_index, as_number
 from moe_fast.reports import pandas_frame
 from moe_fast.routing import (
     LANES,
@@ -22,7 +22,6 @@ from moe_fast.routing import (
     Routing,
     RoutingOptions,
     as_bias,
-    as_number,
     as_rule,
     raise_for_nan,
     readable,

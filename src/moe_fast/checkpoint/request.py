@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
-from moe_fast.errors import CheckpointError, MoeConfigError, as_index
+from moe_fast.errors import CheckpointError, MoeConfigError, as_index, as_number
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class ExpertSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", os.fspath(self.model))
         for name in ("noise_scale", "residual_scale"):
-            object.__setattr__(self, name, as_finite(getattr(self, name), name))
+            number = as_number(getattr(self, name), name)
+            if not math.isfinite(number):
+                raise MoeConfigError(f"{name} must be finite, got {number}")
+            object.__setattr__(self, name, number)
         if self.noise_scale < 0:
             raise MoeConfigError(f"noise_scale must be at least 0, got {self.noise_scale}")
         if self.source_layers is not None:
@@ -71,18 +74,6 @@ class ExpertSource:
             if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
                 raise TypeError(f"{name} must list strings, got {prompts!r}")
             object.__setattr__(self, name, tuple(prompts))
-
-
-def as_finite(value: Any, name: str) -> float:
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise MoeConfigError(f"{name} must be finite, got {number}")
-    return number
 
 
 @dataclass(frozen=True)
