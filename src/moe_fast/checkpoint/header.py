@@ -399,13 +399,17 @@ def read_exactly(stream: FileIO, count: int, path: str) -> bytearray:
         A file that ends before.
     """
     data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        read = stream.readinto(view)
-        if not read:
-            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
-        view = view[read:]
+    fill(memoryview(data), stream, path)
     return data
+
+
+def fill(buffer: memoryview, stream: FileIO, path: str) -> None:
+    """Read the next bytes of the file at `path` until `buffer` is full, or raise as above."""
+    while buffer:
+        count = stream.readinto(buffer)
+        if not count:
+            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
+        buffer = buffer[count:]
 
 
 def header_bytes(

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_fast import kernels
-from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, open_regular
+from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, fill, open_regular
 from moe_fast.config import RouterInit
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import compute_gate_weights
@@ -53,12 +53,8 @@ class FileRange:
             self.file.check_unchanged(stream)
             stream.seek(self.offset)
             for start in range(0, self.nbytes, CHUNK):
-                chunk = left = buffer[: self.nbytes - start]
-                while left:
-                    count = stream.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file.path}: ended while being read")
-                    left = left[count:]
+                chunk = buffer[: self.nbytes - start]
+                fill(chunk, stream, self.file.path)
                 yield chunk
             self.file.check_unchanged(stream)
 
