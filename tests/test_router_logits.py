@@ -135,7 +135,7 @@ def test_wrong_tensors(tmp_path):
     for tensors, message in [
         ([], r"z\.safetensors: holds no tensor"),
         ([("a", "F32", z), ("b", "F32", z[:, :3].copy())], r"'b': has 3 experts, the first tensor"),
-        ([("a", "I32", z.view(np.int32))], r"tensor 'a': is I32; logits are F16, BF16, F32, F64"),
+        ([("a", "I32", z.view(np.int32))], r"tensor 'a': is I32; logits are F64, F32, BF16, F16"),
         ([("a", "F32", z[:0])], r"tensor 'a': is empty, its shape is \[0, 4\]"),
         ([("a", "F32", z[0])], r"tensor 'a': must have the shape \[T, E\]"),
     ]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.header import Tensor, open_regular, read_exactly
-from moe_fast.checkpoint.pieces import DTYPES
+from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor, open_regular, read_exactly
 from moe_fast.checkpoint.source import DenseModel
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import as_dtype
@@ -48,7 +47,7 @@ def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
         for row in distinct.tolist():
             stream.seek(table.offset + row * nbytes)
             found += read_exactly(stream, nbytes, table.file.path)
-    weights = np.frombuffer(found, as_dtype(DTYPES[table.dtype])).reshape(-1, columns)
+    weights = np.frombuffer(found, as_dtype(DTYPE_NAMES[table.dtype])).reshape(-1, columns)
     return weights.astype(np.float32)[places]
 
 
@@ -125,5 +124,5 @@ def read_tensor(tensor: Tensor) -> torch.Tensor:
     with open_regular(Path(tensor.file.path)) as stream:
         stream.seek(tensor.offset)
         data = read_exactly(stream, tensor.nbytes, tensor.file.path)
-    dtype = getattr(torch, DTYPES[tensor.dtype])
+    dtype = getattr(torch, DTYPE_NAMES[tensor.dtype])
     return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape).float()

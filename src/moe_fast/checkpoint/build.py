@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.header import json_text
+from moe_fast.checkpoint.header import DTYPE_CODES, json_text
 from moe_fast.checkpoint.hub import find_models
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.output import (
@@ -28,7 +28,6 @@ from moe_fast.checkpoint.output import (
     overflow_warnings,
     write_checkpoint,
 )
-from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES
 from moe_fast.checkpoint.prompt_gates import prompt_gates
 from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
@@ -402,7 +401,7 @@ def prepare(request: BuildRequest, gate_digests: Sequence[str] = ()) -> Blueprin
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
         dense_layers=request.dense_layers,
-        converted_to=None if request.dtype is None else SAFETENSORS_DTYPES[request.dtype],
+        converted_to=None if request.dtype is None else DTYPE_CODES[request.dtype],
     )
     problems = construction.problems()
     try:

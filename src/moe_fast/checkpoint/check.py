@@ -15,13 +15,19 @@ from typing import Any
 from moe_fast.checkpoint.build import prepare
 from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
-from moe_fast.checkpoint.header import Tensor, check_is_folder, is_plain_name, read_exactly
+from moe_fast.checkpoint.header import (
+    DTYPE_CODES,
+    Tensor,
+    check_is_folder,
+    is_plain_name,
+    read_exactly,
+)
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import PARTS, MoeModel, open_moe_model, part_of
 from moe_fast.checkpoint.output import companions_of
-from moe_fast.checkpoint.pieces import SAFETENSORS_DTYPES, FileRange, Piece, Remembered
+from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.request import ConvertRequest
@@ -636,7 +642,7 @@ def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | No
     assert request is not None
     if request.dtype not in (None, Dtype.FLOAT32):  # which holds every number of the others
         dtypes = {tensor.dtype for tensor in reference.tensors.values()}
-        if dtypes != {SAFETENSORS_DTYPES[request.dtype]}:
+        if dtypes != {DTYPE_CODES[request.dtype]}:
             return f"weights were rounded to {request.dtype}"
     if isinstance(request, ConvertRequest):
         return None

@@ -13,10 +13,9 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, Tensor
+from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, SourceFile, Tensor
 from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
 from moe_fast.checkpoint.pieces import (
-    DTYPES,
     FileRange,
     Given,
     Piece,
@@ -133,14 +132,14 @@ class Construction:
         return Weight(self.dtype, shape, (router,))
 
     def given(self, gate: npt.NDArray[np.float32]) -> Given:
-        return Given(gate.astype(as_dtype(DTYPES[self.dtype])).tobytes())
+        return Given(gate.astype(as_dtype(DTYPE_NAMES[self.dtype])).tobytes())
 
     def remembered(self, index: int, shape: tuple[int, ...]) -> Remembered:
         return Remembered(math.prod(shape) * ITEM_SIZES[self.dtype], self.gate_digests[index])
 
     def routers(self) -> Iterator[npt.NDArray[np.float32]]:
         """The router of each layer that has one as it will be written, as float32."""
-        dtype = as_dtype(DTYPES[self.dtype])
+        dtype = as_dtype(DTYPE_NAMES[self.dtype])
         for layer in self.moe_layers:
             weight = self.router(layer)
             values = np.frombuffer(b"".join(weight.pieces[0].chunks()), dtype)

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from moe_fast.checkpoint.copies import Streams
-from moe_fast.checkpoint.header import SourceFile, Tensor, json_text, read_header_and_metadata
+from moe_fast.checkpoint.header import (
+    DTYPE_CODES,
+    WEIGHT_DTYPES,
+    SourceFile,
+    Tensor,
+    json_text,
+    read_header_and_metadata,
+)
 from moe_fast.checkpoint.inspection import as_floats, read_floats
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.moe import NUM_EXPERTS_KEYS, MoeLayer, MoeModel, first_size, open_moe_model
@@ -28,7 +35,6 @@ from moe_fast.checkpoint.output import (
     overflow_warnings,
     write_checkpoint,
 )
-from moe_fast.checkpoint.pieces import DTYPES, SAFETENSORS_DTYPES
 from moe_fast.checkpoint.provenance import CARD, updated_card
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.request import ConvertRequest
@@ -223,7 +229,7 @@ def prepare_conversion(request: ConvertRequest) -> Conversion:
         raise CheckpointError(
             f"layout {str(layout)!r}: {target.title} has {str(target.layouts[0])!r} alone"
         )
-    to = None if request.dtype is None else SAFETENSORS_DTYPES[request.dtype]
+    to = None if request.dtype is None else DTYPE_CODES[request.dtype]
     tensors = tuple(converted_tensors(model, target, layout, to))
     return Conversion(model, target, layout, tensors, converted_config(model, request.dtype))
 
@@ -275,9 +281,9 @@ def refuse_other_dtypes(model: MoeModel) -> None:
     """Raise `CheckpointError` for every tensor of a dtype that cannot be converted."""
     problems = [
         f"{tensor.file.path}: tensor {name!r} is {tensor.dtype}; "
-        f"{', '.join(DTYPES)} can be converted"
+        f"{', '.join(WEIGHT_DTYPES)} can be converted"
         for name, tensor in model.tensors.items()
-        if tensor.dtype not in DTYPES
+        if tensor.dtype not in WEIGHT_DTYPES
     ]
     if problems:
         raise CheckpointError(*problems)

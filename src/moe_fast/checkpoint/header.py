@@ -40,6 +40,10 @@ ITEM_SIZES = {
     "F64": 8,
     "C64": 8,
 }
+# Of numbers that are computed with: what NumPy and torch call them, and the other way round.
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # what can be built from, and converted to
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 LONGEST_INDEX = 100_000_000
 LONGEST_CONFIG = 10_000_000

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.copies import Streams, equal_groups
-from moe_fast.checkpoint.header import Tensor
+from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor
 from moe_fast.checkpoint.moe import MoeModel, open_moe_model
 from moe_fast.checkpoint.source import FFN
 from moe_fast.errors import RoutingError
@@ -235,10 +235,9 @@ def as_floats(
     if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
         return bits.view(np.float32).astype(np.float64).reshape(shape)
-    formats = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    if dtype not in formats:
+    if dtype not in DTYPE_NAMES:
         return None
-    return np.frombuffer(data, formats[dtype]).astype(np.float64).reshape(shape)
+    return np.frombuffer(data, DTYPE_NAMES[dtype]).astype(np.float64).reshape(shape)
 
 
 def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:

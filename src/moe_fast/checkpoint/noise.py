@@ -13,8 +13,8 @@ from hashlib import sha256
 import numpy as np
 
 from moe_fast import kernels
-from moe_fast.checkpoint.header import ITEM_SIZES
-from moe_fast.checkpoint.pieces import DTYPES, FileRange
+from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES
+from moe_fast.checkpoint.pieces import FileRange
 from moe_fast.config import GateMode
 from moe_fast.gates import as_dtype
 
@@ -38,7 +38,7 @@ class Perturbed:
         return self.source.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        dtype = as_dtype(DTYPES[self.dtype])
+        dtype = as_dtype(DTYPE_NAMES[self.dtype])
         first = 0
         for chunk in self.source.chunks():
             values = np.frombuffer(chunk, dtype).astype(np.float32)
@@ -83,7 +83,7 @@ class RandomRouter:
                 seed=self.stream, first=0, to_layer=0, to_row=0, to_column=1, full_range=True,
                 base=0.0, scale=scale, stream=False,
             )  # fmt: skip
-        yield values.astype(as_dtype(DTYPES[self.dtype])).view(np.uint8).data
+        yield values.astype(as_dtype(DTYPE_NAMES[self.dtype])).view(np.uint8).data
 
 
 def noise_stream(seed: int, weight: str) -> int:

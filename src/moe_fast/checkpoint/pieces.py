@@ -16,13 +16,11 @@ from typing import Protocol
 import numpy as np
 
 from moe_fast import kernels
-from moe_fast.checkpoint.header import ITEM_SIZES, SourceFile, fill, open_regular
+from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, SourceFile, fill, open_regular
 from moe_fast.config import RouterInit
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import compute_gate_weights
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SAFETENSORS_DTYPES = {name: code for code, name in DTYPES.items()}
 UNSIGNED = {2: np.uint16, 4: np.uint32}
 CHUNK = 1024 * 1024
 
@@ -96,7 +94,7 @@ class Converted:
         return self.source.nbytes // ITEM_SIZES[self.dtype] * ITEM_SIZES[self.to]
 
     def chunks(self) -> Iterator[memoryview]:
-        kernel = getattr(kernels.compiled, f"{DTYPES[self.dtype]}_to_{DTYPES[self.to]}")
+        kernel = getattr(kernels.compiled, f"{DTYPE_NAMES[self.dtype]}_to_{DTYPE_NAMES[self.to]}")
         buffer = np.empty(0, UNSIGNED[ITEM_SIZES[self.to]])
         overflow = OVERFLOW.get() or Overflow()
         for chunk in self.source.chunks():
@@ -183,7 +181,7 @@ class Router:
             self.hidden_dim,
             self.num_experts,
             self.init,
-            dtype=DTYPES[self.dtype],
+            dtype=DTYPE_NAMES[self.dtype],
             layer=self.layer,
             transpose=True,
             remove_base=self.remove_base

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.arrays import map_npy
-from moe_fast.checkpoint.header import Tensor, open_regular, read_header, shown
+from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor, open_regular, read_header, shown
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import CheckpointError, RoutingError
 from moe_fast.gates import as_dtype
@@ -21,7 +21,6 @@ from moe_fast.statistics import RoutingStats
 
 __all__ = ["LayerLogits", "read_logits", "statistics_of_file"]
 
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 # Far above what models have; each takes a few kilobytes of statistics.
 MOST_LAYERS = 2**16
 
@@ -71,11 +70,11 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
     where = f"{path}: tensor {shown(tensor.name)}"
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{where}: is {tensor.dtype}; logits are {', '.join(DTYPES)}")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{where}: is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}")
     if tensor.nbytes == 0:
         raise CheckpointError(f"{where}: is empty, its shape is {list(tensor.shape)}")
-    dtype = as_dtype(DTYPES[tensor.dtype])
+    dtype = as_dtype(DTYPE_NAMES[tensor.dtype])
     with open_regular(path) as stream:
         tensor.file.check_unchanged(stream)
         return np.memmap(stream, dtype, "r", tensor.offset, tensor.shape)

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.header import header_bytes
+from moe_fast.checkpoint.header import DTYPE_CODES, header_bytes
 from moe_fast.checkpoint.table import FORMAT
 from moe_fast.errors import CheckpointError
 
 __all__ = ["write_router_weights"]
-
-SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def write_router_weights(
@@ -66,7 +64,7 @@ def write_router_weights(
 
 
 def header_of(weights: npt.NDArray[Any]) -> bytes:
-    dtype = SAFETENSORS_DTYPES[weights.dtype.name]
+    dtype = DTYPE_CODES[weights.dtype.name]
     entries = [
         (f"layers.{layer}.gate.weight", dtype, weights.shape[1:], weights[layer].nbytes)
         for layer in range(len(weights))

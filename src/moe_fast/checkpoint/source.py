@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.header import (
     LARGEST_SIZE,
+    WEIGHT_DTYPES,
     Tensor,
     read_checkpoint,
     read_config,
@@ -475,7 +476,7 @@ def check_tensors(
     ]
     for name, tensor in tensors.items():
         shape = expected.get(name, optional.get(name))
-        if tensor.shape == shape and tensor.dtype in ("F32", "F16", "BF16"):
+        if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
             continue
         where = f"{tensor.file.path}: tensor {shown(name)}"
         if shape is None:

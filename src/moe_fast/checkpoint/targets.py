@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.header import shown
-from moe_fast.checkpoint.pieces import DTYPES
+from moe_fast.checkpoint.header import DTYPE_NAMES, shown
 from moe_fast.checkpoint.source import (
     FFN,
     NORMS_AFTER,
@@ -236,7 +235,7 @@ class Target:
         )
         base, sizes = construction.base, construction.base.sizes
         theta, scaling = base.rope.theta, base.rope.scaling
-        dtype = DTYPES[construction.dtype]
+        dtype = DTYPE_NAMES[construction.dtype]
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
