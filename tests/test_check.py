@@ -29,7 +29,8 @@ from moe_fast import (
     convert_moe,
     inspect_model,
 )
-from moe_fast.checkpoint.check import Status, reason_to_differ
+from moe_fast.checkpoint.check import Status
+from moe_fast.checkpoint.expected import reason_to_differ
 from moe_fast.checkpoint.manifest import read_manifest
 from moe_fast.checkpoint.moe import open_moe_model
 from moe_fast.demo import make_dense_model

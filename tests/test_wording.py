@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_fast.wording import counted, numbered, ranges
+from moe_fast.wording import counted, numbered, ranges, spread
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,6 @@ def test_one_and_many():
     assert counted(2, "file") == "2 files"
     assert numbered("layer", [3]) == "layer 3"
     assert numbered("layer", [0, 1, 2, 5]) == "layers 0-2, 5"
+    assert spread([0.5, 0.25, 0.125]) == "0.125 to 0.500"
+    assert spread([0.12344, 0.12341]) == "0.123"
+    assert spread([0.12344, 0.12341], 4) == "0.1234"

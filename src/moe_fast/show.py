@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import counted, ranges
+from moe_fast.wording import counted, ranges, spread
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -97,10 +97,8 @@ def show_layout(report: BuildReport) -> None:
 
 
 def predicted(health: RouterHealth) -> str:
-    variation = health.coefficient_of_variation
-    ends = dict.fromkeys(f"{value:.4f}" for value in (min(variation), max(variation)))
     return (
-        f"{' to '.join(ends)} (0 is even), "
+        f"{spread(health.coefficient_of_variation, 4)} (0 is even), "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
     )
 

@@ -10,6 +10,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """The range of some numbers: `0.031`, or `0.031 to 0.042`."""
+    ends = (min(values), max(values))
+    return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in ends))
+
+
 def numbered(noun: str, numbers: Sequence[int]) -> str:
     """`layer 3`, `layers 0-4, 7`."""
     return f"{noun if len(numbers) == 1 else noun + 's'} {ranges(numbers)}"

@@ -6,17 +6,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.build import prepare
-from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.copies import equal_groups
+from moe_fast.checkpoint.expected import (
+    Expected,
+    expect,
+    network_shares,
+    places,
+    reason_to_differ,
+    reference_of,
+)
 from moe_fast.checkpoint.header import (
-    DTYPE_CODES,
     Tensor,
     check_is_folder,
     is_plain_name,
@@ -30,16 +35,13 @@ from moe_fast.checkpoint.output import companions_of
 from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
-from moe_fast.checkpoint.request import ConvertRequest
 from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
 from moe_fast.checkpoint.structure import structure_problems
-from moe_fast.checkpoint.table import Weight
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.checkpoint.writer import sha256_of
-from moe_fast.config import Dtype, GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.reports import Report
-from moe_fast.wording import counted
+from moe_fast.wording import counted, spread
 
 __all__ = ["CheckReport", "Finding", "Status", "check_moe"]
 
@@ -240,19 +242,6 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
         yield f"{file}: its SHA-256 is not {record.sha256}"
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What an output should hold, by its manifest: its tensors and where they come from."""
-
-    tensors: Mapping[str, Weight]
-    config: Mapping[str, Any]
-    companions: Path
-    """The folder that tokenizer and generation settings come from."""
-    sources: Sequence[Mapping[str, Tensor]]
-    num_experts: int
-    """In all layers together."""
-
-
 def check_sources(
     model: MoeModel,
     manifest: Manifest | None,
@@ -274,10 +263,9 @@ def check_sources(
             f"{where} is for {request.config.num_experts} experts, {model.num_experts} are here"
         )
         return [finding(names[0], "", [problem], "the manifest is another checkpoint's")]
-    recorded = folders_of(manifest)
-    if (shares := network_shares(recorded, against)) is not None:
+    if (shares := network_shares(manifest, against)) is not None:
         return [not_possible(name, shares) for name in names]
-    now = places(recorded, [str(Path(path).absolute()) for path in against])
+    now = places(manifest, against)
     try:
         expected = expect(manifest, now)
     except CheckpointError as error:
@@ -288,87 +276,6 @@ def check_sources(
         compare_config(model, expected.config),
         compare_companions(model, expected.companions),
     ]
-
-
-def network_shares(recorded: Sequence[str], against: Sequence[ModelPath]) -> str | None:
-    """Why folders of a manifest are not opened; `None` where they can be.
-
-    Opening a network share would send the user's credentials to whoever wrote the manifest.
-    """
-    shares = [path for path in recorded if path.startswith(("//", "\\\\"))]
-    if not shares or against:
-        return None
-    return f"the manifest names network shares ({', '.join(shares)}): name them by --against"
-
-
-def folders_of(manifest: Manifest) -> list[str]:
-    """Every folder that the manifest's request names, once, in order."""
-    if manifest.conversion is not None:
-        return [manifest.conversion.model]
-    request = manifest.request
-    assert request is not None
-    experts = (*request.models, *request.shared_experts)
-    return list(dict.fromkeys([*(expert.model for expert in experts), request.base]))
-
-
-def places(recorded: Sequence[str], against: Sequence[str]) -> dict[str, str]:
-    """Where each recorded folder is now.
-
-    Raises
-    ------
-    CheckpointError
-        Where names do not tell them apart, and their numbers differ.
-    """
-    by_name = {Path(path).name: path for path in against or recorded}
-    if len(by_name) == len(against) and all(Path(path).name in by_name for path in recorded):
-        return {path: by_name[Path(path).name] for path in recorded}
-    if len(against) in (0, len(recorded)):
-        return dict(zip(recorded, against or recorded, strict=True))
-    raise CheckpointError(
-        f"against: {len(against)} folders for the {len(recorded)} that the manifest names: "
-        f"{', '.join(recorded)}"
-    )
-
-
-def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
-    """What the request of a manifest gives today, with its folders where they are `now`.
-
-    Raises
-    ------
-    CheckpointError
-        For sources that are gone, or are no longer what they were.
-    """
-    if manifest.conversion is not None:
-        request = replace(manifest.conversion, model=now[manifest.conversion.model])
-        conversion = prepare_conversion(request)
-        model = conversion.model
-        return Expected(
-            dict(conversion.tensors),
-            conversion.config,
-            model.path,
-            [model.tensors],
-            model.num_experts * len(model.layers),
-        )
-    build = manifest.request
-    assert build is not None
-    blueprint = prepare(
-        replace(
-            build,
-            models=tuple(replace(e, model=now[e.model]) for e in build.models),
-            shared_experts=tuple(replace(e, model=now[e.model]) for e in build.shared_experts),
-            base=now[build.base],
-        ),
-        manifest.gate_sha256 if build.gate_mode is GateMode.HIDDEN else (),
-    )
-    construction = blueprint.construction
-    models = [construction.base, *(source for source, _ in construction.all_sources())]
-    return Expected(
-        dict(blueprint.tensors),
-        blueprint.target.config(construction),
-        construction.base.path,
-        [model.tensors for model in models],
-        len(construction.moe_layers) * construction.plan.num_experts,
-    )
 
 
 def compare_weights(
@@ -566,11 +473,6 @@ def check_routing(model: MoeModel) -> Finding:
     return finding("routing", summary, problems)
 
 
-def spread(values: Sequence[float]) -> str:
-    """The range of some numbers: `0.031`, or `0.031 to 0.042`."""
-    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(values), max(values))))
-
-
 def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
     """Whether anything loads the checkpoint."""
     if not readers:
@@ -592,15 +494,14 @@ def check_logits(
     """What the checkpoint makes of a text, beside what its dense model makes of it."""
     if manifest is None and not against:
         return not_possible("logits", "needs the dense model to compare with (--against)")
-    recorded = [] if manifest is None else folders_of(manifest)
-    if (shares := network_shares(recorded, against)) is not None:
+    if manifest is not None and (shares := network_shares(manifest, against)) is not None:
         return not_possible("logits", shares)
     try:
         installed = installed_transformers()
         for reader in readers:
             if reader.name == installed and not reader.loads:
                 return not_possible("logits", f"{installed} {'; '.join(reader.reasons)}")
-        reference = reference_of(manifest, against)
+        reference = Path(against[0]) if manifest is None else reference_of(manifest, against)
         dense = open_moe_model(reference)  # whatever reads it next, it has been checked
         tokens = tokens_of(text, model.path, reference)
     except (CheckpointError, ModuleNotFoundError) as error:
@@ -617,41 +518,3 @@ def check_logits(
         problems = [f"{model.path}: should compute what {reference} computes"]
     summary = f"{difference}; meant to be equal"
     return finding("logits", summary, problems, summary)
-
-
-def reference_of(manifest: Manifest | None, against: Sequence[ModelPath]) -> Path:
-    """The model that a checkpoint is compared with, where it is now."""
-    if manifest is None:
-        return Path(against[0])
-    now = places(folders_of(manifest), [str(Path(path).absolute()) for path in against])
-    if manifest.conversion is not None:
-        return Path(now[manifest.conversion.model])
-    assert manifest.request is not None
-    return Path(now[manifest.request.base])
-
-
-def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | None:
-    """Why a checkpoint need not compute what the model does that it was made from.
-
-    `None` where it must: experts that are all the same FFN add up to that FFN, whatever the router
-    says, because a token's weights add up to 1.
-    """
-    if manifest is None:
-        return "there is no manifest that says how it was made"
-    request = manifest.request or manifest.conversion
-    assert request is not None
-    if request.dtype not in (None, Dtype.FLOAT32):  # which holds every number of the others
-        dtypes = {tensor.dtype for tensor in reference.tensors.values()}
-        if dtypes != {DTYPE_CODES[request.dtype]}:
-            return f"weights were rounded to {request.dtype}"
-    if isinstance(request, ConvertRequest):
-        return None
-    if request.shared_experts:
-        return "shared experts add their output"
-    for source in request.models:
-        same_layers = source.source_layers in (None, tuple(range(len(source.source_layers or ()))))
-        if source.model != request.base or not same_layers:
-            return "experts come from elsewhere than the base's own layers"
-        if source.noise_scale != 0 or source.residual_scale != 1:
-            return "experts have noise or a scale"
-    return None

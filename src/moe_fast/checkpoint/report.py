@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from moe_fast.checkpoint.check import CheckReport, Status, spread
+from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.inspection import ModelReport, inspect_model
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.moe import MoeModel, open_moe_model, part_of
@@ -23,7 +23,7 @@ from moe_fast.checkpoint.readers import has_tokenizer, readers_of
 from moe_fast.errors import CheckpointError
 from moe_fast.html import plan_picture, shares_picture, table
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.wording import numbered, ranges
+from moe_fast.wording import numbered, ranges, spread
 
 __all__ = ["write_report"]
 
