@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from moe_fast import CheckpointError, MoeConfig, RouterInit, RoutingMethod
-from moe_fast.checkpoint.request import BuildRequest, ExpertSource, typed
+from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 
 REQUEST = BuildRequest(
     models=(
@@ -65,20 +64,3 @@ def test_a_request_comes_back_from_json_equal():
 def test_what_is_no_request_is_refused_by_name(value, message):
     with pytest.raises(CheckpointError, match=message):
         BuildRequest.from_dict(value, "m")
-
-
-@dataclass(frozen=True)
-class Nested:
-    scale: float
-    names: dict[str, tuple[int, ...]]
-    note: str | None = None
-
-
-def test_every_kind_of_field_is_read():
-    read = typed({"scale": 1, "names": {"a": [1, 2]}, "note": None}, Nested, "n")
-    assert read == Nested(1, {"a": (1, 2)}, None)
-    assert typed({"scale": 0.5, "names": {}, "note": "x"}, Nested, "n").note == "x"
-    with pytest.raises(CheckpointError, match=r"^n\.names\.a\[0\]: '1' is not int$"):
-        typed({"scale": 1, "names": {"a": ["1"]}}, Nested, "n")
-    with pytest.raises(CheckpointError, match=r"^n\.note: 3 is not str$"):
-        typed({"scale": 1, "names": {}, "note": 3}, Nested, "n")

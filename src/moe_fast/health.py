@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,12 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
-from moe_fast.reports import Report
+from moe_fast.reports import Report, pandas_frame
 from moe_fast.statistics import RoutingStats
 from moe_fast.wording import numbered
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["RouterHealth", "predict_load"]
 
@@ -36,6 +39,17 @@ class RouterHealth(Report):
     coefficient_of_variation: tuple[float, ...]
     mean_entropy: tuple[float, ...]
     warnings: tuple[str, ...]
+
+    def to_frame(self) -> DataFrame:
+        """The prediction as a pandas data frame, one row a layer that has experts.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        columns = ("coefficient_of_variation", "mean_entropy")
+        return pandas_frame({name: getattr(self, name) for name in columns})
 
 
 def predict_load(

@@ -36,6 +36,7 @@ from moe_fast.nodes import (
     plain,
     text,
 )
+from moe_fast.reports import Report
 
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
 
@@ -57,7 +58,7 @@ LISTS = ("experts", "models", "shared_experts")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Report):
     """What a recipe asks for; each of `notes` is something in it that has no effect, or another."""
 
     request: BuildRequest

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,11 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import MoeConfigError, RoutingError, as_index, as_number
+from moe_fast.reports import pandas_frame
 from moe_fast.threads import as_threads, share
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["Routing", "RoutingOptions", "route"]
 
@@ -266,6 +270,29 @@ class Routing:
         return ragged_rows(
             experts, pairs // np.int32(k), self.weights.reshape(-1)[pairs], self.num_experts, width
         )
+
+    def to_frame(self) -> DataFrame:
+        """The kept pairs as a pandas data frame: `token`, `expert`, `weight`, by token.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        experts, weights = self.by_token()
+        kept = np.nonzero(experts >= 0)
+        return pandas_frame({"token": kept[0], "expert": experts[kept], "weight": weights[kept]})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routing):
+            return NotImplemented
+        same = ("method", "num_tokens", "capacity")
+        arrays = ("_indices", "weights", "tokens_per_expert", "tokens_per_expert_before_drop")
+        return all(getattr(self, name) == getattr(other, name) for name in same) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in arrays
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
     def __repr__(self) -> str:
         parts = [

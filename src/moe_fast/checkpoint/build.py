@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,11 @@ from moe_fast.config import (
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
-from moe_fast.reports import Report
+from moe_fast.reports import Report, pandas_frame
 from moe_fast.wording import ranges
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["BuildReport", "build_moe"]
 
@@ -83,6 +86,16 @@ class BuildReport(Report):
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    def to_frame(self) -> DataFrame:
+        """The experts of a layer as a pandas data frame, one row an expert with its models.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        return pandas_frame({"expert": range(len(self.experts)), "models": self.experts})
 
 
 def build_moe(

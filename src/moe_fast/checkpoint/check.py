@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_fast.checkpoint.copies import equal_groups
 from moe_fast.checkpoint.expected import (
@@ -40,8 +40,11 @@ from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.checkpoint.writer import sha256_of
 from moe_fast.errors import CheckpointError
-from moe_fast.reports import Report
+from moe_fast.reports import Report, frame_of
 from moe_fast.wording import counted, spread
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["CheckReport", "Finding", "Status", "check_moe"]
 
@@ -104,6 +107,16 @@ class CheckReport(Report):
     def __repr__(self) -> str:
         statuses = ", ".join(f"{finding.check}: {finding.status}" for finding in self.findings)
         return f"<CheckReport of {self.path}: {statuses}>"
+
+    def to_frame(self) -> DataFrame:
+        """The findings as a pandas data frame, one row a check.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        return frame_of(self.findings, Finding)
 
     def _repr_html_(self) -> str:
         from moe_fast.html import table

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +45,11 @@ from moe_fast.checkpoint.targets import TARGETS, Target, joined
 from moe_fast.config import Dtype, Layout, as_member
 from moe_fast.errors import CheckpointError, as_index
 from moe_fast.health import complaint_on_random_tokens
-from moe_fast.reports import Report
+from moe_fast.reports import Report, frame_of
 from moe_fast.wording import numbered
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["ConvertReport", "convert_moe"]
 
@@ -73,6 +76,16 @@ class ConvertReport(Report):
     readers: tuple[Reader, ...] = field(repr=False)
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+
+    def to_frame(self) -> DataFrame:
+        """The readers as a pandas data frame, one row a program.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        return frame_of(self.readers, Reader)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,10 @@ from moe_fast.checkpoint.moe import MoeModel, open_moe_model
 from moe_fast.checkpoint.source import FFN
 from moe_fast.errors import RoutingError
 from moe_fast.health import as_hidden_states, predict_load
-from moe_fast.reports import Report
+from moe_fast.reports import Report, frame_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["ModelReport", "RouterReport", "inspect_model"]
 
@@ -78,6 +81,16 @@ class ModelReport(Report):
     routers: tuple[RouterReport, ...] = field(repr=False)
     copies: tuple[tuple[Place, ...], ...] | None = field(repr=False)
     problems: tuple[str, ...]
+
+    def to_frame(self) -> DataFrame:
+        """The routers as a pandas data frame, one row a layer that has experts.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without pandas.
+        """
+        return frame_of(self.routers, RouterReport)
 
 
 def inspect_model(

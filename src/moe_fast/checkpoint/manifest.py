@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_fast.checkpoint.header import LONGEST_INDEX, SourceFile, json_text, read_json
-from moe_fast.checkpoint.request import BuildRequest, ConvertRequest, typed
-from moe_fast.errors import CheckpointError
+from moe_fast.checkpoint.request import BuildRequest, ConvertRequest
+from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.plain import typed
 
 MANIFEST = "moe_fast.json"
 
@@ -85,7 +86,10 @@ def read_manifest(folder: Path) -> Manifest:
     value = read_json(path, limit=LONGEST_INDEX)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
-    manifest: Manifest = typed(value, Manifest, str(path))
+    try:
+        manifest: Manifest = typed(value, Manifest, str(path))
+    except MoeConfigError as error:
+        raise CheckpointError(str(error)) from None
     if (manifest.request is None) == (manifest.conversion is None):
         raise CheckpointError(f"{path}: must have one of the keys 'request' and 'conversion'")
     if manifest.request is not None:  # numbers out of range, too

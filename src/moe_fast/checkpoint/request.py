@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import types
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from enum import StrEnum
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
 from moe_fast.errors import CheckpointError, MoeConfigError, as_index, as_number
+from moe_fast.plain import typed
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,10 @@ class BuildRequest:
     @classmethod
     def from_dict(cls, value: Any, where: str) -> BuildRequest:
         """The request that `to_dict` gave, every type checked; `where` begins each error."""
-        request: BuildRequest = typed(value, cls, where)
+        try:
+            request: BuildRequest = typed(value, cls, where)
+        except MoeConfigError as error:
+            raise CheckpointError(str(error)) from None
         try:
             request.config.validate()
         except MoeConfigError as error:
@@ -122,47 +124,3 @@ class ConvertRequest:
     layout: Layout | None = None
     dtype: Dtype | None = None
     max_shard_size: int = 5_000_000_000
-
-
-def typed(value: Any, kind: Any, where: str) -> Any:
-    """`value`, fresh from JSON, as `kind`; `CheckpointError` beginning with `where` if it is none.
-
-    `kind` is a dataclass, `tuple[X, ...]`, `dict[str, X]`, a `StrEnum`, `X | None` or one of `str`,
-    `int`, `float`, `bool`.
-    """
-    arguments = get_args(kind)
-    if get_origin(kind) in (types.UnionType, Union):
-        if value is None and types.NoneType in arguments:
-            return value
-        (kind,) = (argument for argument in arguments if argument is not types.NoneType)
-        return typed(value, kind, where)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(typed(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
-        return typed_fields(value, kind, where)
-    if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(value, str):
-        if value in list(kind):
-            return kind(value)
-        raise CheckpointError(f"{where}: {value!r} is none of {', '.join(kind)}")
-    if type(value) is kind or (kind is float and type(value) is int):
-        return value
-    expected = "an object" if is_dataclass(kind) else str(kind) if arguments else kind.__name__
-    raise CheckpointError(f"{where}: {value!r} is not {expected}")
-
-
-def typed_fields(value: dict[str, Any], kind: Any, where: str) -> Any:
-    known = {each.name: each for each in fields(kind)}
-    for key in value:
-        if key not in known:
-            raise CheckpointError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
-    for name, each in known.items():
-        if name not in value and each.default is MISSING and each.default_factory is MISSING:
-            raise CheckpointError(f"{where}: the key {name!r} is missing")
-    hints = get_type_hints(kind)
-    read = {name: typed(item, hints[name], f"{where}.{name}") for name, item in value.items()}
-    try:
-        return kind(**read)
-    except (TypeError, MoeConfigError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
