@@ -245,7 +245,8 @@ def build_moe(
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
     how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    return build_checkpoint(with_folders(request), output, how, hidden_states=hidden_states)
+    request = request.moved(find_models(request.folders()))
+    return build_checkpoint(request, output, how, hidden_states=hidden_states)
 
 
 def build_checkpoint(
@@ -336,18 +337,6 @@ def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
     if isinstance(models, (str, os.PathLike, ExpertSource)):
         models = [models]
     return tuple(m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models)
-
-
-def with_folders(request: BuildRequest) -> BuildRequest:
-    """The request with the folder of each model in place of its name."""
-    experts = (*request.models, *request.shared_experts)
-    folders = find_models([*(expert.model for expert in experts), request.base])
-    return replace(
-        request,
-        models=tuple(replace(e, model=folders[e.model]) for e in request.models),
-        shared_experts=tuple(replace(e, model=folders[e.model]) for e in request.shared_experts),
-        base=folders[request.base],
-    )
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
     CheckpointError
         For sources that are gone, or are no longer what they were.
     """
-    if manifest.conversion is not None:
-        request = replace(manifest.conversion, model=now[manifest.conversion.model])
+    request = manifest.asked.moved(now)
+    if isinstance(request, ConvertRequest):
         conversion = prepare_conversion(request)
         model = conversion.model
         return Expected(
@@ -53,17 +53,8 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
             [model.tensors],
             model.num_experts * len(model.layers),
         )
-    build = manifest.request
-    assert build is not None
-    blueprint = prepare(
-        replace(
-            build,
-            models=tuple(replace(e, model=now[e.model]) for e in build.models),
-            shared_experts=tuple(replace(e, model=now[e.model]) for e in build.shared_experts),
-            base=now[build.base],
-        ),
-        manifest.gate_sha256 if build.gate_mode is GateMode.HIDDEN else (),
-    )
+    digests = manifest.gate_sha256 if request.gate_mode is GateMode.HIDDEN else ()
+    blueprint = prepare(request, digests)
     construction = blueprint.construction
     models = [construction.base, *(source for source, _ in construction.all_sources())]
     return Expected(
@@ -75,22 +66,12 @@ def expect(manifest: Manifest, now: Mapping[str, str]) -> Expected:
     )
 
 
-def folders_of(manifest: Manifest) -> list[str]:
-    """Every folder that the manifest's request names, once, in order."""
-    if manifest.conversion is not None:
-        return [manifest.conversion.model]
-    request = manifest.request
-    assert request is not None
-    experts = (*request.models, *request.shared_experts)
-    return list(dict.fromkeys([*(expert.model for expert in experts), request.base]))
-
-
 def network_shares(manifest: Manifest, against: Sequence[ModelPath]) -> str | None:
     """Why the folders of a manifest are not opened; `None` where they can be.
 
     Opening a network share would send the user's credentials to whoever wrote the manifest.
     """
-    shares = [path for path in folders_of(manifest) if path.startswith(("//", "\\\\"))]
+    shares = [path for path in manifest.asked.folders() if path.startswith(("//", "\\\\"))]
     if not shares or against:
         return None
     return f"the manifest names network shares ({', '.join(shares)}): name them by --against"
@@ -104,7 +85,7 @@ def places(manifest: Manifest, against: Sequence[ModelPath]) -> dict[str, str]:
     CheckpointError
         Where names do not tell them apart, and their numbers differ.
     """
-    recorded = folders_of(manifest)
+    recorded = manifest.asked.folders()
     given = [str(Path(path).absolute()) for path in against]
     by_name = {Path(path).name: path for path in given or recorded}
     if len(by_name) == len(given) and all(Path(path).name in by_name for path in recorded):
@@ -119,11 +100,8 @@ def places(manifest: Manifest, against: Sequence[ModelPath]) -> dict[str, str]:
 
 def reference_of(manifest: Manifest, against: Sequence[ModelPath]) -> Path:
     """The model that an output is compared with: its base, or what it was converted from."""
-    now = places(manifest, against)
-    if manifest.conversion is not None:
-        return Path(now[manifest.conversion.model])
-    assert manifest.request is not None
-    return Path(now[manifest.request.base])
+    request = manifest.asked.moved(places(manifest, against))
+    return Path(request.model if isinstance(request, ConvertRequest) else request.base)
 
 
 def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | None:
@@ -134,8 +112,7 @@ def reason_to_differ(manifest: Manifest | None, reference: MoeModel) -> str | No
     """
     if manifest is None:
         return "there is no manifest that says how it was made"
-    request = manifest.request or manifest.conversion
-    assert request is not None
+    request = manifest.asked
     if request.dtype not in (None, Dtype.FLOAT32):  # which holds every number of the others
         dtypes = {tensor.dtype for tensor in reference.tensors.values()}
         if dtypes != {DTYPE_CODES[request.dtype]}:

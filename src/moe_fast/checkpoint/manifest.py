@@ -64,6 +64,13 @@ class Manifest:
     source_layer: tuple[tuple[int, ...], ...] = ()
     gate_sha256: tuple[str, ...] = ()
 
+    @property
+    def asked(self) -> BuildRequest | ConvertRequest:
+        """The one of `request` and `conversion` that is there."""
+        asked = self.request or self.conversion
+        assert asked is not None
+        return asked
+
     def text(self) -> str:
         """The manifest as JSON; digests that were not computed are left out."""
         value = {key: item for key, item in asdict(self).items() if item not in (None, ())}

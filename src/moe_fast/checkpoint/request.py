@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
@@ -115,6 +115,20 @@ class BuildRequest:
             raise CheckpointError(f"{where}.config: {error}") from None
         return request
 
+    def folders(self) -> list[str]:
+        """Every model that it names, once, in order."""
+        experts = (*self.models, *self.shared_experts)
+        return list(dict.fromkeys([*(expert.model for expert in experts), self.base]))
+
+    def moved(self, now: Mapping[str, str]) -> BuildRequest:
+        """The same of models that are elsewhere `now`."""
+        return replace(
+            self,
+            models=tuple(replace(e, model=now[e.model]) for e in self.models),
+            shared_experts=tuple(replace(e, model=now[e.model]) for e in self.shared_experts),
+            base=now[self.base],
+        )
+
 
 @dataclass(frozen=True)
 class ConvertRequest:
@@ -124,3 +138,11 @@ class ConvertRequest:
     layout: Layout | None = None
     dtype: Dtype | None = None
     max_shard_size: int = 5_000_000_000
+
+    def folders(self) -> list[str]:
+        """Every model that it names."""
+        return [self.model]
+
+    def moved(self, now: Mapping[str, str]) -> ConvertRequest:
+        """The same of a model that is elsewhere `now`."""
+        return replace(self, model=now[self.model])
