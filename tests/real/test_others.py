@@ -7,26 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from logits import compute_logits
 from moe_fast import check_moe, convert_moe, inspect_model
 from moe_fast.checkpoint.check import Status
+from random_models import random_model
 
 TOKENS = np.random.default_rng(0).integers(96, size=30).tolist()
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+COMMON = {"num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2}
 QWEN2 = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
 FUSABLE = {
     "mixtral": {"num_local_experts": 4},
@@ -53,11 +41,8 @@ def saved(tmp_path_factory):
 
     def save(name: str) -> Path:
         if name not in made:
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(
-                name.partition(",")[0], **COMMON | (KNOWN | UNKNOWN)[name]
-            )
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            family, keys = name.partition(",")[0], COMMON | (KNOWN | UNKNOWN)[name]
+            model = random_model(family, torch.bfloat16, **keys)
             made[name] = tmp_path_factory.mktemp("saved") / "model"
             model.save_pretrained(made[name])
         return made[name]

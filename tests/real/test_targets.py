@@ -14,27 +14,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from forward import Model
 from logits import compute_logits
 from moe_fast import MoeConfig, build_moe
+from random_models import random_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-}
+COMMON = {"initializer_range": 0.2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -100,9 +89,7 @@ CASES = [
 
 def save_random_model(folder: Path, family: str, changes: dict) -> None:
     """A model as transformers makes and saves it, its norms and biases random too."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_model(family, torch.float32, **COMMON | changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
