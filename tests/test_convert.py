@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -211,8 +212,14 @@ def test_what_cannot_be_converted(moe, tmp_path):
         convert_moe(moe, output, layout="stacked")
     with pytest.raises(CheckpointError, match="exists already"):
         convert_moe(moe, tmp_path / "dense")
-    with pytest.raises(CheckpointError, match=r"would replace .*, which it is made from"):
-        convert_moe(moe, moe, overwrite=True)
+    for place in (moe, moe.parent):
+        with pytest.raises(
+            CheckpointError, match=rf"would replace {re.escape(str(moe))}, which it"
+        ):
+            convert_moe(moe, place, overwrite=True)
+    with pytest.raises(CheckpointError, match=rf"moe: lies in {re.escape(str(moe))}, which it is"):
+        convert_moe(moe, moe / "moe")
+    assert not (moe / "moe").exists()
     edit_config(moe, num_local_experts=5)
     with pytest.raises(CheckpointError, match=r"holds 4 experts, config\.json has 5"):
         convert_moe(moe, output)
@@ -332,6 +339,12 @@ def test_a_dtype_lets_mixed_experts_fuse_and_others_are_refused(moe, tmp_path):
         convert_moe(moe, tmp_path / "no", dtype="float16")
     with pytest.raises(MoeConfigError, match="dtype must be one of 'float32', 'bfloat16', 'float"):
         convert_moe(moe, tmp_path / "no", dtype="int8")
+
+
+def test_an_empty_folder_becomes_the_output(moe, tmp_path):
+    (tmp_path / "fused").mkdir()
+    convert_moe(moe, tmp_path / "fused", layout="fused")
+    assert check_moe(tmp_path / "fused").passed
 
 
 def test_a_dry_run_writes_nothing(moe, tmp_path):

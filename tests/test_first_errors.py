@@ -154,8 +154,7 @@ def test_a_gguf_file(tmp_path):
 
 
 def test_an_output_that_exists(dense):
-    (dense.parent / "out").mkdir()
-    (dense.parent / "out" / "file").touch()
+    build_moe(dense, dense.parent / "out")
     with pytest.raises(CheckpointError, match=r"exists already.*--overwrite, .*overwrite=True"):
         build_moe(dense, dense.parent / "out")
 

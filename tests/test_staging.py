@@ -13,12 +13,13 @@ import textwrap
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
-from moe_fast import CheckpointError, MoeConfig, build_moe
+from moe_fast import CheckpointError, MoeConfig, build_moe, build_recipe
 from moe_fast.checkpoint import staging, writer
 from moe_fast.demo import make_dense_model
 
@@ -186,20 +187,20 @@ def test_a_failing_last_rename_brings_the_old_output_back(dense, place, monkeypa
     assert contents(place / "moe") == before
 
 
-def test_a_replacement_cut_off_between_its_renames_is_undone_and_done_again(dense, place):
+@pytest.mark.parametrize("made_since", [False, True])
+def test_a_replacement_cut_off_between_its_renames_is_undone_and_done_again(
+    dense, place, made_since
+):
     build(dense, place / "moe")
     kept = interrupt(dense, place / "other")
     (place / "moe").rename(kept.parent / "old")  # where kill -9 can leave it
-    (place / "other").mkdir()
+    if made_since:
+        (place / "other").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         build(dense, place / "other")
-    (place / "other").rmdir()
-    with (
-        pytest.raises(CheckpointError, match="exists already"),
-        staging.staged(place / "other", "0" * 64),
-    ):
-        pytest.fail("an output that was there is not overwritten unasked")
     assert (place / "other" / "config.json").exists()
+    build(dense, place / "other", overwrite=True)
+    assert names_in(place) == ["other"]
 
 
 def test_a_build_in_another_process_is_refused_until_it_ends(dense, place):
@@ -313,8 +314,74 @@ def refused(match: str, *args: object, **options: object) -> None:
 def test_an_output_that_holds_its_sources_is_refused(dense, tmp_path):
     before = contents(dense)
     for output in (dense, tmp_path, dense / ".." / "dense"):
-        refused("which it is made from", dense, output, overwrite=True)
+        for overwrite in (False, True):
+            match = (
+                rf"^{re.escape(os.path.realpath(output))}: would replace {re.escape(str(dense))}, "
+            )
+            refused(match, dense, output, overwrite=overwrite)
     assert contents(dense) == before
+
+
+def test_an_output_that_holds_any_of_its_sources_is_refused(dense, tmp_path):
+    make_dense_model(tmp_path / "moe" / "second", seed=1)
+    (tmp_path / "moe" / "config.json").write_text("{}")
+    match = rf"moe: would replace .*{re.escape(str(tmp_path / 'moe' / 'second'))}, which"
+    refused(match, [dense, tmp_path / "moe" / "second"], tmp_path / "moe", overwrite=True)
+    second = tmp_path / "moe" / "second"
+    refused(match, dense, tmp_path / "moe", overwrite=True, base=second)
+    refused(
+        match, dense, tmp_path / "moe", overwrite=True, target="qwen2_moe", shared_experts=second
+    )
+    assert (tmp_path / "moe" / "second" / "config.json").exists()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_output_in_one_of_its_sources_is_refused(dense, tmp_path, made):
+    output = dense / "deep" / "moe"
+    if made:
+        output.mkdir(parents=True)
+    before = sorted(dense.rglob("*"))
+    match = rf"^{re.escape(str(output))}: lies in {re.escape(str(dense))}, which it is made from"
+    refused(match, dense, output)
+    refused(match, dense, output, overwrite=True)
+    assert sorted(dense.rglob("*")) == before
+
+
+@needs_links
+def test_an_output_in_what_a_source_is_a_link_to_is_refused(dense, tmp_path):
+    (tmp_path / "link").symlink_to(dense)
+    refused(
+        rf"moe: lies in {re.escape(str(tmp_path / 'link'))}, which",
+        tmp_path / "link",
+        dense / "moe",
+    )
+    refused(rf"would replace {re.escape(str(tmp_path / 'link'))}, which", tmp_path / "link", dense)
+    refused(rf"moe: lies in {re.escape(str(dense))}, which", dense, tmp_path / "link" / "moe")
+
+
+@needs_links
+def test_an_output_with_the_links_of_a_source_is_refused(dense, tmp_path):
+    """As in the Hub's cache: the weights lie elsewhere, but configuration and tokenizer may not."""
+    links = tmp_path / "elsewhere"
+    links.mkdir()
+    for file in dense.iterdir():
+        (links / file.name).symlink_to(file)
+    refused(rf"would replace {re.escape(str(links))}, which", links, links, overwrite=True)
+
+
+def test_an_output_that_holds_what_else_is_read_is_refused(dense, place):
+    np.save(place / "hidden.npy", np.zeros((4, 64), np.float32))
+    (place / "config.json").write_text("{}")
+    mapped = np.load(place / "hidden.npy", mmap_mode="r")
+    match = rf"place: would replace {re.escape(str(place / 'hidden.npy'))}, which it is made from"
+    refused(match, dense, place, overwrite=True, hidden_states=mapped)
+    pytest.importorskip("yaml")
+    recipe = place / "recipe.yml"
+    recipe.write_text(f"models: [{dense.as_posix()}]\n")
+    with pytest.raises(CheckpointError, match=rf"would replace {re.escape(str(recipe))}, which"):
+        build_recipe(recipe, place, overwrite=True)
+    build_recipe(recipe, place / "moe")
+    assert recipe.exists()
 
 
 @needs_links
@@ -332,15 +399,99 @@ def test_a_folder_without_a_model_is_never_overwritten(dense, place):
     (place / "photographs").write_text("x")
     refused("holds no model", dense, place, overwrite=True)
     (place / "file").write_text("x")
-    refused("is not a folder", dense, place / "file", overwrite=True)
+    for overwrite in (False, True):
+        refused("exists already and is not a folder", dense, place / "file", overwrite=overwrite)
     refused("file is not a folder", dense, place / "file" / "moe")
+    assert (place / "photographs").read_text() == (place / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_becomes_the_output(dense, place, overwrite):
+    (place / "moe").mkdir(mode=0o750)
+    mode = (place / "moe").stat().st_mode
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        build(dense, place / "moe", overwrite=overwrite, progress=stop_after(3 * SHARD))
+    assert names_in(place / "moe") == []
+    (kept,) = (place / ".moe.partial").glob("*/")
+    finished = {name: identity(kept / name) for name in names_in(kept)}
+    build(dense, place / "moe", overwrite=overwrite)
+    assert (
+        finished.items()
+        <= {n: identity(place / "moe" / n) for n in names_in(place / "moe")}.items()
+    )
+    assert names_in(place) == ["moe"]
+    assert (place / "moe").stat().st_mode == mode
+    build(dense, place / "whole")
+    assert contents(place / "moe") == contents(place / "whole")
+
+
+def test_what_is_put_into_an_empty_folder_during_the_build_stays(dense, place):
+    (place / "moe").mkdir()
+
+    def put(written: int, total: int) -> None:
+        (place / "moe" / "notes").write_text("x")
+
+    with pytest.raises(OSError, match="moe") as caught:
+        build(dense, place / "moe", progress=put)
+    assert caught.value.errno in (errno.ENOTEMPTY, errno.EEXIST)
+    assert names_in(place / "moe") == ["notes"]
+    (place / "moe" / "notes").unlink()
+    build(dense, place / "moe")
+    assert names_in(place) == ["moe"]
+
+
+def test_what_appears_during_the_build_stays(dense, place):
+    def put(written: int, total: int) -> None:
+        (place / "moe").write_text("x")
+
+    with pytest.raises(OSError, match="moe"):
+        build(dense, place / "moe", progress=put)
+    assert (place / "moe").read_text() == "x"
+
+
+def test_two_builds_into_an_empty_folder_refuse_each_other(dense, place):
+    (place / "moe").mkdir()
+    with staging.staged(place / "moe", "0" * 64):
+        refused("another build is writing it", dense, place / "moe")
+
+
+@needs_links
+def test_a_link_to_an_empty_folder_is_followed(dense, place):
+    (place / "moe").mkdir()
+    (place / "link").symlink_to(place / "moe")
+    build(dense, place / "link")
+    assert (place / "link").is_symlink()
+    assert (place / "moe" / "config.json").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_the_folder_that_the_build_runs_in_is_not_replaced(dense, place, monkeypatch, inside):
+    build(dense, place / "moe")
+    (place / "moe" / "below").mkdir()
+    monkeypatch.chdir(place / "moe" / inside)
+    refused(r"moe: is where this runs.*new folder in it", dense, place / "moe", overwrite=True)
     (place / "empty").mkdir()
-    refused("exists already", dense, place / "empty")
-    build(dense, place / "empty", overwrite=True)
+    monkeypatch.chdir(place / "empty")
+    refused(r"empty: is where this runs.*new folder in it", dense, Path())
+    build(dense, Path("moe"))
+    assert names_in(place / "empty") == ["moe"]
+
+
+def test_a_mount_point_is_not_replaced(dense, place, monkeypatch):
+    (place / "moe").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place / "moe")
+    refused(r"moe: is a mount point.*new folder in it", dense, place / "moe")
+
+
+def test_a_folder_that_may_not_be_changed_is_refused_beforehand(dense, place, monkeypatch):
+    (place / "moe").mkdir()
+    # In place of its permissions, which do not bind root.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place / "moe")
+    refused("moe: exists already and may not be changed", dense, place / "moe")
 
 
 def test_problems_of_models_and_output_come_together(dense, place):
-    (place / "moe").mkdir()
+    (place / "moe").write_text("x")
     with pytest.raises(CheckpointError, match="2 problems") as caught:
         build(place / "absent", place / "moe")
     assert "absent: is not a folder" in str(caught.value)

@@ -100,7 +100,9 @@ def build_recipe(
     """
     read = read_recipe(recipe)
     request = replace(read.request, max_shard_size=max_shard_size)
-    return build_checkpoint(request, output, Writing(**how), read.notes, hidden_states)
+    return build_checkpoint(
+        request, output, Writing(**how), read.notes, hidden_states, Path(recipe)
+    )
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

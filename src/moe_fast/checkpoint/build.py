@@ -255,8 +255,12 @@ def build_checkpoint(
     how: Writing,
     warnings: Sequence[str] = (),
     hidden_states: npt.ArrayLike | None = None,
+    recipe: Path | None = None,
 ) -> BuildReport:
-    """Build what a request asks for; the report has `warnings` before those of the build."""
+    """Build what a request asks for; the report has `warnings` before those of the build.
+
+    `recipe` is the file that the request was read from, which the output must not replace.
+    """
     started = time.perf_counter()
     output = Path(output)
     try:
@@ -277,8 +281,10 @@ def build_checkpoint(
     }
     contents = Contents(shards, texts, companions_of(construction.base.path))
     source_files = construction.files()
+    mapped = hidden_states.filename if isinstance(hidden_states, np.memmap) else None
+    also_read = [Path(file) for file in (recipe, mapped) if file is not None]
     problems = [
-        *obstacles(output, source_files, how),
+        *obstacles(output, source_files, how, also_read),
         *lack_of_space(output, contents),
     ]
     if problems:

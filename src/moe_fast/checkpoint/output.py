@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe_fast.checkpoint.header import SourceFile, open_regular
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
-from moe_fast.checkpoint.staging import staged, unfinished, why_not
+from moe_fast.checkpoint.staging import is_around, staged, unfinished, why_not
 from moe_fast.checkpoint.table import Shard
 from moe_fast.checkpoint.writer import copy_file, key_of, write_shards, write_text
 from moe_fast.errors import CheckpointError
@@ -104,14 +104,22 @@ def companions_of(model: Path) -> list[Path]:
     return files
 
 
-def obstacles(output: Path, sources: Collection[SourceFile], how: Writing) -> Iterator[str]:
-    """Why a checkpoint from `sources` cannot be written to `output`."""
+def obstacles(
+    output: Path, sources: Collection[SourceFile], how: Writing, also_read: Collection[Path] = ()
+) -> Iterator[str]:
+    """Why a checkpoint from `sources` cannot be written to `output`.
+
+    `also_read` are files that are no part of a model: a recipe, hidden states.
+    """
     output = Path(os.path.realpath(output))
-    inside = sorted(
-        file.path for file in sources if Path(os.path.realpath(file.path)).is_relative_to(output)
-    )
+    models = sorted({Path(file.path).parent for file in sources})
+    files = [*sorted(Path(file.path) for file in sources), *also_read]
+    inside = [path for path in (*models, *files) if is_around(output, path)]
+    around = [model for model in models if is_around(model, output)]
     if inside:
         yield f"{output}: would replace {inside[0]}, which it is made from; choose another output"
+    elif around:
+        yield f"{output}: lies in {around[0]}, which it is made from; choose another output"
     elif (problem := why_not(output, overwrite=how.overwrite)) is not None:
         yield problem
     parent = existing_parent(output)

@@ -45,8 +45,10 @@ def staged(
     work = work_folder(output)
     old, growing = work / "old", work / key
     with locked(work / "lock", output):
-        if old.exists() and not output.exists():
-            old.rename(output)  # a replacement was cut off between its two renames
+        if old.exists() and is_vacant(output):
+            # A replacement was cut off between its two renames, and a folder made there since.
+            make_room(output)
+            old.rename(output)
         problem = why_not(output, overwrite=overwrite)
         if problem is not None:
             raise CheckpointError(problem)
@@ -56,7 +58,7 @@ def staged(
             yield growing
             if fsync:
                 sync_folder(growing)
-            take_place(growing, output, old)
+            take_place(growing, output, old, overwrite=overwrite)
             if fsync:
                 sync_folder(output.parent)
         except CheckpointError:
@@ -73,16 +75,39 @@ def staged(
         remove_all_but(None, work)
 
 
-def take_place(growing: Path, output: Path, old: Path) -> None:
-    """Rename `growing` to `output`, and what stands there to `old`."""
+def take_place(growing: Path, output: Path, old: Path, *, overwrite: bool) -> None:
+    """Rename `growing` to `output`, and what stands there to `old`.
+
+    Unless it is to be overwritten, only an empty folder may stand there; it gives its permissions.
+    """
     try:
         if output.exists():
+            shutil.copymode(output, growing)
+        if not overwrite:
+            make_room(output)
+        elif output.exists():
             output.rename(old)
         growing.rename(output)
     except BaseException:
         if old.exists() and not output.exists():
             old.rename(output)
         raise
+
+
+def is_around(folder: Path, path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is `folder` or lies in it, all links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def is_vacant(output: Path) -> bool:
+    """Whether there is nothing of that name, or a folder with nothing in it."""
+    return not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
+
+
+def make_room(output: Path) -> None:
+    """Remove an empty folder; one that holds something by now is an error and stays."""
+    with suppress(FileNotFoundError):
+        output.rmdir()
 
 
 def work_folder(output: Path) -> Path:
@@ -99,17 +124,27 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
     """Why `output` may not be written, or `None` where it may."""
     if not os.path.lexists(output):
         return None
+    if not output.is_dir():
+        return f"{output}: exists already and is not a folder; choose another output"
+    if os.path.ismount(output):
+        return f"{output}: is a mount point, and cannot be replaced; choose a new folder in it"
+    if is_around(output, os.curdir):
+        # The rename would leave whoever works there in a folder that is no more.
+        return f"{output}: is where this runs, and is not replaced; choose a new folder in it"
+    if not os.access(output, os.R_OK | os.W_OK | os.X_OK):
+        return f"{output}: exists already and may not be changed; choose another output"
+    if is_vacant(output):
+        return None
+    names = {entry.name for entry in output.iterdir()}
+    if not names & {"config.json", MANIFEST}:
+        return (
+            f"{output}: exists already, holds no model, and is not overwritten; "
+            "choose another output, or empty it yourself if you mean it"
+        )
     if not overwrite:
         return (
             f"{output}: exists already; choose another output, or replace it: --overwrite, "
             "in Python overwrite=True"
-        )
-    if not output.is_dir():
-        return f"{output}: is not a folder"
-    names = {entry.name for entry in output.iterdir()}
-    if names and not names & {"config.json", MANIFEST}:
-        return (
-            f"{output}: holds no model, and is not overwritten; remove it yourself if you mean it"
         )
     return None
 
