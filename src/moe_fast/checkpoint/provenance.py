@@ -146,7 +146,7 @@ def model_card(
     shared = [names[source.model] for source in construction.shared_experts]
     if shared:
         lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."
-    remote = ", trust_remote_code=True" if target.name == "deepseek" else ""
+    remote = ", trust_remote_code=True" if "auto_map" in config_json else ""
     lines += [
         *recipe_lines(request, target, names),
         "",

@@ -6,21 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.checkpoint.moe import MoeModel
-from moe_fast.checkpoint.source import FAMILIES, FFN, Sizes, read_rope, read_sizes
-from moe_fast.checkpoint.targets import TARGETS, Target, as_count
+from moe_fast.checkpoint.source import FAMILIES, Sizes, read_rope, read_sizes
+from moe_fast.checkpoint.targets import TARGETS, Shapes, Target, as_count
 from moe_fast.config import Layout
-
-# Outside of its experts, each family is this dense one.
-DENSE_TWINS = {
-    "mixtral": "mistral",
-    "qwen2_moe": "qwen2",
-    "qwen3_moe": "qwen3",
-    "granitemoe": "granite",
-    "granitemoeshared": "granite",
-    "flex_olmo": "olmo2",
-    "deepseek": "llama",
-}
-Shapes = dict[str, tuple[int, ...]]
 
 
 def structure_problems(model: MoeModel) -> list[str]:
@@ -33,7 +21,7 @@ def structure_problems(model: MoeModel) -> list[str]:
     """
     target = TARGETS[model.model_type]
     file = model.path / "config.json"
-    twin = FAMILIES[DENSE_TWINS[target.name]]
+    twin = FAMILIES[target.dense_twin]
     config = {**twin.defaults, "intermediate_size": 1, **model.config}
     sizes = read_sizes(config, file)
     read_rope(config, file)
@@ -90,7 +78,7 @@ def config_problems(model: MoeModel) -> Iterator[str]:
 def expected_shapes(
     target: Target, model: MoeModel, config: Mapping[str, Any], sizes: Sizes
 ) -> Shapes:
-    twin = FAMILIES[DENSE_TWINS[target.name]]
+    twin = FAMILIES[target.dense_twin]
     vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
     expected: Shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),
@@ -104,7 +92,7 @@ def expected_shapes(
         if layer in dense_layers:
             shapes |= twin.ffn_shapes(sizes, config)
         else:
-            shapes |= shared_shapes(target, config, hidden)
+            shapes |= target.shared_shapes(config, hidden)
             expected |= expert_shapes(target, model, config, layer, hidden)
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     return expected
@@ -130,30 +118,3 @@ def expert_shapes(
             shape = (rows * parts, columns)
         expected[tensor.name] = shape
     return expected
-
-
-def shared_shapes(target: Target, config: Mapping[str, Any], hidden: int) -> Shapes:
-    """The shared experts of a layer, under their names inside the layer."""
-    if target.name == "qwen2_moe":
-        width = as_count(config, "shared_expert_intermediate_size")
-        shapes = ffn_shapes("mlp.shared_expert", width, hidden)
-        return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
-    if target.name == "deepseek":
-        number = as_count(config, "n_shared_experts", 0)
-        width = number * as_count(config, "moe_intermediate_size")
-        return ffn_shapes("mlp.shared_experts", width, hidden)
-    width = as_count(config, "shared_intermediate_size", 0)
-    if target.name == "granitemoeshared" and width:
-        return {
-            "shared_mlp.input_linear.weight": (2 * width, hidden),
-            "shared_mlp.output_linear.weight": (hidden, width),
-        }
-    return {}
-
-
-def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
-    down = FFN[-1]
-    return {
-        f"{prefix}.{role}.weight": (hidden, width) if role == down else (width, hidden)
-        for role in FFN
-    }

@@ -24,6 +24,7 @@ from moe_fast.config import Layout, RoutingMethod
 from moe_fast.errors import CheckpointError
 
 GATE_UP = ("gate_proj", "up_proj")
+Shapes = dict[str, tuple[int, ...]]
 SPANS = {None: "nothing", "head": "each head", "width": "the full width"}
 
 
@@ -49,6 +50,8 @@ class Target:
     name: str
     title: str
     architecture: str
+    dense_twin: str
+    """The dense family that it is outside of its experts."""
     layouts: tuple[Layout, ...] = (Layout.PER_EXPERT, Layout.FUSED)
     norms = NORMS_BEFORE
     qk_norm: str | None = None
@@ -217,6 +220,16 @@ class Target:
         """What belongs to the shared experts of a layer, with its names inside the layer."""
         yield from ()
 
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        """What a config.json of the family makes the shapes of these tensors.
+
+        Raises
+        ------
+        CheckpointError
+            Where a key of it has a value of another kind.
+        """
+        return {}
+
     def config(self, construction: Construction) -> dict[str, Any]:
         """The output's config.json, in the spellings of transformers 4 and 5.
 
@@ -278,6 +291,14 @@ def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) ->
     return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
 
 
+def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
+    down = FFN[-1]
+    return {
+        f"{prefix}.{role}.weight": (hidden, width) if role == down else (width, hidden)
+        for role in FFN
+    }
+
+
 def as_count(
     config: Mapping[str, Any], key: str, default: int | None = None, *, minimum: int = 0
 ) -> int:
@@ -302,6 +323,7 @@ class Mixtral(Target):
     name = "mixtral"
     title = "Mixtral"
     architecture = "MixtralForCausalLM"
+    dense_twin = "mistral"
     expert_names = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
@@ -360,6 +382,7 @@ class Qwen3Moe(Qwen):
     name = "qwen3_moe"
     title = "Qwen3-MoE"
     architecture = "Qwen3MoeForCausalLM"
+    dense_twin = "qwen3"
     qk_norm = "head"
     attention_biases = ((), QKVO)
 
@@ -378,6 +401,7 @@ class Qwen2Moe(Qwen):
     name = "qwen2_moe"
     title = "Qwen2-MoE"
     architecture = "Qwen2MoeForCausalLM"
+    dense_twin = "qwen2"
     attention_biases = ((), QKV)
     own_head_dim = False
     shared_experts = True
@@ -402,6 +426,11 @@ class Qwen2Moe(Qwen):
             yield f"mlp.shared_expert.{role}.weight", weight
         yield "mlp.shared_expert_gate.weight", construction.shared_gate(layer)
 
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        width = as_count(config, "shared_expert_intermediate_size")
+        shapes = ffn_shapes("mlp.shared_expert", width, hidden)
+        return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
+
     def shared_width(self, construction: Construction) -> int:
         width = construction.base.sizes.intermediate_size
         return len(construction.shared_experts) * width or min(self.silent_width, width)
@@ -423,6 +452,7 @@ class GraniteMoe(Target):
     name = "granitemoe"
     title = "GraniteMoE"
     architecture = "GraniteMoeForCausalLM"
+    dense_twin = "granite"
     layouts = (Layout.FUSED,)
     attention_biases = ((), QKVO)
     own_head_dim = False
@@ -462,6 +492,15 @@ class GraniteMoeShared(GraniteMoe):
             yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
             yield "shared_mlp.output_linear.weight", construction.shared(layer, "down_proj")
 
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        width = as_count(config, "shared_intermediate_size", 0)
+        if not width:
+            return {}
+        return {
+            "shared_mlp.input_linear.weight": (2 * width, hidden),
+            "shared_mlp.output_linear.weight": (hidden, width),
+        }
+
     def own_config(self, construction: Construction) -> dict[str, Any]:
         width = len(construction.shared_experts) * construction.base.sizes.intermediate_size
         return {**super().own_config(construction), "shared_intermediate_size": width}
@@ -473,6 +512,7 @@ class FlexOlmo(Target):
     name = "flex_olmo"
     title = "FlexOlmo"
     architecture = "FlexOlmoForCausalLM"
+    dense_twin = "olmo2"
     norms = NORMS_AFTER
     qk_norm = "width"
     attention_biases = ((), QKVO)
@@ -496,6 +536,7 @@ class DeepSeek(Target):
     name = "deepseek"
     title = "DeepSeek-MoE"
     architecture = "DeepseekForCausalLM"
+    dense_twin = "llama"
     layouts = (Layout.PER_EXPERT,)
     own_head_dim = False
     sliding_window = False
@@ -535,6 +576,11 @@ class DeepSeek(Target):
                 shape = (hidden, 0) if role == "down_proj" else (0, hidden)
                 weight = Weight.zeros(construction.dtype, shape)
             yield f"mlp.shared_experts.{role}.weight", weight
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        number = as_count(config, "n_shared_experts", 0)
+        width = number * as_count(config, "moe_intermediate_size")
+        return ffn_shapes("mlp.shared_experts", width, hidden)
 
     def config(self, construction: Construction) -> dict[str, Any]:
         config = super().config(construction)
