@@ -40,7 +40,7 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 build: $(VENV)/built
 
 demo: build
-	$(VENV)/bin/moe-fast demo
+	$(VENV)/bin/moe-fast demo --overwrite
 
 test: build
 	$(RUN) -m pytest -n auto

@@ -24,7 +24,7 @@ from families import make_model
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, compute_gate_weights
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.demo import make_dense_model
+from moe_fast.demo import make_demo, make_dense_model
 
 TOKENS = np.array([72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100])
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
@@ -52,6 +52,10 @@ def in_shards(folder: Path, number: int) -> None:
         weight_map |= dict.fromkeys(part, f"part-{i}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def assert_same_function(dense: Path, moe: Path) -> None:
@@ -431,8 +435,42 @@ def test_demo(tmp_path):
     done = run("demo", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     assert "16 experts equal their sources, byte for byte" in done.stdout
-    done = json.loads(run("demo", tmp_path / "demo", "--json").stdout)
+    done = json.loads(run("demo", tmp_path / "demo", "--overwrite", "--json").stdout)
     assert (done["build"]["num_experts"], done["check"]["passed"]) == (8, True)
+    assert names_in(tmp_path / "demo") == ["dense-a", "dense-b", "moe"]
+
+
+@pytest.mark.parametrize("name", ["dense-a", "dense-b", "moe"])
+def test_a_demo_replaces_nothing_unasked(tmp_path, name):
+    own = tmp_path / "demo" / name
+    make_model(own, "mistral")
+    before = contents(own)
+    done = run("demo", tmp_path / "demo")
+    assert done.returncode == 1
+    assert (
+        f"demo: has {name} already; use that, choose another folder, or make all anew: --overwrite"
+        in done.stderr
+    )
+    assert names_in(tmp_path / "demo") == [name]
+    assert contents(own) == before
+    (own / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: exists already, holds no model, and is"):
+        make_demo(tmp_path / "demo", overwrite=True)
+    assert names_in(tmp_path / "demo") == [name]
+
+
+def test_a_demo_replaces_what_it_is_told_to_whole(tmp_path):
+    make_model(tmp_path / "demo" / "dense-b", "mistral")
+    (tmp_path / "demo" / "dense-b" / "model.safetensors.index.json").write_text("{}")
+    _, checked = make_demo(tmp_path / "demo", overwrite=True)
+    assert checked.passed
+    assert not (tmp_path / "demo" / "dense-b" / "model.safetensors.index.json").exists()
+
+
+def test_a_demo_in_a_file(tmp_path):
+    (tmp_path / "demo").write_text("x")
+    with pytest.raises(CheckpointError, match="demo is not a folder"):
+        make_demo(tmp_path / "demo")
 
 
 def test_reports_as_json(dense, tmp_path):

@@ -18,6 +18,7 @@ from moe_fast.checkpoint.router_logits import statistics_of_file
 from moe_fast.checkpoint.routers import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.demo import make_demo
 from moe_fast.doctor import diagnose
 from moe_fast.errors import CheckpointError, MoeFastError
 from moe_fast.gates import compute_router_weights
@@ -442,18 +443,15 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="A folder to create.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(help="Where to make them.")] = Path("demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo in FOLDER.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make two small dense models, build an MoE from them, check it."""
-    from moe_fast.demo import make_dense_model
-
+    """Make two small dense models, dense-a and dense-b, build moe from them, check it."""
     with reported_errors():
-        models = [folder / "dense-a", folder / "dense-b"]
-        for seed, model in enumerate(models):
-            make_dense_model(model, seed=seed)
-        built = moe_fast.build_moe(models, folder / "moe", overwrite=True)
-        checked = moe_fast.check_moe(folder / "moe")
+        built, checked = make_demo(folder, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps({"build": built.to_dict(), "check": checked.to_dict()}, indent=2))
     else:

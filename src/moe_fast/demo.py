@@ -1,4 +1,4 @@
-"""Small dense models to try things on: random weights, real files."""
+"""Small dense models to try things on, and an MoE made from two: random weights, real files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,56 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["make_dense_model"]
+from moe_fast.checkpoint.build import BuildReport, build_moe
+from moe_fast.checkpoint.check import CheckReport, check_moe
+from moe_fast.checkpoint.output import Writing, obstacles
+from moe_fast.checkpoint.staging import is_vacant, staged
+from moe_fast.errors import CheckpointError
+
+__all__ = ["make_demo", "make_dense_model"]
+
+DENSE = ("dense-a", "dense-b")
+MOE = "moe"
+
+
+def make_demo(
+    folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> tuple[BuildReport, CheckReport]:
+    """Make two dense models in `folder`, `dense-a` and `dense-b`, and `moe` from them; check it.
+
+    `overwrite` says whether models of these names that are there already may be replaced.
+
+    Raises
+    ------
+    CheckpointError
+        Where any of them is there, or cannot be written; nothing has been written then.
+    ModuleNotFoundError
+        As `make_dense_model`.
+
+    Examples
+    --------
+    >>> from moe_fast.demo import make_demo
+    >>> import tempfile
+    >>> built, checked = make_demo(tempfile.mkdtemp())
+    >>> built.num_experts, checked.passed
+    (8, True)
+    """
+    folder = Path(folder)
+    places = [folder / name for name in (*DENSE, MOE)]
+    there = [place.name for place in places if folder.is_dir() and not is_vacant(place)]
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{folder}: has {', '.join(there)} already; use that, choose another folder, or make "
+            "all anew: --overwrite, in Python overwrite=True"
+        )
+    problems = [p for place in places for p in obstacles(place, (), Writing(overwrite=overwrite))]
+    if problems:
+        raise CheckpointError(*problems)
+    for seed, place in enumerate(places[:-1]):
+        with staged(place, f"{seed:064}", overwrite=overwrite) as growing:
+            make_dense_model(growing, seed=seed)
+    built = build_moe(places[:-1], places[-1], overwrite=overwrite)
+    return built, check_moe(places[-1])
 
 
 def make_dense_model(
@@ -21,7 +70,8 @@ def make_dense_model(
 ) -> None:
     """Write a Llama model with seeded random float32 weights and a tokenizer of single bytes.
 
-    It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes.
+    It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes. Files of an
+    earlier one in `folder` are replaced.
 
     Raises
     ------
