@@ -67,6 +67,12 @@ def test_a_name_is_the_folder_in_the_cache(hub):
     assert find_model(f"some/dense-model@{COMMIT}") == str(snapshot)
 
 
+def test_a_path_is_a_name_where_backslashes_separate(hub, monkeypatch):
+    snapshot = cache(hub, "some/dense-model", seed=0)
+    monkeypatch.setattr(os, "sep", "\\")
+    assert find_model("some\\dense-model") == str(snapshot)
+
+
 def test_a_revision_is_asked_for_by_its_name(hub):
     snapshot = cache(hub, "some/model", seed=0, revision="v2")
     assert find_model("some/model@v2") == str(snapshot)

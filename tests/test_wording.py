@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_fast.wording import counted, numbered, ranges, spread
+from moe_fast.wording import compact, counted, numbered, ranges, spread
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,20 @@ def test_one_and_many():
     assert spread([0.5, 0.25, 0.125]) == "0.125 to 0.500"
     assert spread([0.12344, 0.12341]) == "0.123"
     assert spread([0.12344, 0.12341], 4) == "0.1234"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (1_380_000_000, "1.38 GB"),
+        (5 * 10**14, "500 TB"),
+    ],
+)
+def test_compact(number, text):
+    assert compact(number, "B") == text
+    assert compact(number) == text.removesuffix("B").rstrip()

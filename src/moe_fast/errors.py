@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 __all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"]
 
 MOST_SHOWN = 100
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class MoeFastError(Exception):
@@ -37,6 +40,26 @@ class CheckpointError(MoeFastError, ValueError):
         if len(self.problems) > MOST_SHOWN:
             lines.append(f"  - and {len(self.problems) - MOST_SHOWN} more")
         return "\n".join(lines)
+
+
+def of_all(make: Callable[[Item], Made], items: Iterable[Item]) -> dict[Item, Made]:
+    """What `make` gives of each item, once each, by the item; the problems of all of them at once.
+
+    Raises
+    ------
+    CheckpointError
+        With every problem of those that `make` raised.
+    """
+    made: dict[Item, Made] = {}
+    problems: list[str] = []
+    for item in dict.fromkeys(items):
+        try:
+            made[item] = make(item)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return made
 
 
 class RoutingError(MoeFastError, ValueError):

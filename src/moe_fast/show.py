@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import counted, ranges, spread
+from moe_fast.wording import compact, counted, ranges, spread
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -89,7 +89,7 @@ def show_layout(report: BuildReport) -> None:
     for models, experts in same.items():
         say(f"  {ranges(experts)}  {', '.join(models)}")
     say("\nfiles")
-    lines = [f"  {name}  {size(nbytes)}" for name, nbytes in report.files.items()]
+    lines = [f"  {name}  {compact(nbytes, 'B')}" for name, nbytes in report.files.items()]
     if len(lines) > MOST_FILES:
         lines[MOST_FILES - 2 : -1] = [f"  and {len(lines) - MOST_FILES + 1} more"]
     for line in lines:
@@ -178,7 +178,7 @@ def show_model(report: ModelReport) -> None:
         "model": f"{report.path}",
         "family": f"{report.model_type} ({report.architecture or 'no architecture named'})",
         "parameters": f"{report.num_parameters:,}",
-        "dtypes": ", ".join(f"{d} {size(n)}" for d, n in report.bytes_by_dtype.items()),
+        "dtypes": ", ".join(f"{d} {compact(n, 'B')}" for d, n in report.bytes_by_dtype.items()),
         "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
@@ -326,16 +326,6 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def size(nbytes: int) -> str:
-    """Bytes in decimal units, as disks and hubs count them."""
-    number = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 @contextmanager

@@ -10,6 +10,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def compact(number: int, unit: str = "") -> str:
+    """`1.38 G` for 1380000000, with the unit `B` `1.38 GB`: decimal, as disks and hubs count."""
+    scaled = float(number)
+    for prefix in ("", "k", "M", "G", "T"):
+        if scaled < 999.5 or prefix == "T":
+            break
+        scaled /= 1000
+    return f"{scaled:.3g} {prefix}{unit}".rstrip()
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """The range of some numbers: `0.031`, or `0.031 to 0.042`."""
     ends = (min(values), max(values))

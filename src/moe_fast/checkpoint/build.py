@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moe_fast.checkpoint.construction import Construction
 from moe_fast.checkpoint.header import DTYPE_CODES, json_text
-from moe_fast.checkpoint.hub import find_models
+from moe_fast.checkpoint.hub import find_model
 from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
 from moe_fast.checkpoint.output import (
     Contents,
@@ -43,7 +43,7 @@ from moe_fast.config import (
     RouterInit,
     as_member,
 )
-from moe_fast.errors import CheckpointError, as_index
+from moe_fast.errors import CheckpointError, as_index, of_all
 from moe_fast.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.reports import Report, pandas_frame
@@ -245,7 +245,7 @@ def build_moe(
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
     how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    request = request.moved(find_models(request.folders()))
+    request = request.moved(of_all(find_model, request.folders()))
     return build_checkpoint(request, output, how, hidden_states=hidden_states)
 
 
@@ -475,15 +475,7 @@ def plan_for(request: BuildRequest, num_layers: int) -> MoeConstructionPlan:
 
 def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
     """The source models and the base, each folder opened once; all their problems at once."""
-    opened: dict[str, DenseModel] = {}
-    problems: list[str] = []
-    for folder in dict.fromkeys((*models, base)):
-        try:
-            opened[folder] = open_dense_model(folder)
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
+    opened = of_all(open_dense_model, (*models, base))
     return [opened[model] for model in models], opened[base]
 
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from moe_fast.errors import CheckpointError
-
-ModelPath = str | os.PathLike[str]
 
 # ORGANISATION/NAME, or ORGANISATION/NAME@REVISION.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -38,7 +35,7 @@ FETCHED = [
 OF_FOLDERS = ["*/*"]  # what lies deeper is another format's, or another model's
 
 
-def find_model(model: ModelPath) -> str:
+def find_model(model: str | os.PathLike[str]) -> str:
     """The folder of a model, absolute: that of this path, or else the cache's of that repository.
 
     A folder that is there wins over a repository of its name. A missing folder whose name no
@@ -50,7 +47,7 @@ def find_model(model: ModelPath) -> str:
         For a name that is neither a folder nor a repository that can be had.
     """
     path = Path(model)
-    match = REPOSITORY.fullmatch(model if isinstance(model, str) else path.as_posix())
+    match = REPOSITORY.fullmatch(os.fspath(model).replace(os.sep, "/"))
     if match is None or os.path.lexists(path):
         return str(path.absolute())
     name = match[0]
@@ -75,17 +72,3 @@ def find_model(model: ModelPath) -> str:
             f"gives: {type(error).__name__}: {reason}"
         ) from None
     return str(Path(folder).absolute())
-
-
-def find_models(models: Iterable[ModelPath]) -> dict[str, str]:
-    """The folder of each model by what it was called; all problems at once."""
-    folders: dict[str, str] = {}
-    problems: list[str] = []
-    for model in dict.fromkeys(os.fspath(model) for model in models):
-        try:
-            folders[model] = find_model(model)
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
-    return folders

@@ -15,7 +15,7 @@ from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
 from moe_fast.checkpoint.staging import is_around, staged, unfinished, why_not
 from moe_fast.checkpoint.table import Shard
 from moe_fast.checkpoint.writer import copy_file, key_of, write_shards, write_text
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import of_all
 from moe_fast.threads import as_threads
 
 Progress = Callable[[int, int], None]
@@ -92,16 +92,8 @@ class Writing:
 def companions_of(model: Path) -> list[Path]:
     """The tokenizer files and generation settings of a model folder, each one readable."""
     files = [file for pattern in COMPANIONS for file in sorted(model.glob(pattern))]
-    files = [file for file in dict.fromkeys(files) if not file.is_dir()]
-    problems: list[str] = []
-    for file in files:
-        try:
-            open_regular(file).close()
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
-    return files
+    files = [file for file in files if not file.is_dir()]
+    return list(of_all(lambda file: open_regular(file).close(), files))
 
 
 def obstacles(

@@ -23,7 +23,7 @@ from moe_fast.checkpoint.readers import has_tokenizer, readers_of
 from moe_fast.errors import CheckpointError
 from moe_fast.html import plan_picture, shares_picture, table
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.wording import numbered, ranges, spread
+from moe_fast.wording import compact, numbered, ranges, spread
 
 __all__ = ["write_report"]
 
@@ -190,14 +190,6 @@ def heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     }
     cards = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     yield f'<dl class="facts">{cards}</dl>'
-
-
-def compact(number: int, unit: str = "") -> str:
-    """`1.38 G` for 1380000000."""
-    for exponent, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if number >= 10**exponent:
-            return f"{number / 10**exponent:.3g} {prefix}{unit}"
-    return f"{number} {unit}".rstrip()
 
 
 def problem_list(problems: Sequence[str], kind: str) -> Iterator[str]:
