@@ -18,8 +18,8 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors.numpy import load_file
 
 from command import run
-from edits import rewrite
 from families import OWN, make_model
+from folders import edit_json, rewrite
 from moe_fast import (
     CheckpointError,
     ExpertSource,
@@ -73,11 +73,6 @@ def edit_tensor(folder: Path, name: str, change) -> None:
         data = bytearray(stream.read(end - begin))
         stream.seek(8 + length + begin)
         stream.write(change(data))
-
-
-def edit_json(file: Path, **changes: object) -> None:
-    value = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in value.items() if v != "absent"}))
 
 
 def flip(position: int):

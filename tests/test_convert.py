@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from command import run
-from edits import edit_config
 from families import make_model
+from folders import edit_config
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model

@@ -21,6 +21,7 @@ for extra in ("ml_dtypes", "safetensors", "typer", "rich"):
 
 from typer.testing import CliRunner
 
+from folders import names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.checkpoint import header as header_module
 from moe_fast.checkpoint.header import read_checkpoint, read_header
@@ -621,7 +622,7 @@ def test_places_that_cannot_be_read(pristine, open_place, name, named):
     (dense / name).chmod(0)
     done = as_nobody(f"build({str(dense)!r}, output={str(open_place / 'moe')!r})")
     assert done.stdout.strip() == f"{dense / named}: Permission denied"
-    assert sorted(p.name for p in open_place.iterdir()) == ["dense"]
+    assert names_in(open_place) == ["dense"]
 
 
 def test_places_that_cannot_be_written(pristine, open_place):

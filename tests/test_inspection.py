@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from command import run
-from edits import edit_config, rewrite
+from folders import edit_config, rewrite
 from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model, predict_load
 from moe_fast.checkpoint import copies
 from moe_fast.checkpoint.copies import equal_groups

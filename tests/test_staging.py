@@ -19,6 +19,7 @@ import pytest
 for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
+from folders import contents, names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe, build_recipe
 from moe_fast.checkpoint import staging, writer
 from moe_fast.demo import make_dense_model
@@ -45,14 +46,6 @@ def place(tmp_path: Path) -> Path:
 
 def build(dense: Path, output: Path, **options: object) -> None:
     build_moe(dense, output, CONFIG, max_shard_size=SHARD, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
 
 
 def stop_after(count: int):

@@ -13,6 +13,7 @@ import dask
 import pytest
 from dask.distributed import Client, KilledWorker, LocalCluster
 
+from folders import contents
 from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.checkpoint.manifest import FileRecord
 from moe_fast.checkpoint.table import Shard
@@ -50,10 +51,6 @@ def client(request: pytest.FixtureRequest) -> Iterator[Client]:
 
 def build(dense: Path, output: Path, **how: object) -> None:
     build_moe(dense, output, MoeConfig(8), max_shard_size=SHARD, checksum=True, **how)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def kill_or_write(marker: Path, write: Callable[[Shard], FileRecord], shard: Shard) -> FileRecord:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from folders import contents
 from moe_fast import MoeConfig, build_moe
 from moe_fast.demo import make_dense_model
 
@@ -17,10 +18,6 @@ KILLS = 50  # each of new outputs and of replaced ones
 # Forked where everything is imported already, so that the time until the kill is spent building.
 context = get_context("forkserver")
 context.set_forkserver_preload(["moe_fast.checkpoint.build", "moe_fast.checkpoint.noise"])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 class Build(context.Process):
