@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.measure import Row, Work
+from benchmarks.measure import Row, Work, at_level
 from benchmarks.reference import Reference
-from moe_fast import compute_gate_weights, compute_router_weights, kernels
-from moe_fast.kernels.level import levels_available, load
+from moe_fast import compute_gate_weights, compute_router_weights
+from moe_fast.kernels.level import levels_available
 
 ROUTER = (7168, 256)  # of a large model
 CACHED = (512, 64)
@@ -17,21 +17,10 @@ LARGE = (7168, 4102)  # 29.4 M values, 235 MB in float64
 SMALL = (64, 8)
 
 
-def making(
-    size: tuple[int, int], dtype: str = "float64", *, level: str = "", **options: object
-) -> Work:
-    """A call that makes random weights into an array made before, at one level."""
+def making(size: tuple[int, int], dtype: str = "float64", **options: object) -> Work:
+    """A call that makes random weights into an array made before."""
     out = compute_gate_weights(*size, "random", dtype=dtype)
-    if not level:
-        return lambda: compute_gate_weights(*size, "random", out=out, **options)
-    chosen, here = kernels.compiled, load(level)
-
-    def work() -> None:
-        kernels.compiled = here
-        compute_gate_weights(*size, "random", out=out, **options)
-        kernels.compiled = chosen
-
-    return work
+    return lambda: compute_gate_weights(*size, "random", out=out, **options)
 
 
 def named(dtype: str, size: tuple[int, int], more: str = ", `out=`") -> str:
@@ -58,7 +47,7 @@ def rows(reference: Reference | None) -> Iterator[Row]:
         goals = {"baseline": 1.2, "x86-64-v3": 2.0}
         for level in levels_available():
             work = named("float64", CACHED) + f", level {level}"
-            yield Row(work, making(CACHED, level=level), peer, theirs, goals.get(level))
+            yield Row(work, at_level(level, making(CACHED)), peer, theirs, goals.get(level))
     fill = np.ones(LARGE).fill
     yield Row(named("float64", LARGE), making(LARGE), "`ndarray.fill`", lambda: fill(1.0), 1 / 1.1)
     for dtype in ("float64", "float32", "bfloat16"):

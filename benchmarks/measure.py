@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_fast import kernels
+from moe_fast.kernels.level import load
+
 Work = Callable[[], Any]
 
 SAMPLES = 15
@@ -47,6 +50,18 @@ class Result:
     @property
     def reached(self) -> bool:
         return self.row.at_least is None or self.ratio >= self.row.at_least
+
+
+def at_level(level: str, work: Work) -> Work:
+    """The same work by the kernels of a SIMD level."""
+    here = load(level)
+
+    def at_that_level() -> None:
+        chosen, kernels.compiled = kernels.compiled, here
+        work()
+        kernels.compiled = chosen
+
+    return at_that_level
 
 
 def calls_a_sample(work: Work) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import routing_peers as peers
-from benchmarks.measure import Row, Work, calls_a_sample, timed
+from benchmarks.measure import Row, Work, at_level, calls_a_sample, timed
 from benchmarks.reference import Reference
-from moe_fast import MoeConfig, Routing, RoutingStats, kernels, route
-from moe_fast.kernels.level import levels_available, load
+from moe_fast import MoeConfig, Routing, RoutingStats, route
+from moe_fast.kernels.level import levels_available
 
 TOKENS = 4096
 # Where a batch is small, a processor learns its branches if it comes again soon.
@@ -141,17 +141,6 @@ def everything(z: Any, config: MoeConfig) -> Routing:
     result = route(z, config)
     result._sort()
     return result
-
-
-def at_level(level: str, work: Work) -> Work:
-    here = load(level)
-
-    def at_that_level() -> None:
-        chosen, kernels.compiled = kernels.compiled, here
-        work()
-        kernels.compiled = chosen
-
-    return at_that_level
 
 
 def quickest(works: list[tuple[str, Work]]) -> tuple[str, Work]:
