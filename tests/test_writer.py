@@ -25,7 +25,7 @@ from safetensors.numpy import load
 
 from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.checkpoint import writer
-from moe_fast.checkpoint.header import SourceFile
+from moe_fast.checkpoint.files import SourceFile
 from moe_fast.checkpoint.pieces import FileRange
 from moe_fast.checkpoint.table import BLOCK, OutputTensor, Shard, Weight
 from moe_fast.checkpoint.writer import write_shard, write_shards

@@ -6,13 +6,13 @@ Runs a model, which needs transformers and torch, and memory for one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor, open_regular, read_exactly
+from moe_fast.checkpoint.files import OpenFiles
+from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor
 from moe_fast.checkpoint.source import DenseModel
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import as_dtype
@@ -42,11 +42,10 @@ def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
         )
     distinct, places = np.unique(tokens, return_inverse=True)
     nbytes = table.nbytes // rows
-    with open_regular(Path(table.file.path)) as stream:
-        found = bytearray()
+    found = bytearray()
+    with OpenFiles() as files:
         for row in distinct.tolist():
-            stream.seek(table.offset + row * nbytes)
-            found += read_exactly(stream, nbytes, table.file.path)
+            found += files.read(table.file, table.offset + row * nbytes, nbytes)
     weights = np.frombuffer(found, as_dtype(DTYPE_NAMES[table.dtype])).reshape(-1, columns)
     return weights.astype(np.float32)[places]
 
@@ -121,8 +120,7 @@ def read_tensor(tensor: Tensor) -> torch.Tensor:
     """A tensor of a source, as float32."""
     import torch
 
-    with open_regular(Path(tensor.file.path)) as stream:
-        stream.seek(tensor.offset)
-        data = read_exactly(stream, tensor.nbytes, tensor.file.path)
+    with OpenFiles() as files:
+        data = files.read(tensor.file, tensor.offset, tensor.nbytes)
     dtype = getattr(torch, DTYPE_NAMES[tensor.dtype])
     return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape).float()

@@ -21,12 +21,8 @@ from moe_fast.checkpoint.expected import (
     reason_to_differ,
     reference_of,
 )
-from moe_fast.checkpoint.header import (
-    Tensor,
-    check_is_folder,
-    is_plain_name,
-    read_exactly,
-)
+from moe_fast.checkpoint.files import is_plain_name, read_exactly
+from moe_fast.checkpoint.header import Tensor, check_is_folder
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest

@@ -13,7 +13,8 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, SourceFile, Tensor
+from moe_fast.checkpoint.files import SourceFile
+from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, Tensor
 from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
 from moe_fast.checkpoint.pieces import (
     FileRange,

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_fast.checkpoint.copies import Streams
+from moe_fast.checkpoint.files import OpenFiles, SourceFile
 from moe_fast.checkpoint.header import (
     DTYPE_CODES,
     WEIGHT_DTYPES,
-    SourceFile,
     Tensor,
     json_text,
     read_header_and_metadata,
@@ -310,12 +309,12 @@ def rounding_warnings(conversion: Conversion, dtype: Dtype | None) -> list[str]:
     top_k = min(model.num_experts_per_tok or 2, model.num_experts)
     rounded = {tensor.name: tensor.weight for tensor in conversion.tensors}
     found: dict[str, list[int]] = {}
-    with Streams() as streams:
+    with OpenFiles() as files:
         for layer in model.layers:
             assert layer.router is not None
             weight = rounded[conversion.target.router_name(layer.number, conversion.layout)]
             data = b"".join(bytes(chunk) for piece in weight.pieces for chunk in piece.chunks())
-            before = read_floats(layer.router, streams)
+            before = read_floats(layer.router, files)
             after = as_floats(data, weight.dtype, weight.shape)
             if after is None or before is None or not np.isfinite(after).all():
                 continue  # what became infinite is a warning of its own

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from contextlib import ExitStack
-from io import FileIO
-from pathlib import Path
 
-from moe_fast.checkpoint.header import SourceFile, Tensor, open_regular, read_exactly
+from moe_fast.checkpoint.files import OpenFiles
+from moe_fast.checkpoint.header import Tensor
 
 SAMPLE = 512
 MEMORY = 64 * 1024 * 1024
@@ -28,32 +26,32 @@ def equal_groups(candidates: Sequence[Weights]) -> list[list[int]]:
     CheckpointError
         A file that ends while being read.
     """
-    with Streams() as streams:
+    with OpenFiles() as files:
         by_sample: dict[Hashable, list[int]] = defaultdict(list)
         for index, weights in enumerate(candidates):
-            by_sample[sample(weights, streams)].append(index)
+            by_sample[sample(weights, files)].append(index)
         groups = [group for group in by_sample.values() if len(group) > 1]
         for position in range(max((len(weights) for weights in candidates), default=0)):
             groups = [
                 [members[i] for i in part]
                 for members in groups
-                for part in refined([candidates[m][position] for m in members], streams)
+                for part in refined([candidates[m][position] for m in members], files)
             ]
     return sorted(groups)
 
 
-def sample(weights: Weights, streams: Streams) -> Hashable:
+def sample(weights: Weights, files: OpenFiles) -> Hashable:
     """The shape and a few bytes of each tensor: its start, its middle and its end."""
     parts: list[Hashable] = []
     for tensor in weights:
         parts += [tensor.dtype, tensor.shape]
         for start in (0, tensor.nbytes // 2, max(tensor.nbytes - SAMPLE, 0)):
             count = min(SAMPLE, tensor.nbytes - start)
-            parts.append(bytes(streams.read(tensor.file, tensor.offset + start, count)))
+            parts.append(bytes(files.read(tensor.file, tensor.offset + start, count)))
     return tuple(parts)
 
 
-def refined(tensors: Weights, streams: Streams) -> list[list[int]]:
+def refined(tensors: Weights, files: OpenFiles) -> list[list[int]]:
     """Indices of tensors of one size, in groups of two or more with equal bytes."""
     groups = [list(range(len(tensors)))]
     nbytes = tensors[0].nbytes
@@ -65,7 +63,7 @@ def refined(tensors: Weights, streams: Streams) -> list[list[int]]:
             distinct: list[tuple[bytearray, list[int]]] = []
             for index in group:
                 tensor = tensors[index]
-                data = streams.read(tensor.file, tensor.offset + start, count)
+                data = files.read(tensor.file, tensor.offset + start, count)
                 for seen, members in distinct:
                     if seen == data:
                         members.append(index)
@@ -75,25 +73,3 @@ def refined(tensors: Weights, streams: Streams) -> list[list[int]]:
             parts += [members for _, members in distinct if len(members) > 1]
         groups = parts
     return groups
-
-
-class Streams:
-    """Files opened once each and closed together."""
-
-    def __init__(self) -> None:
-        self.open: dict[SourceFile, FileIO] = {}
-        self.stack = ExitStack()
-
-    def __enter__(self) -> Streams:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def read(self, file: SourceFile, offset: int, count: int) -> bytearray:
-        """Exactly `count` bytes from `offset`."""
-        if file not in self.open:
-            self.open[file] = self.stack.enter_context(open_regular(Path(file.path)))
-        stream = self.open[file]
-        stream.seek(offset)
-        return read_exactly(stream, count, file.path)

@@ -11,14 +11,13 @@ import json
 import math
 import os
 import reprlib
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
-from io import FileIO
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from moe_fast.checkpoint.files import SourceFile, is_absent, is_plain_name, open_regular
 from moe_fast.errors import CheckpointError
 
 ITEM_SIZES = {
@@ -57,21 +56,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BRIEFLY = reprlib.Repr()
 BRIEFLY.maxstring = BRIEFLY.maxother = 200
-
-
-class SourceFile(NamedTuple):
-    """A file as it was when its header was read; a different one later is another file."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    header_sha256: str
-
-    def check_unchanged(self, stream: IO[bytes]) -> None:
-        """Raise `CheckpointError` unless the open `stream` is still the file described here."""
-        status = os.fstat(stream.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise CheckpointError(f"{self.path}: changed while it was being read")
 
 
 class Tensor(NamedTuple):
@@ -261,22 +245,6 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_SIZE
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether `name` can only be a file in the folder that it is looked up in, on any system."""
-    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set('/\\:"<>|?*')
-
-
-def is_absent(path: Path) -> bool:
-    """Whether nothing stands at `path`; what is closed to us is there."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def read_json(path: Path, limit: int = LONGEST_CONFIG) -> Any:
     """The JSON of a file of at most `limit` bytes, as `parse_json` reads it."""
     with open_regular(path) as stream:
@@ -377,43 +345,6 @@ def finite(text: str) -> float:
 def shown(value: Any) -> str:
     """`value` for a message, however long it is and whatever is in it."""
     return BRIEFLY.repr(value)
-
-
-def open_regular(path: Path) -> FileIO:
-    """The file opened for reading bytes; a FIFO or a device, which could block, is refused."""
-    try:
-        if stat.S_ISREG(path.stat().st_mode):
-            # Should it have become a FIFO since, opening it must not wait for a writer.
-            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            stream = FileIO(os.open(path, flags), "rb")
-            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                return stream
-            stream.close()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    raise CheckpointError(f"{path}: is not a regular file")
-
-
-def read_exactly(stream: FileIO, count: int, path: str) -> bytearray:
-    """The next `count` bytes of the file at `path`, however few of them the system gives at a time.
-
-    Raises
-    ------
-    CheckpointError
-        A file that ends before.
-    """
-    data = bytearray(count)
-    fill(memoryview(data), stream, path)
-    return data
-
-
-def fill(buffer: memoryview, stream: FileIO, path: str) -> None:
-    """Read the next bytes of the file at `path` until `buffer` is full, or raise as above."""
-    while buffer:
-        count = stream.readinto(buffer)
-        if not count:
-            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
-        buffer = buffer[count:]
 
 
 def header_bytes(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.copies import Streams, equal_groups
+from moe_fast.checkpoint.copies import equal_groups
+from moe_fast.checkpoint.files import OpenFiles
 from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor
 from moe_fast.checkpoint.moe import MoeModel, open_moe_model
 from moe_fast.checkpoint.source import FFN
@@ -188,9 +189,9 @@ def router_reports(
         width = max(router.shape[1] for _, _, router in routers)
         states = as_hidden_states(hidden_states, len(model.layers), width)
     reports = []
-    with Streams() as streams:
+    with OpenFiles() as files:
         for number, layer, router in routers:
-            weights = read_floats(router, streams)
+            weights = read_floats(router, files)
             read = states if states is None or states.ndim == 2 else states[number]
             reports.append(router_report(layer, weights, read, model.num_experts_per_tok))
     return tuple(reports)
@@ -235,9 +236,9 @@ def router_report(
     )
 
 
-def read_floats(tensor: Tensor, streams: Streams) -> npt.NDArray[np.float64] | None:
+def read_floats(tensor: Tensor, files: OpenFiles) -> npt.NDArray[np.float64] | None:
     """A tensor's values; `None` where its dtype is not one of floats."""
-    data = streams.read(tensor.file, tensor.offset, tensor.nbytes)
+    data = files.read(tensor.file, tensor.offset, tensor.nbytes)
     return as_floats(data, tensor.dtype, tensor.shape)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.header import LONGEST_INDEX, SourceFile, json_text, read_json
+from moe_fast.checkpoint.files import SourceFile
+from moe_fast.checkpoint.header import LONGEST_INDEX, json_text, read_json
 from moe_fast.checkpoint.request import BuildRequest, ConvertRequest
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.plain import typed

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.header import SourceFile, open_regular
+from moe_fast.checkpoint.files import SourceFile, open_regular
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
 from moe_fast.checkpoint.staging import is_around, staged, unfinished, why_not
 from moe_fast.checkpoint.table import Shard

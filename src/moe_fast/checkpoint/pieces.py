@@ -16,7 +16,8 @@ from typing import Protocol
 import numpy as np
 
 from moe_fast import kernels
-from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, SourceFile, fill, open_regular
+from moe_fast.checkpoint.files import SourceFile, fill, open_regular
+from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES
 from moe_fast.config import RouterInit
 from moe_fast.errors import CheckpointError
 from moe_fast.gates import compute_gate_weights

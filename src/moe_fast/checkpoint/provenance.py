@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.checkpoint.construction import Construction
-from moe_fast.checkpoint.header import open_regular
+from moe_fast.checkpoint.files import open_regular
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
 from moe_fast.checkpoint.request import BuildRequest, ExpertSource
 from moe_fast.checkpoint.table import FORMAT

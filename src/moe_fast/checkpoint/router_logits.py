@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.arrays import map_npy
-from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor, open_regular, read_header, shown
+from moe_fast.checkpoint.files import open_regular
+from moe_fast.checkpoint.header import DTYPE_NAMES, Tensor, read_header, shown
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import CheckpointError, RoutingError
 from moe_fast.gates import as_dtype

@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.header import SourceFile, open_regular
+from moe_fast.checkpoint.files import OpenFiles, open_regular
 from moe_fast.checkpoint.manifest import FileRecord
 from moe_fast.checkpoint.pieces import (
     Converted,
@@ -158,7 +158,7 @@ def write_shard(
     digest = hashlib.sha256() if checksum else None
     overflow = {}
     try:
-        with named(growing), growing.open("xb", buffering=0) as stream, OpenSources() as sources:
+        with named(growing), growing.open("xb", buffering=0) as stream, OpenFiles() as sources:
             out = Output(stream, digest, advance)
             out.write(shard.header)
             for tensor in shard.tensors:
@@ -272,30 +272,6 @@ class Output:
     def moved(self, count: int) -> None:
         self.position += count
         self.advance(count)
-
-
-class OpenSources:
-    """The source files of one shard, each opened once, and the same at the end as planned."""
-
-    def __init__(self) -> None:
-        self.streams: dict[SourceFile, FileIO] = {}
-
-    def __enter__(self) -> OpenSources:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self.streams.values():
-            stream.close()
-
-    def __getitem__(self, file: SourceFile) -> FileIO:
-        if file not in self.streams:
-            self.streams[file] = open_regular(Path(file.path))
-            file.check_unchanged(self.streams[file])
-        return self.streams[file]
-
-    def check_unchanged(self) -> None:
-        for file, stream in self.streams.items():
-            file.check_unchanged(stream)
 
 
 def write_text(text: str, file: Path, *, checksum: bool = False, fsync: bool = False) -> FileRecord:

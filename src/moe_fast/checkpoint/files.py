@@ -1,0 +1,110 @@
+"""Files that others made: opened without waiting, read whole, and the same as they were."""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import FileIO
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from moe_fast.errors import CheckpointError
+
+
+class SourceFile(NamedTuple):
+    """A file as it was when its header was read; a different one later is another file."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+    def check_unchanged(self, stream: IO[bytes]) -> None:
+        """Raise `CheckpointError` unless the open `stream` is still the file described here."""
+        status = os.fstat(stream.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise CheckpointError(f"{self.path}: changed while it was being read")
+
+
+class OpenFiles:
+    """Files opened once each, the same as when their headers were read, and closed together."""
+
+    def __init__(self) -> None:
+        self.streams: dict[SourceFile, FileIO] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.streams.values():
+            stream.close()
+
+    def __getitem__(self, file: SourceFile) -> FileIO:
+        if file not in self.streams:
+            self.streams[file] = open_regular(Path(file.path))
+            file.check_unchanged(self.streams[file])
+        return self.streams[file]
+
+    def read(self, file: SourceFile, offset: int, count: int) -> bytearray:
+        """Exactly `count` bytes from `offset`."""
+        stream = self[file]
+        stream.seek(offset)
+        return read_exactly(stream, count, file.path)
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` unless all are still the same."""
+        for file, stream in self.streams.items():
+            file.check_unchanged(stream)
+
+
+def open_regular(path: Path) -> FileIO:
+    """The file opened for reading bytes; a FIFO or a device, which could block, is refused."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            # Should it have become a FIFO since, opening it must not wait for a writer.
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            stream = FileIO(os.open(path, flags), "rb")
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return stream
+            stream.close()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    raise CheckpointError(f"{path}: is not a regular file")
+
+
+def read_exactly(stream: FileIO, count: int, path: str) -> bytearray:
+    """The next `count` bytes of the file at `path`, however few of them the system gives at a time.
+
+    Raises
+    ------
+    CheckpointError
+        A file that ends before.
+    """
+    data = bytearray(count)
+    fill(memoryview(data), stream, path)
+    return data
+
+
+def fill(buffer: memoryview, stream: FileIO, path: str) -> None:
+    """Read the next bytes of the file at `path` until `buffer` is full, as `read_exactly`."""
+    while buffer:
+        count = stream.readinto(buffer)
+        if not count:
+            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
+        buffer = buffer[count:]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only be a file in the folder that it is looked up in, on any system."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set('/\\:"<>|?*')
+
+
+def is_absent(path: Path) -> bool:
+    """Whether nothing stands at `path`; what is closed to us is there."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
