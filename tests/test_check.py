@@ -391,7 +391,7 @@ def test_moved_sources_are_recognised_by_name_or_by_order(moe, models, tmp_path)
     renamed = [Path(path).rename(tmp_path / f"{i}") for i, path in enumerate(moved)]
     assert check_moe(moe, against=renamed).passed
     assert failed(check_moe(moe, against=renamed[::-1])) == ["experts", "other weights"]
-    with pytest.raises(CheckpointError, match="against: 1 folders for the 2 that the manifest"):
+    with pytest.raises(CheckpointError, match="against: 1 folder for the 2 that the manifest"):
         check_moe(moe, against=renamed[0])
 
 

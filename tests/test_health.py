@@ -229,7 +229,7 @@ def test_a_large_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
 def test_uniform_routers_tie(dense, tmp_path):
     assert warnings_of(dense, tmp_path, router_init="uniform") == (
         "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
-        "router_init balanced or random tells experts apart",
+        "routers that start balanced or random tell experts apart",
     )
 
 

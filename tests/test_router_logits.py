@@ -233,10 +233,10 @@ def test_the_command_refuses(tmp_path):
         ((tmp_path / "absent.safetensors",), "absent.safetensors: No such file"),
         ((tmp_path / "z.pt",), "z.pt: must end in .npy or .safetensors"),
         ((tmp_path,), "must end in .npy or .safetensors"),
-        ((tmp_path / "z.npy", "--experts-per-token", 5), "num_experts_per_tok (5) must not exceed"),
-        ((tmp_path / "z.npy", "--scores", "tanh"), "scores must be 'softmax' or 'sigmoid'"),
-        ((tmp_path / "z.npy", "--tokens-per-batch", 0), "tokens_per_batch must be at least 1"),
-        ((tmp_path / "z.npy", "--capacity-factors", "-1"), "capacity_factors must be at least 0"),
+        ((tmp_path / "z.npy", "--experts-per-token", 5), "--experts-per-token (5) must not exceed"),
+        ((tmp_path / "z.npy", "--scores", "tanh"), "--scores must be 'softmax' or 'sigmoid'"),
+        ((tmp_path / "z.npy", "--tokens-per-batch", 0), "--tokens-per-batch must be at least 1"),
+        ((tmp_path / "z.npy", "--capacity-factors", "-1"), "--capacity-factors must be at least 0"),
     ]:
         done = run("route", *arguments)
         assert (done.returncode, done.stdout) == (1, ""), done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from moe_fast.demo import make_demo
 from moe_fast.doctor import diagnose
 from moe_fast.errors import CheckpointError, MoeFastError
 from moe_fast.gates import compute_router_weights
+from moe_fast.options import in_options
 from moe_fast.plan import plan_moe_construction
 from moe_fast.plotting import save_load_picture
 from moe_fast.reports import Report
@@ -47,6 +48,7 @@ app = typer.Typer(
     "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
 )
 RECIPE_ENDINGS = (".yml", ".yaml")
+LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
 SAID_BY_RECIPES = (
     "experts",
     "experts_per_token",
@@ -159,7 +161,9 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
-    with reported_errors(), progress_bar() as progress:
+    from_recipe = any(model.suffix in RECIPE_ENDINGS for model in models)
+    said_elsewhere = SAID_BY_RECIPES if from_recipe else ()
+    with reported_errors(context, said_elsewhere), progress_bar() as progress:
         how: dict[str, Any] = {
             "hidden_states": states_of(hidden_states),
             "max_shard_size": max_shard_size,
@@ -170,7 +174,7 @@ def build(
             "dry_run": dry_run,
             "progress": progress,
         }
-        if any(model.suffix in RECIPE_ENDINGS for model in models):
+        if from_recipe:
             refuse_beside_a_recipe(context, models)
             report = moe_fast.build_recipe(models[0], output, **how)
         else:
@@ -202,6 +206,7 @@ def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     output: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
     against: Annotated[
         list[Path] | None,
@@ -219,7 +224,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
-    with reported_errors(), progress_bar("comparing") as progress:
+    with reported_errors(context), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
             output, against=against or (), text=text_of(text), progress=progress
         )
@@ -230,6 +235,7 @@ def check(
 
 @app.command()
 def convert(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
     output: OutputFolder,
     layout: Annotated[
@@ -249,7 +255,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."""
-    with reported_errors(), progress_bar() as progress:
+    with reported_errors(context), progress_bar() as progress:
         report = moe_fast.convert_moe(
             model,
             output,
@@ -268,6 +274,7 @@ def convert(
 
 @app.command()
 def report(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
     ],
@@ -280,7 +287,7 @@ def report(
     ] = False,
 ) -> None:
     """Write one HTML page about a model: experts, sources, sizes, routers, readers."""
-    with reported_errors():
+    with reported_errors(context):
         checked = None
         if with_check:
             with progress_bar("comparing") as progress:
@@ -291,6 +298,7 @@ def report(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
     ],
@@ -302,7 +310,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a model: experts, sizes, dtypes, routers, copies."""
-    with reported_errors():
+    with reported_errors(context):
         report = moe_fast.inspect_model(
             model, copies=copies, hidden_states=states_of(hidden_states)
         )
@@ -311,6 +319,7 @@ def inspect(
 
 @app.command()
 def plan(
+    context: typer.Context,
     models: Annotated[int, typer.Argument(help="Number of dense models.")],
     layers: Annotated[int, typer.Argument(help="Layers of each.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
@@ -320,7 +329,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show which model every expert would come from, by numbers alone."""
-    with reported_errors():
+    with reported_errors(context):
         config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
         made = plan_moe_construction(models, layers, config)
         report = made.report(hidden_size, intermediate_size, experts)
@@ -332,12 +341,13 @@ def plan(
 
 @app.command()
 def gates(
-    hidden_size: Annotated[int, typer.Argument(help="Width of the router's input.")],
-    experts: Annotated[int, typer.Argument(help="Experts per layer.")],
+    context: typer.Context,
+    hidden_size: Annotated[int, typer.Argument(min=1, help="Width of the router's input.")],
+    experts: Annotated[int, typer.Argument(min=1, help="Experts per layer.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to create: .npy or .safetensors.")
     ],
-    layers: Annotated[int, typer.Option(help="Number of routers.")] = 1,
+    layers: Annotated[int, typer.Option(min=1, help="Number of routers.")] = 1,
     init: Annotated[RouterInit, typer.Option(help="How routers start.")] = RouterInit.BALANCED,
     dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
     transpose: Annotated[
@@ -346,7 +356,7 @@ def gates(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the weights of new routers to a file."""
-    with reported_errors():
+    with reported_errors(context):
         weights = compute_router_weights(
             layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
         )
@@ -356,6 +366,7 @@ def gates(
 
 @app.command()
 def route(
+    context: typer.Context,
     logits: Annotated[
         Path,
         typer.Argument(
@@ -410,7 +421,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     """Show what routers do with saved logits: load, losses, collapse, drops."""
-    with reported_errors():
+    with reported_errors(context):
         stats = statistics_of_file(
             logits,
             method,
@@ -434,15 +445,16 @@ def route(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     """Show what is installed, which kernels run, and what is missing for what."""
-    with reported_errors():
+    with reported_errors(context):
         diagnosis = diagnose()
     show(diagnosis, show_diagnosis, as_json)
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Where to make them.")] = Path("demo"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier demo in FOLDER.")
@@ -450,7 +462,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make two small dense models, dense-a and dense-b, build moe from them, check it."""
-    with reported_errors():
+    with reported_errors(context):
         built, checked = make_demo(folder, overwrite=overwrite)
     if as_json:
         typer.echo(json.dumps({"build": built.to_dict(), "check": checked.to_dict()}, indent=2))
@@ -463,14 +475,20 @@ def demo(
 
 def text_of(text: str | None) -> str | None:
     """The text of a file of that name, else the text itself."""
+    if text is None:
+        return None
     try:
-        if text is None or not Path(text).is_file():
-            return text
-        return Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{text}: is no text in UTF-8") from None
+        is_file = Path(text).is_file()
     except (OSError, ValueError):  # too long for a name, or with a character that none can have
-        return text
+        is_file = False
+    if is_file:
+        try:
+            return Path(text).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{text}: is no text in UTF-8") from None
+    if LIKE_A_FILE.fullmatch(text):
+        raise CheckpointError(f"{text}: there is no such file; a text to run has several words")
+    return text
 
 
 def states_of(file: Path | None) -> Any:
@@ -485,12 +503,15 @@ def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool
 
 
 @contextmanager
-def reported_errors() -> Iterator[None]:
-    """An error of this package or of the system: its message and exit code 1, no traceback."""
+def reported_errors(context: typer.Context, said_elsewhere: Sequence[str] = ()) -> Iterator[None]:
+    """An error of this package or of the system: its message and exit code 1, no traceback.
+
+    Messages name the command's options, those `said_elsewhere` apart.
+    """
     try:
         yield
     except (MoeFastError, TypeError, ImportError, MemoryError, OSError) as error:
-        complain(f"error: {error}")
+        complain(f"error: {in_options(str(error), context.command.params, said_elsewhere)}")
         fail(error, 1)
     except KeyboardInterrupt as error:
         complain("interrupted")
@@ -510,7 +531,9 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} are no numbers; write 1,1.25,2") from None
+        raise typer.BadParameter(
+            f"{text!r} are no numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        ) from None
 
 
 def parse_size(text: str) -> int:
@@ -526,8 +549,10 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
-        if match is None:
-            raise typer.BadParameter(f"{text!r} names no layers; write 0,5 or 0-3")
-        first, last = match.groups()
-        layers += range(int(first), int(last or first) + 1)
+        first, last = match.groups(match[1]) if match else ("1", "0")
+        if int(first) > int(last):
+            raise typer.BadParameter(
+                f"{text!r} names no layers; write 0,5 or 0-3", param_hint="--dense-layers"
+            )
+        layers += range(int(first), int(last) + 1)
     return layers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -165,13 +166,17 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
     ModuleNotFoundError, TypeError, MoeConfigError
         As `plot_load`; also for an ending that matplotlib does not write.
     """
+    path = Path(path)
+    if not path.suffix:
+        raise MoeConfigError(f"{path}: has no ending that says the format, such as .png or .svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure = cast("Figure", plot_load(load).figure)
     from matplotlib import pyplot
 
     try:
         figure.savefig(path)
     except ValueError as error:
-        raise MoeConfigError(f"{os.fspath(path)}: {error}") from None
+        raise MoeConfigError(f"{path}: {error}") from None
     finally:
         pyplot.close(figure)
 

@@ -369,7 +369,7 @@ class Blueprint:
         if request.gate_mode in PROMPT_MODES:
             remedy = "give experts prompts that differ more, and more of them"
         elif request.gate_mode is None and request.router_init is RouterInit.UNIFORM:
-            remedy = "router_init balanced or random tells experts apart"
+            remedy = "routers that start balanced or random tell experts apart"
         layers, states = self.construction.moe_layers, self.hidden_states
         if states is not None and len(layers) < len(states):
             states = states[list(layers)]

@@ -17,6 +17,7 @@ from moe_fast.checkpoint.request import ConvertRequest
 from moe_fast.checkpoint.table import Weight
 from moe_fast.config import Dtype, GateMode
 from moe_fast.errors import CheckpointError
+from moe_fast.wording import counted
 
 ModelPath = str | os.PathLike[str]
 
@@ -93,7 +94,8 @@ def places(manifest: Manifest, against: Sequence[ModelPath]) -> dict[str, str]:
     if len(given) in (0, len(recorded)):
         return dict(zip(recorded, given or recorded, strict=True))
     raise CheckpointError(
-        f"against: {len(given)} folders for the {len(recorded)} that the manifest names: "
+        f"against: {counted(len(given), 'folder')} for the {len(recorded)} that the manifest "
+        "names: "
         f"{', '.join(recorded)}"
     )
 

@@ -51,6 +51,7 @@ LONGEST_CONFIG = 10_000_000
 MOST_MARKS = 4_000_000  # commas and opening brackets; a tensor of a header has about ten
 MOST_DIMENSIONS = 64
 MOST_PROBLEMS = 100  # of one folder, before looking for more ends
+MOST_NAMED = 8
 LARGEST_SIZE = 2**63 - 1
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -271,7 +272,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if is_absent(path):
         gguf = sorted(file.name for file in folder.glob("*.gguf"))
-        advice = f"; it holds {gguf[0]}, and {without_gguf(gguf[0])}" if gguf else ""
+        models = sorted(file.parent.name for file in folder.glob("*/config.json"))
+        if gguf:
+            advice = f"; it holds {gguf[0]}, and {without_gguf(gguf[0])}"
+        elif models:
+            advice = f"; its folders with models are {', '.join(models[:MOST_NAMED])}"
+            advice += ", ..." if len(models) > MOST_NAMED else ""
+        else:
+            advice = ""
         raise CheckpointError(f"{folder}: is no model folder, it has no config.json{advice}")
     config = read_json(path)
     if not isinstance(config, dict):

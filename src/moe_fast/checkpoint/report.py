@@ -104,6 +104,7 @@ def write_report(
     page = report_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
         raise CheckpointError(f"{file}: exists and is no report; choose another --output")
+    file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -45,8 +45,10 @@ def write_router_weights(
         raise CheckpointError(f"{path}: .npy files know no bfloat16; .safetensors files do")
     if path.exists() and not overwrite:
         raise CheckpointError(
-            f"{path}: exists already; choose another file, or allow overwriting it"
+            f"{path}: exists already; choose another file, or replace it: --overwrite, "
+            "in Python overwrite=True"
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
