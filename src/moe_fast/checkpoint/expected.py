@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_fast.checkpoint.build import prepare
+from moe_fast.checkpoint.blueprint import prepare
 from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.header import DTYPE_CODES, Tensor
 from moe_fast.checkpoint.manifest import Manifest
