@@ -28,7 +28,7 @@ from moe_fast import (
 )
 from moe_fast.checkpoint.convert import convert_moe
 from moe_fast.checkpoint.moe import open_moe_model
-from moe_fast.checkpoint.report import finer_part_of
+from moe_fast.checkpoint.page import finer_part_of
 from moe_fast.demo import make_dense_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)

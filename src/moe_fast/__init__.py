@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.check import check_moe as check_moe
     from moe_fast.checkpoint.convert import convert_moe as convert_moe
     from moe_fast.checkpoint.inspection import inspect_model as inspect_model
-    from moe_fast.checkpoint.report import write_report as write_report
+    from moe_fast.checkpoint.page import write_report as write_report
     from moe_fast.checkpoint.request import ExpertSource as ExpertSource
     from moe_fast.doctor import show_config as show_config
     from moe_fast.recipe import build_recipe as build_recipe
@@ -57,7 +57,7 @@ LATER = {
     "inspect_model": "moe_fast.checkpoint.inspection",
     "read_recipe": "moe_fast.recipe",
     "show_config": "moe_fast.doctor",
-    "write_report": "moe_fast.checkpoint.report",
+    "write_report": "moe_fast.checkpoint.page",
 }
 
 __all__ = [

@@ -24,10 +24,10 @@ from moe_fast.checkpoint.expected import (
 from moe_fast.checkpoint.files import is_plain_name, read_exactly
 from moe_fast.checkpoint.header import Tensor, check_is_folder
 from moe_fast.checkpoint.inspection import router_reports
-from moe_fast.checkpoint.logits import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import PARTS, MoeModel, open_moe_model, part_of
 from moe_fast.checkpoint.output import companions_of
+from moe_fast.checkpoint.parity import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
