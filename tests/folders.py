@@ -18,10 +18,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Write the weights anew; sizes and headers are then no longer those of a manifest."""
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def convert(folder: Path, dtype: Any) -> None:
+    """All weights in another dtype."""
+    rewrite(folder, lambda tensors: {name: t.astype(dtype) for name, t in tensors.items()})
 
 
 def edit_json(file: Path, **changes: object) -> None:

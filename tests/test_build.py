@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from command import run
 from families import make_model
-from folders import contents, edit_config, names_in, rewrite
+from folders import config_of, contents, convert, edit_config, names_in, rewrite
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, compute_gate_weights
 from moe_fast.checkpoint.check import check_moe
@@ -110,10 +110,6 @@ def test_routers_are_consecutive_stretches_and_layer_0_is_the_reference(dense, t
     )
 
 
-def as_dtype(dtype):
-    return lambda tensors: {name: array.astype(dtype) for name, array in tensors.items()}
-
-
 @pytest.fixture(scope="module")
 def wide_tokens():
     return np.random.default_rng(0).normal(size=(4000, 4096))
@@ -142,10 +138,10 @@ def test_routers_spread_tokens_in_every_dtype(tmp_path, wide_tokens, dtype, init
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16], ids=str)
 def test_sixteen_bit_weights_are_copied_as_they_are(dense, tmp_path, dtype):
-    rewrite(dense, as_dtype(dtype))
+    convert(dense, dtype)
     build_moe(dense, tmp_path / "moe", CONFIG)
     assert check_moe(tmp_path / "moe").passed
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["dtype"] == config["torch_dtype"] == np.dtype(dtype).name
 
 
@@ -207,7 +203,7 @@ def test_tokenizer_and_generation_settings_are_copied_unchanged(dense, tmp_path)
 
 def test_configuration_in_both_spellings(dense, tmp_path):
     build_moe(dense, tmp_path / "moe", CONFIG)
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["num_local_experts"] == config["num_experts"] == 4
     assert config["num_experts_per_tok"] == 2
     assert config["architectures"] == ["MixtralForCausalLM"]
@@ -236,7 +232,7 @@ LLAMA3 = {
 def test_rope_scaling_is_kept(dense, tmp_path, spelling):
     edit_config(dense, **spelling)
     build_moe(dense, tmp_path / "moe", CONFIG)
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["rope_theta"] == 500000.0
     assert config["rope_scaling"] == LLAMA3
     assert config["rope_parameters"] == {"rope_theta": 500000.0, **LLAMA3}
@@ -245,7 +241,7 @@ def test_rope_scaling_is_kept(dense, tmp_path, spelling):
 def test_old_spelling_of_linear_scaling(dense, tmp_path):
     edit_config(dense, rope_scaling={"type": "linear", "factor": 2.0})
     build_moe(dense, tmp_path / "moe", CONFIG)
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["rope_parameters"]["rope_type"] == "linear"
     assert config["rope_parameters"]["factor"] == 2.0
 
@@ -253,7 +249,7 @@ def test_old_spelling_of_linear_scaling(dense, tmp_path):
 def test_what_a_config_leaves_out_is_its_familys_default(dense, tmp_path):
     edit_config(dense, model_type="mistral", rope_theta="absent", rms_norm_eps="absent")
     build_moe(dense, tmp_path / "moe", CONFIG)
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["rope_theta"] == 10000.0  # Mixtral's own default is a million
     assert config["rms_norm_eps"] == 1e-6
     assert config["sliding_window"] == 4096
@@ -344,7 +340,7 @@ def test_missing_and_unknown_tensors_are_named(dense, tmp_path):
 
 
 def test_other_dtypes_beside_the_bases_are_refused(two_models, tmp_path):
-    rewrite(two_models[1], as_dtype(np.float16))
+    convert(two_models[1], np.float16)
     refused(r"gate_proj\.weight' and 5 others: F16, the base", two_models, tmp_path / "moe", CONFIG)
 
 

@@ -14,11 +14,11 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
     pytest.importorskip(extra)
 
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from command import run
 from families import make_model
-from folders import edit_config
+from folders import config_of, edit_config, rewrite
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model
@@ -181,9 +181,9 @@ def test_the_card_names_the_readers_of_the_new_layout(moe, tmp_path):
 )
 def test_the_configuration_gets_both_spellings(moe, tmp_path, changes, expected):
     edit_config(moe, **changes)
-    before = json.loads((moe / "config.json").read_text())
+    before = config_of(moe)
     convert_moe(moe, tmp_path / "fused", layout="fused")
-    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    config = config_of(tmp_path / "fused")
     assert config.items() >= expected.items()
     kept = before.keys() - expected.keys()
     assert {key: config[key] for key in kept} == {key: before[key] for key in kept}
@@ -194,8 +194,7 @@ def test_mixed_dtypes_stay(moe, tmp_path):
         name = "model.layers.0.block_sparse_moe.gate.weight"
         return tensors | {name: tensors[name].astype(np.float16)}
 
-    tensors = load_file(moe / "model.safetensors")
-    save_file(change(tensors), moe / "model.safetensors", metadata={"format": "pt"})
+    rewrite(moe, change)
     convert_moe(moe, tmp_path / "fused", layout="fused")
     found = load_file(tmp_path / "fused" / "model.safetensors")
     assert found["model.layers.0.mlp.gate.weight"].dtype == np.float16
@@ -230,10 +229,9 @@ def test_what_cannot_be_converted(moe, tmp_path):
 
 
 def test_experts_of_two_dtypes_do_not_fuse(moe, tmp_path):
-    tensors = load_file(moe / "model.safetensors")
-    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
-    tensors[name] = tensors[name].astype(np.float16)
-    save_file(tensors, moe / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(
+        moe, layers__1__block_sparse_moe__experts__2__w3__weight=lambda t: t.astype(np.float16)
+    )
     with pytest.raises(CheckpointError, match=r"experts.2.w3.weight' is F16, others .* are F32"):
         convert_moe(moe, tmp_path / "fused", layout="fused")
 
@@ -283,17 +281,20 @@ def test_dtypes_are_those_of_ml_dtypes(moe, tmp_path):
     convert_moe(tmp_path / "out", tmp_path / "back", dtype="float32")
     for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items():
         np.testing.assert_array_equal(tensor, after[name].astype(np.float32))
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    config = config_of(tmp_path / "back")
     assert config["dtype"] == config["torch_dtype"] == "float32"
 
 
 def edit_tensors(folder: Path, **changes) -> None:
     """Replace tensors whose names end as the keys say, by what the values make of them."""
-    tensors = load_file(folder / "model.safetensors")
-    for ending, change in changes.items():
-        (name,) = (name for name in tensors if name.endswith(ending.replace("__", ".")))
-        tensors[name] = np.ascontiguousarray(change(tensors[name]))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def changed(tensors):
+        for ending, change in changes.items():
+            (name,) = (name for name in tensors if name.endswith(ending.replace("__", ".")))
+            tensors[name] = np.ascontiguousarray(change(tensors[name]))
+        return tensors
+
+    rewrite(folder, changed)
 
 
 def test_what_float16_does_not_hold_is_counted(moe, tmp_path):

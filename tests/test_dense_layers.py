@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from command import run
 from families import make_model
+from folders import config_of
 from forward import Model
 from moe_fast import (
     CheckpointError,
@@ -61,10 +62,6 @@ def sources(tmp_path_factory) -> Path:
 def case(request, sources):
     family, target, layers, keys = CASES[request.param]
     return sources / family, target, layers, keys
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 def test_the_function_is_kept(case, tmp_path):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib import metadata
 
 import numpy as np
 import pytest
 
+from command import run
 from moe_fast import doctor, kernels
 from moe_fast.doctor import Package, diagnose
 from moe_fast.kernels.level import levels_available
@@ -74,16 +74,14 @@ def test_a_forced_lower_level_is_told(monkeypatch):
 
 def test_command():
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "moe_fast", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("doctor")
     assert done.returncode == 0
     assert kernels.level_in_use in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    done = run("doctor", "--json")
     assert json.loads(done.stdout) == diagnose().to_dict()
 
 
 def test_the_command_tells_its_version():
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "moe_fast", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("--version")
     assert (done.returncode, done.stdout.split()) == (0, ["moe-fast", metadata.version("moe-fast")])

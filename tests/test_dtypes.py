@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,10 @@ import ml_dtypes
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from families import make_model
+from folders import config_of, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe, kernels
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.header import read_header
@@ -128,11 +128,6 @@ def test_the_plain_twin_is_the_definition(to):
     assert np.isnan(reference.converted(np.nan, to))
 
 
-def scaled(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize(("source", "to"), PAIRS)
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
@@ -149,7 +144,7 @@ def test_a_build_in_another_dtype(tmp_path, monkeypatch, source, to, layout):
         assert tensor.dtype == DTYPES[to]
         if "gate.weight" not in name:  # routers are made in the dtype, not converted to it
             assert tensor.tobytes() == kept[name].astype(DTYPES[to]).tobytes()
-    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config = config_of(tmp_path / "moe")
     assert config["dtype"] == config["torch_dtype"] == to
     assert check_moe(tmp_path / "moe").passed
 
@@ -190,7 +185,7 @@ def large(tensors):
 
 def test_weights_beyond_float16_are_counted_and_reported(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
-    scaled(dense, large)
+    rewrite(dense, large)
     report = build_moe(dense, tmp_path / "moe", CONFIG, dtype="float16")
     (warning,) = report.warnings
     assert warning.startswith(
@@ -209,7 +204,7 @@ def test_weights_beyond_float16_are_counted_and_reported(tmp_path):
 
 def test_what_an_interrupted_build_counted_is_not_lost(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
-    scaled(dense, large)
+    rewrite(dense, large)
     options = {"dtype": "float16", "max_shard_size": 20_000}
     whole = build_moe(dense, tmp_path / "whole", CONFIG, **options)
 
@@ -228,7 +223,7 @@ def test_overflow_is_counted_by_threads_and_processes_alike(tmp_path):
     from concurrent.futures import ProcessPoolExecutor
 
     dense = make_model(tmp_path / "dense", "llama")
-    scaled(dense, large)
+    rewrite(dense, large)
     options = {"dtype": "float16", "max_shard_size": 20_000}
     inline = build_moe(dense, tmp_path / "inline", CONFIG, **options)
     threads = build_moe(dense, tmp_path / "threads", CONFIG, threads=3, **options)
@@ -258,7 +253,7 @@ def test_a_source_that_changes_while_it_is_converted(tmp_path):
 
 def test_counting_ends_with_its_block(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
-    scaled(dense, large)
+    rewrite(dense, large)
     tensor = read_header(dense / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     (piece,) = Weight.of(tensor).converted("F16").pieces
     with overflow_counted() as outer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -13,8 +12,9 @@ for extra in ("ml_dtypes", "safetensors"):
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from folders import convert, edit_config, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.header import read_header
@@ -31,12 +31,6 @@ FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 def dense(tmp_path: Path) -> Path:
     make_dense_model(tmp_path / "dense", seed=0, num_hidden_layers=3)
     return tmp_path / "dense"
-
-
-def convert(folder: Path, dtype) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    converted = {name: array.astype(dtype) for name, array in tensors.items()}
-    save_file(converted, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def source_weight(folder: Path, layer: int, role: str) -> np.ndarray:
@@ -163,12 +157,9 @@ def test_a_deeper_model_needs_source_layers(dense, tmp_path):
 def test_another_vocabulary_is_a_warning(dense, tmp_path):
     other = tmp_path / "other"
     make_dense_model(other, seed=1, num_hidden_layers=3)
-    tensors = load_file(other / "model.safetensors")
-    embedding = tensors["model.embed_tokens.weight"]
-    tensors["model.embed_tokens.weight"] = np.concatenate([embedding, embedding[:2]])
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
+    name = "model.embed_tokens.weight"
+    rewrite(other, lambda t: t | {name: np.concatenate([t[name], t[name][:2]])})
+    edit_config(other, vocab_size=258)
     report = build_moe([dense, other], tmp_path / "moe", PAIR)
     (warning,) = report.warnings
     assert warning.startswith(f"{other / 'config.json'}: vocab_size is 258, the base model has 256")

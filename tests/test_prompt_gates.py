@@ -13,10 +13,11 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 pytest.importorskip("tokenizers")
 
+from folders import convert
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe
 from moe_fast.checkpoint.activations import embeddings
 from moe_fast.checkpoint.check import check_moe
@@ -57,10 +58,9 @@ def experts(dense: Path, **second) -> list[ExpertSource]:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
 def test_cheap_embed_is_its_definition(dense, tmp_path, dtype):
+    convert(dense, dtype)
     tensors = load_file(dense / "model.safetensors")
-    converted = {name: array.astype(dtype) for name, array in tensors.items()}
-    save_file(converted, dense / "model.safetensors", metadata={"format": "pt"})
-    table = converted["model.embed_tokens.weight"].astype(np.float64)
+    table = tensors["model.embed_tokens.weight"].astype(np.float64)
     models = experts(dense, negative_prompts=("no", "never"))
     build_moe(models, tmp_path / "moe", PAIR, gate_mode="cheap_embed")
     difference = direction(table, CODE) - direction(table, ("no", "never"))

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-import moe_fast
+from command import run
 from moe_fast import (
     CheckpointError,
     ExpertSource,
@@ -207,24 +206,14 @@ def test_a_manifest_that_does_not_hold(moe, change, message):
     assert not (moe.parent / "moe-report.html").exists()
 
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "moe_fast", "report", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(Path(moe_fast.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_command(moe):
     pytest.importorskip("typer")
-    done = run("moe", "--check", "-o", "page.html", cwd=moe.parent)
+    done = run("report", "moe", "--check", "-o", "page.html", cwd=moe.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "page.html\n", "")
     assert "All that was checked has passed." in Page(moe.parent / "page.html").text
-    done = run("nowhere", cwd=moe.parent)
+    done = run("report", "nowhere", cwd=moe.parent)
     assert done.returncode == 1
     assert "nowhere: is not a folder with a model" in done.stderr
     shutil.rmtree(moe.parent / "dense")
-    done = run("moe", cwd=moe.parent)  # the sources are not needed
+    done = run("report", "moe", cwd=moe.parent)  # the sources are not needed
     assert done.returncode == 0

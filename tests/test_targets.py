@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from families import LINEAR, LLAMA3, make_model
+from folders import config_of
 from forward import Model
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe
 from moe_fast.checkpoint.check import check_moe
@@ -74,10 +74,6 @@ def source(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "dense"
     make_model(folder, family, **changes)
     return folder, targets
-
-
-def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 def test_auto_takes_the_first_that_fits_and_says_why_not_the_others(source, tmp_path):
@@ -330,7 +326,7 @@ def test_where_nothing_fits_every_targets_reasons_are_given(tmp_path):
 def test_configuration(tmp_path, family, target, keys):
     dense = make_model(tmp_path / "dense", family, rope_scaling=LINEAR)
     build_moe(dense, tmp_path / "moe", CONFIG, target=target)
-    config = read_config(tmp_path / "moe")
+    config = config_of(tmp_path / "moe")
     assert config["model_type"] == target
     assert config | keys == config
     if target != "deepseek":
@@ -367,7 +363,7 @@ def test_the_shared_expert_nobody_asked_for_adds_nothing_and_can_be_trained(tmp_
     assert not moe[f"{prefix}shared_expert.down_proj.weight"].any()
     # llama.cpp divides by what this gate gives.
     assert moe[f"{prefix}shared_expert_gate.weight"].all()
-    assert read_config(tmp_path / "moe")["shared_expert_intermediate_size"] == 256
+    assert config_of(tmp_path / "moe")["shared_expert_intermediate_size"] == 256
 
 
 def test_a_single_deepseek_expert_per_token_is_warned_of(tmp_path):
@@ -436,7 +432,7 @@ def test_what_an_ffn_does_not_see_is_warned_of(tmp_path, changes, what):
     assert report.warnings == (
         f"{other / 'config.json'}: {what} differs from the base model's, which the output has",
     )
-    assert read_config(tmp_path / "moe")["rope_theta"] == 10000.0
+    assert config_of(tmp_path / "moe")["rope_theta"] == 10000.0
 
 
 @pytest.mark.parametrize(
@@ -464,7 +460,7 @@ def test_what_an_ffn_does_not_see_is_warned_of(tmp_path, changes, what):
 )
 def test_configurations_that_do_not_hold(tmp_path, family, changes, match):
     dense = make_model(tmp_path / "dense", family)
-    config = read_config(dense) | changes
+    config = config_of(dense) | changes
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=match):
         build_moe(dense, tmp_path / "moe", CONFIG)
@@ -482,11 +478,11 @@ def test_configurations_that_do_not_hold(tmp_path, family, changes, match):
 def test_what_a_config_leaves_out_is_its_familys_default(tmp_path, family, without, expected):
     changes = {"head_dim": 128} if without == "head_dim" else {}
     dense = make_model(tmp_path / "dense", family, **changes)
-    config = read_config(dense)
+    config = config_of(dense)
     del config[without]
     (dense / "config.json").write_text(json.dumps(config))
     build_moe(dense, tmp_path / "moe", CONFIG)
-    config = read_config(tmp_path / "moe")
+    config = config_of(tmp_path / "moe")
     assert config | expected == config
 
 
@@ -532,7 +528,7 @@ def test_shared_experts_stand_side_by_side(tmp_path, monkeypatch):
             parts = [source[f"{prefix}{role}.weight"] for source in sources]
             wide = moe[f"{prefix}shared_experts.{role}.weight"]
             assert np.array_equal(wide, np.concatenate(parts, axis=axis))
-    assert read_config(tmp_path / "moe")["n_shared_experts"] == 3
+    assert config_of(tmp_path / "moe")["n_shared_experts"] == 3
 
 
 def test_shared_experts_choose_a_target_that_has_them(tmp_path):

@@ -453,7 +453,7 @@ def pack(array: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Shape]:
     return distinct(array), array.shape
 
 
-def spread(array: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.int64]:
+def repeated(array: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.int64]:
     """`array` repeated to `shape`. Both become read-only: a view could be made writable again."""
     array.flags.writeable = False
     return np.broadcast_to(array, shape)
@@ -467,7 +467,7 @@ def restore_layer(
     expert_index: range,
 ) -> LayerAssignments:
     return LayerAssignments(
-        spread(models, models_shape), spread(layers, layers_shape), expert_index
+        repeated(models, models_shape), repeated(layers, layers_shape), expert_index
     )
 
 
@@ -477,7 +477,7 @@ def restore_assignments(
     layers: npt.NDArray[np.int64],
     layers_shape: Shape,
 ) -> Assignments:
-    return Assignments(spread(models, models_shape), spread(layers, layers_shape))
+    return Assignments(repeated(models, models_shape), repeated(layers, layers_shape))
 
 
 def restore_plan(
@@ -489,8 +489,8 @@ def restore_plan(
     router_init: str,
 ) -> MoeConstructionPlan:
     return MoeConstructionPlan(
-        spread(models, models_shape),
-        spread(layers, layers_shape),
+        repeated(models, models_shape),
+        repeated(layers, layers_shape),
         num_models=num_models,
         router_init=router_init,
     )
@@ -511,7 +511,7 @@ def index_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
     elif array.size:
         as_index(array.min(), name)
         as_index(array.max(), name, maximum=LARGEST_INDEX)
-    return spread(array.astype(np.int64, copy=False), shape)
+    return repeated(array.astype(np.int64, copy=False), shape)
 
 
 def plan_moe_construction(

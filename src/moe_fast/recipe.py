@@ -117,6 +117,19 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         With every problem, each with its line, its key and what would be right.
     ModuleNotFoundError
         Without PyYAML: `pip install "moe-fast[recipes]"`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from moe_fast import read_recipe
+    >>> from moe_fast.demo import make_dense_model
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> make_dense_model(folder / "dense", seed=0)
+    >>> text = f"models: [{folder.as_posix()}/dense]\\nseed: 7\\n"
+    >>> _ = (folder / "recipe.yml").write_text(text)
+    >>> read_recipe(folder / "recipe.yml").request.seed
+    7
     """
     return RecipeReader(Path(path)).recipe(compose(Path(path)))
 

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from families import make_model
+from folders import config_of
 from mergekit_moe import build_all_with_mergekit
 from moe_fast import build_recipe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model
@@ -144,7 +145,7 @@ def assert_same_tensors(ours: Path, theirs: Path, *, but: re.Pattern[str]) -> No
 
 def converted(theirs: Path, scratch: Path) -> Path:
     """mergekit-moe's output with one tensor for each expert."""
-    model_type = json.loads((theirs / "config.json").read_text())["model_type"]
+    model_type = config_of(theirs)["model_type"]
     if model_type not in ("mixtral", "qwen3_moe"):
         return theirs
     convert_moe(theirs, scratch / "converted", layout="per-expert")

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from folders import config_of
 from forward import Model
 from logits import compute_logits
 from moe_fast import MoeConfig, build_moe
@@ -125,7 +126,7 @@ def assert_same(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> N
 @pytest.mark.parametrize("source", [source for source in SOURCES if "yarn" not in source])
 def test_the_plain_twin_computes_what_transformers_does(dense, source):
     folder, expected = dense(source)
-    config = json.loads((folder / "config.json").read_text())
+    config = config_of(folder)
     rope = config["rope_parameters"]
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     model = Model(folder)

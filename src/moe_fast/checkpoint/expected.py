@@ -95,8 +95,7 @@ def places(manifest: Manifest, against: Sequence[ModelPath]) -> dict[str, str]:
         return dict(zip(recorded, given or recorded, strict=True))
     raise CheckpointError(
         f"against: {counted(len(given), 'folder')} for the {len(recorded)} that the manifest "
-        "names: "
-        f"{', '.join(recorded)}"
+        f"names: {', '.join(recorded)}"
     )
 
 

@@ -21,8 +21,6 @@ from moe_fast.checkpoint.pieces import Converted, FileRange, Piece, Zeros
 
 MOST_TENSORS_IN_FILE = 250_000  # so that readers, ours too, do not refuse the header's length
 BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
-
-
 FORMAT = {"format": "pt"}  # what transformers asks of every file's metadata
 
 
