@@ -15,7 +15,7 @@ import typer
 import moe_fast
 from moe_fast.arrays import map_npy
 from moe_fast.checkpoint.router_logits import statistics_of_file
-from moe_fast.checkpoint.routers import write_router_weights
+from moe_fast.checkpoint.router_weights import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
 from moe_fast.demo import make_demo

@@ -29,7 +29,7 @@ from moe_fast.checkpoint.output import (
     write_checkpoint,
 )
 from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
-from moe_fast.checkpoint.request import BuildRequest, ExpertSource
+from moe_fast.checkpoint.request import BuildRequest, ExpertSource, ModelPath
 from moe_fast.checkpoint.table import index_json, into_shards
 from moe_fast.checkpoint.targets import as_target_name
 from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit, as_member
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["BuildReport", "build_moe"]
-
-ModelPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -26,11 +26,12 @@ from moe_fast.checkpoint.header import Tensor, check_is_folder
 from moe_fast.checkpoint.inspection import router_reports
 from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from moe_fast.checkpoint.moe import PARTS, MoeModel, open_moe_model, part_of
-from moe_fast.checkpoint.output import companions_of
+from moe_fast.checkpoint.output import Progress, companions_of
 from moe_fast.checkpoint.parity import compare_models, installed_transformers, tokens_of
 from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
 from moe_fast.checkpoint.provenance import CARD
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
+from moe_fast.checkpoint.request import ModelPath
 from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
 from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.targets import TARGETS
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["CheckReport", "Finding", "Status", "check_moe"]
-
-ModelPath = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
 
 class Status(StrEnum):

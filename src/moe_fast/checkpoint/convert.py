@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -36,7 +35,7 @@ from moe_fast.checkpoint.output import (
 )
 from moe_fast.checkpoint.provenance import CARD, updated_card
 from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
-from moe_fast.checkpoint.request import ConvertRequest
+from moe_fast.checkpoint.request import ConvertRequest, ModelPath
 from moe_fast.checkpoint.source import read_rope
 from moe_fast.checkpoint.structure import structure_problems
 from moe_fast.checkpoint.table import FORMAT, OutputTensor, Weight, index_json, into_shards
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["ConvertReport", "convert_moe"]
-
-ModelPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,11 @@ from moe_fast.checkpoint.convert import prepare_conversion
 from moe_fast.checkpoint.header import DTYPE_CODES, Tensor
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.moe import MoeModel
-from moe_fast.checkpoint.request import ConvertRequest
+from moe_fast.checkpoint.request import ConvertRequest, ModelPath
 from moe_fast.checkpoint.table import Weight
 from moe_fast.config import Dtype, GateMode
 from moe_fast.errors import CheckpointError
 from moe_fast.wording import counted
-
-ModelPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
 from moe_fast.errors import CheckpointError, MoeConfigError, as_index, as_number
 from moe_fast.plain import typed
 
+ModelPath = str | os.PathLike[str]
+
 
 @dataclass(frozen=True)
 class ExpertSource:

@@ -32,7 +32,7 @@ def write_router_weights(
     Examples
     --------
     >>> from moe_fast import compute_router_weights
-    >>> from moe_fast.checkpoint.routers import write_router_weights
+    >>> from moe_fast.checkpoint.router_weights import write_router_weights
     >>> import tempfile
     >>> weights = compute_router_weights(2, 64, 8, dtype="float32", transpose=True)
     >>> write_router_weights(tempfile.mkdtemp() + "/routers.npy", weights)
