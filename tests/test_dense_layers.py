@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 
 from command import run
 from families import make_model
-from folders import config_of
+from folders import config_of, edit_config
 from forward import Model
 from moe_fast import (
     CheckpointError,
@@ -234,8 +233,7 @@ def test_deepseeks_keys_mean_what_they_are_made_for(numbers):
 )
 def test_the_check_sees_another_layer_in_config_json(sources, tmp_path, keys, problem):
     build_moe(sources / "qwen2", tmp_path / "moe", CONFIG, dense_layers=(0, 5))
-    config = config_of(tmp_path / "moe") | keys
-    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    edit_config(tmp_path / "moe", **keys)
     assert any(problem in found for found in check_moe(tmp_path / "moe")["structure"].problems)
 
 

@@ -21,7 +21,7 @@ for extra in ("ml_dtypes", "safetensors", "typer", "rich"):
 
 from typer.testing import CliRunner
 
-from folders import config_of, names_in
+from folders import edit_config, names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.checkpoint import header as header_module
 from moe_fast.checkpoint.header import read_checkpoint, read_header
@@ -443,10 +443,9 @@ def test_shards_that_are_broken_are_all_named(dense):
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_configuration_values(dense, changes, match):
-    config = config_of(dense) | changes
     sys.set_int_max_str_digits(0)
     try:
-        (dense / "config.json").write_text(json.dumps(config))
+        edit_config(dense, **changes)
     finally:
         sys.set_int_max_str_digits(4300)
     refused(dense, match)
@@ -464,9 +463,7 @@ def test_configuration_values(dense, changes, match):
     ],
 )
 def test_configuration_keys_that_are_missing(dense, key):
-    config = config_of(dense)
-    del config[key]
-    (dense / "config.json").write_text(json.dumps(config))
+    edit_config(dense, **{key: "absent"})
     refused(dense, rf"config\.json: {key} (is missing|None)")
 
 
@@ -496,8 +493,7 @@ def test_fifty_thousand_layers_of_one_tensor_each(dense):
         name = f"model.layers.{layer}.input_layernorm.weight"
         entries[name] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}
     (dense / WEIGHTS).write_bytes(joined(json.dumps(entries).encode(), data))
-    config = config_of(dense) | {"num_hidden_layers": 50_000}
-    (dense / "config.json").write_text(json.dumps(config))
+    edit_config(dense, num_hidden_layers=50_000)
     refused(dense, "num_hidden_layers 50000, the safetensors hold 50018 tensors of 50000 layers")
 
 

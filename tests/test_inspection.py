@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from command import run
-from folders import config_of, edit_config, rewrite
+from folders import edit_config, rewrite
 from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model, predict_load
 from moe_fast.checkpoint import copies
 from moe_fast.checkpoint.copies import equal_groups
@@ -148,8 +148,7 @@ def test_router_statistics_are_numpys(moe):
 
 @pytest.mark.parametrize("top_k", ["absent", 0, 5], ids=str)
 def test_without_experts_per_token_no_load_is_predicted(moe, top_k):
-    config = config_of(moe) | {"num_experts_per_tok": top_k}
-    (moe / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+    edit_config(moe, num_experts_per_tok=top_k)
     (router, _) = inspect_model(moe, copies=False).routers
     assert (router.finite, router.coefficient_of_variation) == (True, None)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 for extra in ("ml_dtypes", "safetensors"):
@@ -13,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from families import LINEAR, LLAMA3, make_model
-from folders import config_of
+from folders import config_of, edit_config
 from forward import Model
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe
 from moe_fast.checkpoint.check import check_moe
@@ -460,8 +458,7 @@ def test_what_an_ffn_does_not_see_is_warned_of(tmp_path, changes, what):
 )
 def test_configurations_that_do_not_hold(tmp_path, family, changes, match):
     dense = make_model(tmp_path / "dense", family)
-    config = config_of(dense) | changes
-    (dense / "config.json").write_text(json.dumps(config))
+    edit_config(dense, **changes)
     with pytest.raises(CheckpointError, match=match):
         build_moe(dense, tmp_path / "moe", CONFIG)
 
@@ -478,9 +475,7 @@ def test_configurations_that_do_not_hold(tmp_path, family, changes, match):
 def test_what_a_config_leaves_out_is_its_familys_default(tmp_path, family, without, expected):
     changes = {"head_dim": 128} if without == "head_dim" else {}
     dense = make_model(tmp_path / "dense", family, **changes)
-    config = config_of(dense)
-    del config[without]
-    (dense / "config.json").write_text(json.dumps(config))
+    edit_config(dense, **{without: "absent"})
     build_moe(dense, tmp_path / "moe", CONFIG)
     config = config_of(tmp_path / "moe")
     assert config | expected == config
