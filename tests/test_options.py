@@ -1,4 +1,4 @@
-"""Messages of the command name its options; messages about paths and recipes stay as they are."""
+"""What the command says of its options, in messages, in its help and to the Tab key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ for extra in ("ml_dtypes", "safetensors", "typer", "rich", "yaml"):
 
 import numpy as np
 import typer
+from typer.testing import CliRunner
 
 from command import run
+from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.cli import app
 from moe_fast.demo import make_dense_model
 from moe_fast.options import CALLED, in_options
@@ -24,6 +26,7 @@ PARAMETERS = [
         "experts": "--experts",
         "experts_per_token": "--experts-per-token",
         "dense_layers": "--dense-layers",
+        "target": "--target",
         "threads": "--threads",
     }.items()
 ]
@@ -36,6 +39,7 @@ PARAMETERS = [
     ("threads must be at least 1", "--threads must be at least 1"),
     ("num_models must be at least 1", "MODELS must be at least 1"),
     ("2 problems:\n  - dense_layers: none\n  - x", "2 problems:\n  - --dense-layers: none\n  - x"),
+    ("target 'x' is not known", "--target 'x' is not known"),
     ("all threads write experts", "all threads write experts"),
     ("threads: is not a folder", "threads: is not a folder"),
     ("num_layers must be at least 1", "num_layers must be at least 1"),
@@ -74,6 +78,7 @@ def folder(tmp_path_factory):
     ("build dense -o out --dense-layers 3-1", 2, "--dense-layers: '3-1' names no layers"),
     ("build dense -o out --max-shard-size 0", 1, "--max-shard-size must be at least 1, got 0"),
     ("build dense -o out --threads 0", 1, "--threads must be at least 1, got 0"),
+    ("build dense -o out --target x", 1, "error: --target 'x' is not known; known are auto,"),
     ("build recipe.yml -o out", 1, "error: dense_layers: there is no layer 7"),
     ("plan 0 2", 1, "error: MODELS must be at least 1, got 0"),
     ("plan 2 2 --hidden-size -1", 1, "error: --hidden-size must be at least 0, got -1"),
@@ -100,3 +105,29 @@ def test_a_file_makes_its_folder(folder, monkeypatch):
     assert "exists already; choose another file, or replace it: --overwrite" in done.stderr
     assert run("report", "dense", "-o", "new/b/report.html").stdout.strip() == "new/b/report.html"
     assert (folder / "new" / "b" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
+def test_the_help_of_a_command_fits_in_eighty_columns(name):
+    done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout  # where rich cuts an option or a word
+
+
+@pytest.mark.parametrize(("words", "values"), [
+    ("build --target ", ["auto", *TARGETS]),
+    ("build --target f", ["flex_olmo"]),
+    ("build --router-init b", ["balanced"]),
+    ("gates --dtype b", ["bfloat16"]),
+    ("route --scores ", ["softmax", "sigmoid"]),
+    ("route --drop-policy ", ["position", "probs"]),
+])  # fmt: skip
+def test_the_tab_key_completes_values(words, values):
+    line = f"moe-fast {words}"
+    environment = {
+        "_MOE_FAST_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }
+    done = CliRunner().invoke(app, prog_name="moe-fast", env=environment)
+    assert done.stdout.split() == values

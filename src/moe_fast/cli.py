@@ -59,6 +59,7 @@ SAID_BY_RECIPES = (
     "dense_layers",
     "router_init",
 )
+CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
@@ -83,6 +84,10 @@ Fsync = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
+]
+RouterStart = Annotated[
+    RouterInit,
+    typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -120,7 +125,7 @@ def build(
     models: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="Dense models, folders or names on the Hub; or one recipe (.yml or .yaml).",
         ),
     ],
@@ -128,7 +133,12 @@ def build(
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
     target: Annotated[
-        str, typer.Option(help=f"auto, {', '.join(TARGETS)}.", metavar="FAMILY")
+        str,
+        typer.Option(
+            metavar="FAMILY",
+            help=f"auto, {', '.join(TARGETS)}.",
+            autocompletion=lambda: ["auto", *TARGETS],
+        ),
     ] = "auto",
     layout: Annotated[
         Layout | None,
@@ -136,7 +146,7 @@ def build(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Convert every weight to it.", show_default="the sources'"),
+        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="the sources'"),
     ] = None,
     base: Annotated[
         Path | None,
@@ -148,9 +158,7 @@ def build(
         str,
         typer.Option(metavar="LAYERS", help="Layers without experts, such as 0,5 or 0-3."),
     ] = "",
-    router_init: Annotated[
-        RouterInit, typer.Option(help="How routers start.")
-    ] = RouterInit.BALANCED,
+    router_init: RouterStart = RouterInit.BALANCED,
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = 5_000_000_000,
     overwrite: Overwrite = False,
@@ -207,7 +215,9 @@ def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
 @app.command()
 def check(
     context: typer.Context,
-    output: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, whoever made it.")
+    ],
     against: Annotated[
         list[Path] | None,
         typer.Option(
@@ -236,7 +246,9 @@ def check(
 @app.command()
 def convert(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A folder with an MoE, whoever made it.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    ],
     output: OutputFolder,
     layout: Annotated[
         Layout | None,
@@ -244,7 +256,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Convert every weight to it.", show_default="as they are"),
+        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="as they are"),
     ] = None,
     max_shard_size: MaxShardSize = 5_000_000_000,
     overwrite: Overwrite = False,
@@ -320,8 +332,8 @@ def inspect(
 @app.command()
 def plan(
     context: typer.Context,
-    models: Annotated[int, typer.Argument(help="Number of dense models.")],
-    layers: Annotated[int, typer.Argument(help="Layers of each.")],
+    models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
+    layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
     hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
@@ -342,14 +354,23 @@ def plan(
 @app.command()
 def gates(
     context: typer.Context,
-    hidden_size: Annotated[int, typer.Argument(min=1, help="Width of the router's input.")],
-    experts: Annotated[int, typer.Argument(min=1, help="Experts per layer.")],
+    hidden_size: Annotated[
+        int, typer.Argument(metavar="HIDDEN_SIZE", min=1, help="Width of the router's input.")
+    ],
+    experts: Annotated[int, typer.Argument(metavar="EXPERTS", min=1, help="Experts per layer.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to create: .npy or .safetensors.")
     ],
     layers: Annotated[int, typer.Option(min=1, help="Number of routers.")] = 1,
-    init: Annotated[RouterInit, typer.Option(help="How routers start.")] = RouterInit.BALANCED,
-    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    init: RouterStart = RouterInit.BALANCED,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="float64, float32, float16 or bfloat16.",
+            autocompletion=lambda: ["float64", "float32", "float16", "bfloat16"],
+        ),
+    ] = "float32",
     transpose: Annotated[
         bool, typer.Option(help="One row an expert, as checkpoints have it.")
     ] = True,
@@ -375,12 +396,21 @@ def route(
             "layer.",
         ),
     ],
-    method: Annotated[RoutingMethod, typer.Option(help="Who chooses.")] = RoutingMethod.TOP_K,
+    method: Annotated[
+        RoutingMethod,
+        typer.Option(
+            metavar="METHOD", help="Who chooses: top_k, switch_transformer or expert_choice."
+        ),
+    ] = RoutingMethod.TOP_K,
     experts_per_token: Annotated[
         int | None, typer.Option(help="Experts per token.", show_default="2, for Switch 1")
     ] = None,
     scores: Annotated[
-        str, typer.Option(help="What a logit becomes: softmax or sigmoid.")
+        str,
+        typer.Option(
+            help="What a logit becomes: softmax or sigmoid.",
+            autocompletion=lambda: ["softmax", "sigmoid"],
+        ),
     ] = "softmax",
     norm: Annotated[
         bool | None,
@@ -401,6 +431,7 @@ def route(
         str | None,
         typer.Option(
             help="Who stays in a full expert: position or probs.",
+            autocompletion=lambda: ["position", "probs"],
             show_default="probs, for Switch position",
         ),
     ] = None,
@@ -455,7 +486,9 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Where to make them.")] = Path("demo"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to make them in.")
+    ] = Path("demo"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier demo in FOLDER.")
     ] = False,

@@ -35,5 +35,5 @@ def in_options(text: str, parameters: Iterable[Any], kept: Collection[str] = ())
     }
     names = {name: option for name, option in written.items() if "_" in name}
     names |= {name: written[called] for name, called in CALLED.items() if called in written}
-    text = re.sub(r"^\w+(?= must )", lambda word: written.get(word[0], word[0]), text)
+    text = re.sub(r"^\w+(?= must | ')", lambda word: written.get(word[0], word[0]), text)
     return re.sub(r"(?<![\w./\\'-])\w+(?![\w/\\'])", lambda word: names.get(word[0], word[0]), text)
