@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -131,3 +136,17 @@ def test_the_tab_key_completes_values(words, values):
     }
     done = CliRunner().invoke(app, prog_name="moe-fast", env=environment)
     assert done.stdout.split() == values
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("arguments", ["plan 2 2", "plan 2 2 --json", "--help"])
+def test_results_that_no_file_takes(arguments):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_fast", *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"error: standard output: {os.strerror(errno.ENOSPC)}\n"

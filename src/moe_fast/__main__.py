@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -14,7 +15,13 @@ def main() -> None:
         sys.exit(
             f"moe-fast: the command needs {error.name}: pip install 'moe-fast[checkpoint,cli]'"
         )
-    app()
+    try:
+        app()
+        sys.stdout.flush()
+    except OSError as error:  # commands report their own: this is a full disk behind a `>`
+        # Or the interpreter tries the rest again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: standard output: {error.strerror}")
 
 
 if __name__ == "__main__":
