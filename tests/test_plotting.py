@@ -65,6 +65,16 @@ def test_a_legend_names_every_model_in_the_color_of_its_cells():
         np.testing.assert_allclose(patch.get_facecolor(), colors[0, model])
 
 
+def test_a_legend_of_long_names_leaves_the_title_whole():
+    labels = ["organisation/some-model-7B-instruct-v0.3", "organisation/another-model-7B-code-v1"]
+    ax = plot_plan(plan_moe_construction(2, 4), labels=labels)
+    ax.figure.draw_without_rendering()
+    whole = ax.figure.bbox
+    for part in (ax.title, ax.get_legend()):
+        box = part.get_window_extent()
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+
+
 def test_many_models_get_a_scale_in_place_of_a_legend():
     ax = plot_plan(plan_moe_construction(16, 2, MoeConfig(num_experts=16)))
     assert ax.get_legend() is None

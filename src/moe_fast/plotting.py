@@ -77,7 +77,7 @@ def plot_plan(
         )
     models = plan.source_model
     moved = plan.source_layer != np.arange(plan.num_layers)[:, np.newaxis]
-    ax = axes_for(ax, models.shape)
+    ax = axes_for(ax, models.shape, longest_label=max(map(len, labels or ()), default=0))
     if plan.num_models > len(MODEL_COLORS):
         image = draw_grid(ax, models, cmap=SCALE, vmin=0, vmax=plan.num_models - 1)
         ax.figure.colorbar(image, ax=ax, label="source model")
@@ -289,8 +289,10 @@ def as_numbers(
     return array
 
 
-def axes_for(ax: Axes | None, shape: tuple[int, ...], *, square: bool = False) -> Axes:
-    """The axes to draw into: the caller's, or new ones that suit the grid."""
+def axes_for(
+    ax: Axes | None, shape: tuple[int, ...], *, square: bool = False, longest_label: int = 0
+) -> Axes:
+    """The axes to draw into: the caller's, or new ones that suit grid and legend."""
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
@@ -302,7 +304,7 @@ def axes_for(ax: Axes | None, shape: tuple[int, ...], *, square: bool = False) -
     if ax is not None:
         return ax
     rows, columns = shape
-    width = min(max(2.5 + 0.4 * columns, 4.5), 12.0)
+    width = min(max(2.5 + 0.4 * columns, 4.5), 12.0) + min(max(longest_label - 8, 0) * 0.09, 8.0)
     height = min(max(1.5 + 0.25 * rows, 2.5), 10.0)
     size = (width, width - 1.0) if square else (width, height)
     return pyplot.subplots(figsize=size, layout="constrained")[1]
