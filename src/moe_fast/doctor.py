@@ -22,7 +22,7 @@ PURPOSES = {
     "cli": "the command moe-fast",
     "hub": "models by their name on the Hugging Face Hub",
     "plot": "pictures of plans, loads and routers",
-    "recipes": "recipe files, and tokenizers of several models",
+    "recipes": "recipe files, mergekit-moe's too",
 }
 REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<minimum>[\w.]+))?[^;]*"

@@ -253,7 +253,7 @@ def show_routing(stats: RoutingStats) -> None:
         }
     )
     table = new_table(
-        "layer", "tokens", "load CV", "like experts", "entropy", "Switch loss", "z-loss",
+        "layer", "tokens", "load cv", "like experts", "entropy", "Switch loss", "z-loss",
         "importance", "dropped", "no expert",
         *(f"at {factor:g}" for factor in stats.capacity_factors),
     )  # fmt: skip
@@ -272,7 +272,7 @@ def show_routing(stats: RoutingStats) -> None:
             *map(percent, (row["share_dropped"], row["share_unrouted"])),
             *map(percent, row["share_dropped_by_capacity_factor"].values()),
         )  # fmt: skip
-    say("\nlayers (load CV and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
+    say("\nlayers (load cv and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
     if stats.capacity_factors:
         factors = ", ".join(f"{factor:g}" for factor in stats.capacity_factors)
         say(f"dropped: of the choices, now and at a capacity factor of {factors}")
