@@ -18,6 +18,7 @@ from moe_fast import (
     CheckpointError,
     MoeConfig,
     MoeConstructionPlan,
+    MoeReport,
     compute_gate_weights,
     compute_router_weights,
     plan_moe_construction,
@@ -32,10 +33,9 @@ def test_plan():
         assert line in done.stdout
     done = run("plan", 9, 2, "--experts", 4, "--experts-per-token", 1, "--json")
     value = json.loads(done.stdout)
-    report = value.pop("report")
     plan = plan_moe_construction(9, 2, MoeConfig(4, 1))
-    assert MoeConstructionPlan.from_dict(value) == plan
-    assert report["unused_models"] == [4, 5, 6, 7, 8]
+    assert MoeConstructionPlan.from_dict(value["plan"]) == plan
+    assert MoeReport.from_dict(value["report"]).unused_models == (4, 5, 6, 7, 8)
     assert "comes from 5 models" in run("plan", 9, 2, "--experts", 4).stdout
     done = run("plan", 0, 2)
     assert done.returncode == 1

@@ -346,7 +346,7 @@ def plan(
         made = plan_moe_construction(models, layers, config)
         report = made.report(hidden_size, intermediate_size, experts)
     if as_json:
-        typer.echo(json.dumps(made.to_dict() | {"report": report.to_dict()}, indent=2))
+        typer.echo(json.dumps({"plan": made.to_dict(), "report": report.to_dict()}, indent=2))
     else:
         show_plan(made, report)
 
