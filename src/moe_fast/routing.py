@@ -34,6 +34,8 @@ LOGITS_PER_THREAD = 2**16
 ENCODINGS = {"float32": 0, "float64": 0, "bfloat16": 1, "float16": 2}
 # The kernels' rows are multiples of this, and experts choose so many at a time.
 LANES = 16
+# Counters the kernels keep for an expert while they sort.
+COUNTERS = 4
 # Tokens from which expert choice guesses how good a token must be.
 SAMPLE = 1024
 # What expert choice has no use for: each of its experts takes the same number of tokens.
@@ -231,8 +233,9 @@ class Routing:
         else:
             kernels.compiled.sort_by_expert(
                 self._indices.reshape(-1),
-                self._offsets[:-1].copy(),
+                self._offsets,
                 self._permutation,
+                np.zeros((COUNTERS, self.num_experts + 1), np.int64),
             )
         self._sorted = True
 
@@ -727,7 +730,7 @@ def experts_choose(
     dtype, kind = out.weights.dtype, specialisation(out.weights.dtype)
     compiled = kernels.compiled
     input = rows, encoding, rule.num_experts, rule.is_sigmoid
-    work_size = rule.num_experts * LANES + 2 * (rule.num_experts + LANES)
+    work_size = rule.num_experts * LANES + (LANES + 1) * (rule.num_experts + LANES)
     grain = LOGITS_PER_THREAD // rule.num_experts + 1
     pieces = max(1, min(threads, num_tokens // grain))
 
@@ -755,7 +758,7 @@ def experts_choose(
         def keep(start: int, stop: int) -> None:
             joined = np.empty(pieces * room + LANES, np.int32)
             compiled.keep_best[kind](
-                found, value, count, joined, np.empty(joined.shape, dtype),
+                bounds, found, value, count, joined, np.empty(joined.shape, dtype),
                 out._indices[first:last], out.weights[first:last], missed, start, stop,
             )  # fmt: skip
 

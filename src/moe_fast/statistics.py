@@ -238,7 +238,7 @@ class RoutingStats:
         ends: list[tuple[int, Float64, Float64]] = []
 
         def add(first: int, start: int, stop: int) -> None:
-            work = np.empty((2, -(-num_experts // LANES) * LANES), dtype)
+            work = np.empty((2, LANES * num_experts), dtype)
             probability, totals = np.zeros(num_experts), np.zeros(3)
             bad = kernel(
                 rows, encoding, num_experts, self._rule.is_sigmoid, work, probability, totals,

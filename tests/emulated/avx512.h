@@ -63,6 +63,8 @@ EMULATED __m512i compress_epi32(unsigned bits, __m512i v) {
 #undef _mm512_cmp_pd_mask
 #undef _mm512_setr_epi32
 #define _mm512_add_epi32(x, y) ((__m512i)((Words16)(x) + (Words16)(y)))
+#define _mm512_add_pd(x, y) ((x) + (y))
+#define _mm512_add_ps(x, y) ((x) + (y))
 #define _mm512_cmp_pd_mask cmp_mask_pd
 #define _mm512_cmp_ps_mask cmp_mask_ps
 #define _mm512_loadu_pd loadu_pd
@@ -75,6 +77,8 @@ EMULATED __m512i compress_epi32(unsigned bits, __m512i v) {
 #define _mm512_max_ps max_ps
 #define _mm512_min_pd min_pd
 #define _mm512_min_ps min_ps
+#define _mm512_mul_pd(x, y) ((x) * (y))
+#define _mm512_mul_ps(x, y) ((x) * (y))
 #define _mm512_set1_epi32 set1_epi32
 #define _mm512_set1_pd set1_pd
 #define _mm512_set1_ps set1_ps
@@ -83,3 +87,5 @@ EMULATED __m512i compress_epi32(unsigned bits, __m512i v) {
 #define _mm512_storeu_ps storeu_ps
 #define _mm512_storeu_si512(to, v) storeu_ps(to, (__m512)(v))
 #define _mm512_stream_pd storeu_pd
+#define _mm512_sub_pd(x, y) ((x) - (y))
+#define _mm512_sub_ps(x, y) ((x) - (y))

@@ -142,7 +142,9 @@ def route_token_again(
 ) -> int | None: ...
 
 # routing_order.pxi
-def sort_by_expert(expert_indices: _Index32, offsets: _Index64, permutation: _Index32) -> None: ...
+def sort_by_expert(
+    expert_indices: _Index32, offsets: _Index64, permutation: _Index32, work: _Index64
+) -> None: ...
 @_fused
 def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> None: ...
 @_fused
@@ -183,6 +185,7 @@ def hear(
 ) -> int: ...
 @_fused
 def keep_best(
+    bounds: _Real,
     found: _Index32,
     value: _Real,
     count: _Index64,

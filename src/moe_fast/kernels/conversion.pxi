@@ -11,12 +11,6 @@ cdef enum:
     INFINITE_AS_FLOAT16 = 0x477FF000
 
 
-cdef inline uint32_t bits_of_float(float x) noexcept nogil:
-    cdef uint32_t bits
-    memcpy(&bits, &x, 4)
-    return bits
-
-
 cdef inline uint32_t becomes_infinite(uint32_t bits, int32_t least) noexcept nogil:
     cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
     return (magnitude >= least) & (magnitude < INFINITE)

@@ -28,6 +28,11 @@ cdef extern from *:
         memcpy(&x, &bits, 4);
         return x;
     }
+    static inline uint32_t bits_of_float(float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        return bits;
+    }
     static inline uint64_t bits_of_double(double x) {
         uint64_t bits;
         memcpy(&bits, &x, 8);
@@ -42,6 +47,7 @@ cdef extern from *:
     float scaled_float(float p, float shifted) noexcept nogil
     double scaled_double(double p, double shifted) noexcept nogil
     float float_of_bits(uint32_t bits) noexcept nogil
+    uint32_t bits_of_float(float x) noexcept nogil
     uint64_t bits_of_double(double x) noexcept nogil
     double double_of_bits(uint64_t bits) noexcept nogil
     double INFINITY
@@ -80,12 +86,6 @@ cdef inline real exponential(real x) noexcept nogil:
         return q if x >= -708.3964185322641 else 0.0
 
 
-cdef inline real exponential_below(real x, real largest) noexcept nogil:
-    # e^(x - largest) for x <= largest, where infinity less itself is 0.
-    cdef real difference = <real>0.0 if x == largest else x - largest
-    return exponential(difference)
-
-
 cdef inline real sigmoid(real x) noexcept nogil:
     cdef real magnitude = x if x < <real>0.0 else -x
     cdef real e = exponential(magnitude)
@@ -96,7 +96,10 @@ cdef inline real sigmoid(real x) noexcept nogil:
 cdef inline double logarithm(double x) noexcept nogil:
     # ln x for normal x > 0. x = 2^n f, f in [sqrt 1/2, sqrt 2], ln f = 2 artanh((f - 1) / (f + 1)).
     cdef uint64_t bits = bits_of_double(x) - <uint64_t>0x3FE6A09E667F3BCD
-    cdef double n = <double>(<int64_t>bits >> 52)
+    # (n + 1023) + 2^52 as its bits, less both: AVX2 does not convert 64-bit integers.
+    cdef double n = double_of_bits(
+        ((bits + <uint64_t>0x3FF0000000000000) >> 52) + <uint64_t>0x4330000000000000
+    ) - 4503599627371519.0
     cdef double f = double_of_bits(
         (bits & <uint64_t>0xFFFFFFFFFFFFF) + <uint64_t>0x3FE6A09E667F3BCD
     )

@@ -10,47 +10,48 @@ cdef void score_columns(
     cdef real[LANES] top
     cdef real[LANES] total
     cdef real[LANES] x
+    cdef real[LANES] difference
     cdef Py_ssize_t e, t
     if not is_sigmoid:
         sum_columns(column, n, top, total)
     for e in range(n):
-        for t in range(LANES):
-            x[t] = column[e * LANES + t]
         if is_sigmoid:
             for t in range(LANES):
-                x[t] = sigmoid(x[t])
+                x[t] = sigmoid(column[e * LANES + t])
         else:
+            exponentials_below(column + e * LANES, top, difference, x)
             for t in range(LANES):
-                x[t] = exponential_below(x[t], top[t]) / total[t]
+                x[t] /= total[t]
         for t in range(tokens, LANES):
             x[t] = -1
         for t in range(LANES):
             column[e * LANES + t] = x[t]
 
 
-cdef void score_row_in_lane(
-    const real* x, Py_ssize_t n, bint is_sigmoid, real* score, real* column, real* total
+cdef void scores_of_row(
+    const real* x, Py_ssize_t n, bint is_sigmoid, real* score
 ) noexcept nogil:
-    # One token's scores, or exponentials and what they are to be divided by, into its lane.
+    # x ends with -inf up to a multiple of LANES.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t i, j
     cdef real[LANES] lane
-    cdef real top
+    cdef real[LANES] largest
+    cdef real[LANES] difference
+    cdef real top, total
     if is_sigmoid:
-        for i in range(n):
+        for i in range(padded):
             score[i] = sigmoid(x[i])
-        total[0] = 1
-    else:
-        top = largest_of_row(x, padded)
-        for j in range(LANES):
-            lane[j] = 0
-        for i in range(0, padded, 16):
-            for j in range(LANES):
-                score[i + j] = exponential_below(x[i + j], top)
-                lane[j] += score[i + j]
-        total[0] = sum_of_lanes(lane) if top > -INFINITY else <real>n
-    for i in range(n):
-        column[i * LANES] = score[i]
+        return
+    top = largest_of_row(x, padded)
+    for j in range(LANES):
+        lane[j] = 0
+        largest[j] = top
+    for i in range(0, padded, 16):
+        exponentials_below(x + i, largest, difference, score + i)
+        add_to(lane, score + i)
+    total = sum_of_lanes(lane) if top > -INFINITY else <real>n
+    for i in range(padded):
+        score[i] /= total
 
 
 cdef Py_ssize_t score_block(
@@ -58,12 +59,12 @@ cdef Py_ssize_t score_block(
     Py_ssize_t n, bint is_sigmoid, real* column, real* row
 ) noexcept nogil:
     # column[e * LANES + t]: score of expert e for token t of a block; -1 in lanes without one.
-    # `row` is room for two. Returns the first token with a NaN, or -1.
+    # `row` is room for LANES and one more. Returns the first token with a NaN, or -1.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t e, t
+    cdef real* scores = row + padded
     cdef const real* x[1]
-    cdef real[LANES] total
-    if n < 2 * LANES:
+    if in_columns(n):
         t = load_columns(logits, stride, encoding, tokens, n, column, row)
         if t < 0:
             score_columns(logits, stride, encoding, tokens, n, is_sigmoid, column)
@@ -72,15 +73,11 @@ cdef Py_ssize_t score_block(
         x[0] = readable_row(logits + t * stride, encoding, n, row)
         if first_nan(x, 1, padded) >= 0:
             return t
-        score_row_in_lane(x[0], n, is_sigmoid, row + padded, column + t, total + t)
+        scores_of_row(x[0], n, is_sigmoid, scores + t * padded)
+    to_columns(<const uint8_t*>scores, padded * sizeof(real), tokens, n, column)
     for t in range(tokens, LANES):
-        total[t] = 1
         for e in range(n):
             column[e * LANES + t] = -1
-    if not is_sigmoid:
-        for e in range(n):
-            for t in range(LANES):
-                column[e * LANES + t] /= total[t]
     return -1
 
 
@@ -92,7 +89,7 @@ def guess_bounds(
     """For each expert a score that `rank` of a sample of the tokens reach.
 
     `sample` is room for a row of as many tokens an expert, a multiple of LANES; `work` is room for
-    a block of scores and two rows.
+    two blocks of scores and a row.
     """
     cdef Py_ssize_t n = sample.shape[0]
     cdef Py_ssize_t blocks = sample.shape[1] // LANES
@@ -111,7 +108,7 @@ def guess_bounds(
         for e in range(n):
             # Down to the fourth bit after the point.
             bounds[e] = smallest_kept(
-                &sample[e, 0], sample.shape[1], rank, 19 if real is float else 48
+                &sample[e, 0], sample.shape[1], rank, <real>0.0, 19 if real is float else 48
             )
 
 
@@ -124,7 +121,7 @@ def hear(
     """List for each expert, from `first` on, the tokens whose scores reach its bound, ascending.
 
     `found` and `value` have room for a number of tokens and LANES more; `count` says how many there
-    would be. `work` is room for a block of scores and two rows. Returns the first token with a NaN,
+    would be. `work` is room for two blocks of scores and a row. Returns the first token with a NaN,
     or -1.
     """
     cdef Py_ssize_t experts = bounds.shape[0]
@@ -153,11 +150,11 @@ def hear(
 
 
 cdef void take_best(
-    const int32_t* found, real* value, Py_ssize_t n, int32_t* token, real* weight,
+    const int32_t* found, real* value, Py_ssize_t n, real least, int32_t* token, real* weight,
     Py_ssize_t capacity
 ) noexcept nogil:
     # Of n >= capacity tokens those with the largest scores, the lower tokens where they tie.
-    # `value` has room for LANES more than n.
+    # All scores reach `least`; `value` has room for LANES more than n.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t i
     cdef Py_ssize_t count = 0
@@ -165,7 +162,7 @@ cdef void take_best(
     cdef real bound
     for i in range(n, padded):
         value[i] = -1
-    bound = smallest_kept(value, padded, capacity, 0)
+    bound = smallest_kept(value, padded, capacity, least, 0)
     if count_at_least(value, padded, bound) == capacity:
         i = 0
         while count < capacity:
@@ -189,6 +186,7 @@ cdef void take_best(
 
 
 def keep_best(
+    const real[::1] bounds not None,
     const int32_t[:, :, ::1] found not None, const real[:, :, ::1] value not None,
     const int64_t[:, ::1] count not None, int32_t[::1] joined not None,
     real[::1] joined_value not None, int32_t[:, ::1] token_indices not None,
@@ -197,8 +195,9 @@ def keep_best(
 ):
     """Choose for the experts from start to stop from their lists, one for each range of tokens.
 
-    Sets `missed` where a list was longer than its room, or all are too short. `joined` and
-    `joined_value` have room for all lists of an expert, and LANES more.
+    Lists hold what reaches the expert's bound. Sets `missed` where a list was longer than its
+    room, or all are too short. `joined` and `joined_value` have room for all lists of an expert,
+    and LANES more.
     """
     cdef Py_ssize_t capacity = token_indices.shape[1]
     cdef Py_ssize_t room = found.shape[2] - LANES
@@ -218,5 +217,6 @@ def keep_best(
                 missed[e] = 1
             if not missed[e]:
                 take_best(
-                    &joined[0], &joined_value[0], n, &token_indices[e, 0], &weights[e, 0], capacity
+                    &joined[0], &joined_value[0], n, bounds[e],
+                    &token_indices[e, 0], &weights[e, 0], capacity
                 )

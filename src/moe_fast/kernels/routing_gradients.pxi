@@ -7,10 +7,6 @@ cdef inline real slope_of_sigmoid(real x) noexcept nogil:
     return e / ((<real>1.0 + e) * (<real>1.0 + e))
 
 
-cdef inline bint in_columns(Py_ssize_t n) noexcept nogil:
-    return n < 2 * LANES
-
-
 cdef void pull_back(
     const real* x, Py_ssize_t n, bint is_row, bint is_sigmoid, bint normalised, real of_square,
     real* score, real* gradient
@@ -24,6 +20,7 @@ cdef void pull_back(
     cdef real[LANES] top
     cdef real[LANES] total
     cdef real[LANES] shift
+    cdef real[LANES] difference
     if is_sigmoid and not normalised:
         for i in range(size):
             gradient[i] *= slope_of_sigmoid(x[i])
@@ -35,8 +32,8 @@ cdef void pull_back(
         for i in range(0, size, 16):
             for j in range(LANES):
                 score[i + j] = sigmoid(x[i + j])
-                total[j] += score[i + j]
-                shift[j] += score[i + j] * gradient[i + j]
+            add_to(total, score + i)
+            add_product_to(shift, score + i, gradient + i)
         for i in range(size):
             score[i] = slope_of_sigmoid(x[i])
     else:
@@ -46,10 +43,9 @@ cdef void pull_back(
             for j in range(1, LANES):
                 top[j] = top[0]
         for i in range(0, size, 16):
-            for j in range(LANES):
-                score[i + j] = exponential_below(x[i + j], top[j])
-                total[j] += score[i + j]
-                shift[j] += score[i + j] * gradient[i + j]
+            exponentials_below(x + i, top, difference, score + i)
+            add_to(total, score + i)
+            add_product_to(shift, score + i, gradient + i)
     if is_row:
         total[0] = sum_of_lanes(total)
         shift[0] = sum_of_lanes(shift)
@@ -82,13 +78,9 @@ cdef void pull_back_block(
     cdef Py_ssize_t e, t
     if in_columns(n):
         load_columns(logits, stride, encoding, tokens, n, x, score)
-        for t in range(tokens):
-            for e in range(n):
-                g[e * LANES + t] = gradient[t * n + e]
+        to_columns(<const uint8_t*>gradient, n * sizeof(real), tokens, n, g)
         pull_back(x, n, False, is_sigmoid, normalised, of_square, score, g)
-        for t in range(tokens):
-            for e in range(n):
-                gradient[t * n + e] = g[e * LANES + t]
+        to_rows(g, tokens, n, gradient)
         return
     for t in range(tokens):
         load_row(logits + t * stride, encoding, n, x)

@@ -36,6 +36,9 @@ cdef extern from *:
     #define one_set1(x) (x)
     #define one_loadu(x) (*(x))
     #define one_storeu(to, x) (*(to) = (x))
+    #define one_add(x, y) ((x) + (y))
+    #define one_sub(x, y) ((x) - (y))
+    #define one_mul(x, y) ((x) * (y))
     #define one_max(x, y) ((x) > (y) ? (x) : (y))
     #define one_min(x, y) ((x) < (y) ? (x) : (y))
     #define one_gt(x, y) ((x) > (y))
@@ -86,12 +89,6 @@ cdef extern from *:
                 ge, PART(loadu, S)(x + i), PART(set1, S)(bound), S) << i; \
             return bits; \
         } \
-        /* How many of n values, a multiple of 16, are at least the bound. */ \
-        static inline Py_ssize_t count_at_least_##T(const T* x, Py_ssize_t n, T bound) { \
-            Py_ssize_t i, count = 0; \
-            for (i = 0; i < n; i += 16) count += number_of_bits(at_least_##T(x + i, bound)); \
-            return count; \
-        } \
         /* Whether any of n values, a multiple of 16, is a NaN. */ \
         static inline int has_nan_##T(const T* x, Py_ssize_t n) { \
             enum { SIZE = sizeof(part_##T) / sizeof(T), OTHER = SIZE < 16 ? 8 : 0 }; \
@@ -104,6 +101,26 @@ cdef extern from *:
             return bits != 0; \
         }
     #define EXTREMES(T, S) \
+        /* to[i] = x[i] - most[i] for x[i] <= most[i], but at least `least`; where infinity less \
+           itself is no number, 0. */ \
+        static inline void below_##T(const T* x, const T* most, T least, T* to) { \
+            int i; \
+            EACH_PART(T) { \
+                part_##T less = PART(sub, S)(PART(loadu, S)(x + i), PART(loadu, S)(most + i)); \
+                less = PART(min, S)(less, PART(set1, S)((T)0)); \
+                PART(storeu, S)(to + i, PART(max, S)(less, PART(set1, S)(least))); \
+            } \
+        } \
+        static inline void add_##T(T* to, const T* x) { \
+            int i; \
+            EACH_PART(T) PART(storeu, S)(to + i, PART(add, S)(PART(loadu, S)(to + i), \
+                PART(loadu, S)(x + i))); \
+        } \
+        static inline void add_product_##T(T* to, const T* x, const T* y) { \
+            int i; \
+            EACH_PART(T) PART(storeu, S)(to + i, PART(add, S)(PART(loadu, S)(to + i), \
+                PART(mul, S)(PART(loadu, S)(x + i), PART(loadu, S)(y + i)))); \
+        } \
         /* to[i] = the largest of x[i], x[i + step], ... before n. */ \
         static inline void fold_##T(const T* x, Py_ssize_t n, Py_ssize_t step, T* to) { \
             Py_ssize_t j; \
@@ -191,6 +208,13 @@ cdef extern from *:
                 lower = 2 * lower + 1; \
             } \
         }
+    /* How many of n values, a multiple of 16, are at least the bound. */
+    #define COUNT(T) \
+        static inline Py_ssize_t count_at_least_##T(const T* x, Py_ssize_t n, T bound) { \
+            Py_ssize_t i, count = 0; \
+            for (i = 0; i < n; i += 16) count += number_of_bits(at_least_##T(x + i, bound)); \
+            return count; \
+        }
     #define COLLECT(T) \
         static inline Py_ssize_t collect_##T( \
             const T* x, Py_ssize_t n, T bound, int32_t first, int32_t* index, T* value \
@@ -216,10 +240,12 @@ cdef extern from *:
     COLUMNS(float, ps)
     COLUMNS(double, pd)
     SORT_FEW(double)
+    COUNT(double)
     COLLECT(double)
 
     #if defined(__AVX512F__)
     SORT_FEW(float)
+    COUNT(float)
     /* Indices and values of those from `bound` up, ascending, and how many; indices begin at
        `first`, n is a multiple of 16, and both outputs have room for 16 more. */
     static inline Py_ssize_t collect_float(
@@ -258,6 +284,21 @@ cdef extern from *:
     #define STORE_INTS(to, x) _mm_storeu_si128((__m128i*)(to), x)
     typedef __m128i part_int;
     #endif
+    static inline Py_ssize_t count_at_least_float(const float* x, Py_ssize_t n, float bound) {
+        enum { SIZE = sizeof(part_int) / 4 };
+        const part_float least = PART(set1, ps)(bound);
+        part_int counts[2] = {INTS(set1_epi32)(0), INTS(set1_epi32)(0)};
+        int32_t lanes[2 * SIZE];
+        Py_ssize_t i, count = 0;
+        for (i = 0; i < n; i += 2 * SIZE) {
+            counts[0] = INTS(sub_epi32)(counts[0], FLAGS(ge, PART(loadu, ps)(x + i), least));
+            counts[1] = INTS(sub_epi32)(counts[1], FLAGS(ge, PART(loadu, ps)(x + i + SIZE), least));
+        }
+        STORE_INTS(lanes, counts[0]);
+        STORE_INTS(lanes + SIZE, counts[1]);
+        for (i = 0; i < 2 * SIZE; i++) count += lanes[i];
+        return count;
+    }
     static inline void sort_few_float(const float* value, int n, int32_t* order) {
         enum { SIZE = sizeof(part_int) / 4, PARTS = 16 / SIZE };
         /* From LATER + 7 - i: -1 in the lanes after lane i. */
@@ -317,6 +358,7 @@ cdef extern from *:
     #endif
     #else
     SORT_FEW(float)
+    COUNT(float)
     COLLECT(float)
     #endif
     #if !defined(__AVX2__) || defined(__AVX512F__)
@@ -401,6 +443,12 @@ cdef extern from *:
     Py_ssize_t count_at_least_double(const double* x, Py_ssize_t n, double bound) noexcept nogil
     bint has_nan_float(const float* x, Py_ssize_t n) noexcept nogil
     bint has_nan_double(const double* x, Py_ssize_t n) noexcept nogil
+    void below_float(const float* x, const float* most, float least, float* to) noexcept nogil
+    void below_double(const double* x, const double* most, double least, double* to) noexcept nogil
+    void add_float(float* to, const float* x) noexcept nogil
+    void add_double(double* to, const double* x) noexcept nogil
+    void add_product_float(float* to, const float* x, const float* y) noexcept nogil
+    void add_product_double(double* to, const double* x, const double* y) noexcept nogil
     void fold_float(const float* x, Py_ssize_t n, Py_ssize_t step, float* to) noexcept nogil
     void fold_double(const double* x, Py_ssize_t n, Py_ssize_t step, double* to) noexcept nogil
     void exchange_float(float* a, float* b) noexcept nogil
@@ -459,6 +507,34 @@ cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
         return has_nan_float(x, n)
     else:
         return has_nan_double(x, n)
+
+
+cdef inline void exponentials_below(
+    const real* x, const real* largest, real* difference, real* e
+) noexcept nogil:
+    # Of LANES values: x - largest, or a lower bound whose exponential is 0 too; and exponentials.
+    # From a plain expression compilers take the cases apart, and compute each.
+    cdef Py_ssize_t j
+    if real is float:
+        below_float(x, largest, -88.0, difference)
+    else:
+        below_double(x, largest, -709.0, difference)
+    for j in range(LANES):
+        e[j] = exponential(difference[j])
+
+
+cdef inline void add_to(real* total, const real* x) noexcept nogil:
+    if real is float:
+        add_float(total, x)
+    else:
+        add_double(total, x)
+
+
+cdef inline void add_product_to(real* total, const real* x, const real* y) noexcept nogil:
+    if real is float:
+        add_product_float(total, x, y)
+    else:
+        add_product_double(total, x, y)
 
 
 cdef inline void fold(const real* x, Py_ssize_t n, Py_ssize_t step, real* to) noexcept nogil:

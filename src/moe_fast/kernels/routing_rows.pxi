@@ -10,6 +10,10 @@ cdef inline Py_ssize_t padded_to_lanes(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
 
 
+cdef inline bint in_columns(Py_ssize_t n) noexcept nogil:
+    return n < 2 * LANES
+
+
 cdef void load_row(const uint8_t* row, int encoding, Py_ssize_t n, real* x) noexcept nogil:
     # x[0:n], and -inf up to a multiple of LANES.
     cdef Py_ssize_t i
@@ -57,13 +61,14 @@ cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
     return lane[0]
 
 
-cdef inline real sum_of_lanes(real* lane) noexcept nogil:
+cdef inline real sum_of_lanes(const real* lane) noexcept nogil:
+    cdef real[8] half
     cdef Py_ssize_t j
     for j in range(8):
-        lane[j] += lane[j + 8]
+        half[j] = lane[j] + lane[j + 8]
     for j in range(4):
-        lane[j] += lane[j + 4]
-    return (lane[0] + lane[2]) + (lane[1] + lane[3])
+        half[j] += half[j + 4]
+    return (half[0] + half[2]) + (half[1] + half[3])
 
 
 cdef real sum_of_exponentials(
@@ -71,12 +76,16 @@ cdef real sum_of_exponentials(
 ) noexcept nogil:
     # Lane j adds up columns j, j + LANES, ...; -inf everywhere counts as n equal logits.
     cdef real[LANES] lane
+    cdef real[LANES] top
+    cdef real[LANES] difference
+    cdef real[LANES] e
     cdef Py_ssize_t i, j
     for j in range(LANES):
         lane[j] = 0
+        top[j] = largest
     for i in range(0, padded, 16):
-        for j in range(LANES):
-            lane[j] += exponential_below(x[i + j], largest)
+        exponentials_below(x + i, top, difference, e)
+        add_to(lane, e)
     if largest == -INFINITY:
         return <real>n
     return sum_of_lanes(lane)
@@ -142,13 +151,15 @@ cdef void sum_columns(
     # For each lane the largest, and the sum of all exponentials below it.
     cdef real[LANES] top
     cdef real[LANES] sums
+    cdef real[LANES] difference
+    cdef real[LANES] x
     cdef Py_ssize_t e, t
     fold(column, n * LANES, LANES, top)
     for t in range(LANES):
         sums[t] = 0
     for e in range(n):
-        for t in range(LANES):
-            sums[t] += exponential_below(column[e * LANES + t], top[t])
+        exponentials_below(column + e * LANES, top, difference, x)
+        add_to(sums, x)
     for t in range(LANES):
         largest[t] = top[t]
         total[t] = sums[t]

@@ -11,18 +11,134 @@ cdef inline double rounded_to_32(double x) noexcept nogil:
     return (x + <double>ROUND_TO_32) - <double>ROUND_TO_32
 
 
-cdef inline double entropy_of(const real* p, Py_ssize_t padded) noexcept nogil:
-    cdef double[LANES] lane
-    cdef double x
+cdef inline double surprise(double p) noexcept nogil:
+    # -p ln p, and 0 of 0: what is added does not change a p whose term is worth keeping.
+    return -p * logarithm(p + 1e-300)
+
+
+cdef void sum_scores(
+    const real* x, Py_ssize_t size, bint is_sigmoid, const real* largest,
+    real* score, real* total, real* weighted, real* divisor
+) noexcept nogil:
+    # Of each lane of x: the exponentials below the largest, added up in `total`, and times the
+    # logit less the largest in `weighted`; scores, not yet divided, and their sum in `divisor`.
+    # Of our own: in memory that might overlap they would not stay in registers.
+    cdef real[LANES] top
+    cdef real[LANES] sums
+    cdef real[LANES] products
+    cdef real[LANES] difference
     cdef Py_ssize_t i, j
     for j in range(LANES):
-        lane[j] = 0
-    for i in range(0, padded, 16):
+        top[j] = largest[j]
+        sums[j] = 0
+        products[j] = 0
+    for i in range(0, size, 16):
+        exponentials_below(x + i, top, difference, score + i)
+        add_to(sums, score + i)
+        add_product_to(products, score + i, difference)
+    for j in range(LANES):
+        total[j] = sums[j]
+        weighted[j] = products[j]
+    if not is_sigmoid:
         for j in range(LANES):
-            # Below this, p ln p is below what is kept.
-            x = p[i + j] if p[i + j] > <real>1e-30 else 1.0
-            lane[j] -= x * logarithm(x)
-    return sum_of_lanes(lane)
+            divisor[j] = total[j]
+        return
+    for j in range(LANES):
+        divisor[j] = 0
+    for i in range(0, size, 16):
+        for j in range(LANES):
+            score[i + j] = sigmoid(x[i + j])
+            divisor[j] += score[i + j]
+    for j in range(LANES):
+        divisor[j] += <real>1e-20
+
+
+cdef void add_columns(
+    const real* x, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid, real* score,
+    double* probability, real* largest, real* total, real* weighted, double* entropy
+) noexcept nogil:
+    # A block of tokens, each in its lane.
+    cdef real[LANES] divisor
+    cdef double[LANES] rounded
+    cdef Py_ssize_t e, t
+    fold(x, n * LANES, LANES, largest)
+    sum_scores(x, n * LANES, is_sigmoid, largest, score, total, weighted, divisor)
+    for t in range(tokens, LANES):
+        divisor[t] = INFINITY
+    for e in range(n):
+        for t in range(LANES):
+            score[e * LANES + t] /= divisor[t]
+        for t in range(LANES):
+            rounded[t] = rounded_to_32(score[e * LANES + t])
+        probability[e] += sum_of_lanes(rounded)
+    if is_sigmoid:
+        for e in range(n):
+            for t in range(LANES):
+                entropy[t] += surprise(score[e * LANES + t])
+
+
+cdef void add_row(
+    const real* x, Py_ssize_t n, bint is_sigmoid, real* score,
+    double* probability, real* largest, real* total, real* weighted, double* entropy
+) noexcept nogil:
+    # One token; x ends with -inf up to a multiple of LANES.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef real[LANES] top
+    cdef real[LANES] totals
+    cdef real[LANES] weights
+    cdef real[LANES] divisors
+    cdef double[LANES] lane
+    cdef real divisor
+    cdef Py_ssize_t i, j
+    largest[0] = largest_of_row(x, padded)
+    for j in range(LANES):
+        top[j] = largest[0]
+    sum_scores(x, padded, is_sigmoid, top, score, totals, weights, divisors)
+    # Where all count as equal, so did what ends the row.
+    total[0] = sum_of_lanes(totals) if largest[0] > -INFINITY else <real>n
+    weighted[0] = sum_of_lanes(weights)
+    divisor = sum_of_lanes(divisors) if is_sigmoid else total[0]
+    for i in range(padded):
+        score[i] /= divisor
+    for i in range(n, padded):
+        score[i] = 0
+    for i in range(n):
+        probability[i] += rounded_to_32(score[i])
+    if is_sigmoid:
+        for j in range(LANES):
+            lane[j] = 0
+        for i in range(0, padded, 16):
+            for j in range(LANES):
+                lane[j] += surprise(score[i + j])
+        entropy[0] = sum_of_lanes(lane)
+
+
+cdef void add_totals(
+    Py_ssize_t tokens, bint is_sigmoid, const real* largest, const real* total,
+    const real* weighted, double* entropy, double* totals
+) noexcept nogil:
+    cdef double[LANES] whole
+    cdef double[LANES] rest
+    cdef double[LANES] log_total
+    cdef double square
+    cdef Py_ssize_t t
+    for t in range(LANES):
+        log_total[t] = logarithm(total[t])
+    if not is_sigmoid:
+        # With p = e^(x - largest) / total, the sum of -p ln p.
+        for t in range(LANES):
+            entropy[t] = log_total[t] - <double>weighted[t] / <double>total[t]
+    for t in range(LANES):
+        square = <double>largest[t] + log_total[t]
+        square *= square
+        whole[t] = (square + 6755399441055744.0) - 6755399441055744.0
+        rest[t] = rounded_to_32(square - whole[t])
+        rest[t] = rest[t] if square <= 4294967296.0 else 0.0
+        whole[t] = whole[t] if square <= 4294967296.0 else INFINITY
+    for t in range(tokens):
+        totals[0] += (entropy[t] + <double>ROUND_TO_24) - <double>ROUND_TO_24
+        totals[1] += whole[t]
+        totals[2] += rest[t]
 
 
 def add_statistics(
@@ -33,68 +149,54 @@ def add_statistics(
     """Add up probabilities by expert, and over tokens the entropy and the squared log-sum-exp.
 
     `totals` takes the entropy in units of 2^-24, the squares' nearest integers, and what the
-    squares exceed them by in units of 2^-32; a square above 2^32 counts as infinite. `work` is room
-    for two rows. At most 2^20 tokens a call. Returns the first token with a NaN, or -1.
+    squares exceed them by in units of 2^-32; a square above 2^32 counts as infinite. `work` is two
+    rows of LANES values for each expert. At most 2^20 tokens a call. Returns the first token with
+    a NaN, or -1.
     """
-    cdef Py_ssize_t padded = work.shape[1]
-    cdef Py_ssize_t token, i, j
+    cdef Py_ssize_t padded = padded_to_lanes(num_experts)
+    cdef Py_ssize_t bad = -1
+    cdef Py_ssize_t token, tokens, t
+    cdef const uint8_t* at
     cdef real* x = &work[0, 0]
-    cdef real* p = &work[1, 0]
-    cdef const real* rows[1]
-    cdef real[LANES] lane
+    cdef real* score = &work[1, 0]
+    cdef const real* row[1]
+    cdef real[LANES] largest
+    cdef real[LANES] total
     cdef real[LANES] weighted
-    cdef real largest, total, divisor
-    cdef double log_total, entropy, square, whole
+    cdef double[LANES] entropy
     with nogil:
-        rows[0] = x
-        for token in range(start, stop):
-            load_row(&logits[token, 0], encoding, num_experts, x)
-            if first_nan(&rows[0], 1, padded) >= 0:
-                with gil:
-                    return token
-            largest = largest_of_row(x, padded)
-            for j in range(LANES):
-                lane[j] = 0
-                weighted[j] = 0
-            for i in range(0, padded, 16):
-                for j in range(LANES):
-                    p[i + j] = exponential_below(x[i + j], largest)
-                    lane[j] += p[i + j]
-                    # Where the exponential is 0 the difference may be infinite.
-                    weighted[j] += p[i + j] * (x[i + j] - largest) if (
-                        (p[i + j] > 0) & (x[i + j] < largest)
-                    ) else <real>0.0
-            total = sum_of_lanes(lane) if largest > -INFINITY else <real>num_experts
-            log_total = logarithm(total)
-            # With p = e^(x - largest) / total, the sum of -p ln p.
-            entropy = log_total - <double>sum_of_lanes(weighted) / <double>total
-            square = <double>largest + log_total
-            square *= square
-            if square <= 4294967296.0:
-                whole = (square + 6755399441055744.0) - 6755399441055744.0
-                totals[1] += whole
-                totals[2] += rounded_to_32(square - whole)
+        for token in range(start, stop, 16):
+            tokens = LANES if token + LANES < stop else stop - token
+            at = &logits[token, 0]
+            for t in range(LANES):
+                largest[t] = 0
+                total[t] = 1
+                weighted[t] = 0
+                entropy[t] = 0
+            if in_columns(num_experts):
+                bad = load_columns(
+                    at, logits.strides[0], encoding, tokens, num_experts, x, score
+                )
+                if bad >= 0:
+                    break
+                add_columns(
+                    x, tokens, num_experts, is_sigmoid, score,
+                    &probability[0], largest, total, weighted, entropy
+                )
             else:
-                totals[1] = INFINITY
-            divisor = total
-            if is_sigmoid:
-                for j in range(LANES):
-                    lane[j] = 0
-                for i in range(0, padded, 16):
-                    for j in range(LANES):
-                        p[i + j] = sigmoid(x[i + j])
-                        lane[j] += p[i + j]
-                divisor = sum_of_lanes(lane) + <real>1e-20
-            for i in range(padded):
-                p[i] /= divisor
-            for i in range(num_experts, padded):
-                p[i] = 0
-            for i in range(num_experts):
-                probability[i] += rounded_to_32(p[i])
-            if is_sigmoid:
-                entropy = entropy_of(p, padded)
-            totals[0] += (entropy + <double>ROUND_TO_24) - <double>ROUND_TO_24
-    return -1
+                for t in range(tokens):
+                    row[0] = readable_row(at + t * logits.strides[0], encoding, num_experts, x)
+                    if first_nan(row, 1, padded) >= 0:
+                        bad = t
+                        break
+                    add_row(
+                        row[0], num_experts, is_sigmoid, score,
+                        &probability[0], largest + t, total + t, weighted + t, entropy + t
+                    )
+                if bad >= 0:
+                    break
+            add_totals(tokens, is_sigmoid, largest, total, weighted, entropy, &totals[0])
+    return token + bad if bad >= 0 else -1
 
 
 def add_weights(

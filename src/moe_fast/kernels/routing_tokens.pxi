@@ -35,6 +35,7 @@ cdef Py_ssize_t route_columns(
     cdef int32_t[FEW * LANES] expert
     cdef real[LANES] largest
     cdef real[LANES] total
+    cdef real[LANES] difference
     cdef real[LANES] x
     cdef Py_ssize_t e, s, t
     t = load_columns(logits, stride, encoding, tokens, n, column, <real*>work.value)
@@ -46,11 +47,13 @@ cdef Py_ssize_t route_columns(
         choose_in_columns(column, n, k, expert, chosen)
     else:
         for e in range(n):
-            for t in range(LANES):
-                if rule.is_sigmoid:
+            if rule.is_sigmoid:
+                for t in range(LANES):
                     x[t] = sigmoid(column[e * LANES + t])
-                else:
-                    x[t] = exponential_below(column[e * LANES + t], largest[t]) / total[t]
+            else:
+                exponentials_below(column + e * LANES, largest, difference, x)
+                for t in range(LANES):
+                    x[t] /= total[t]
             for t in range(LANES):
                 score[e * LANES + t] = x[t] + bias[e]
         choose_in_columns(score, n, k, expert, chosen)
@@ -69,12 +72,18 @@ cdef void score_row(
     # What the experts of a token are chosen by; -inf up to a multiple of LANES.
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t e
+    cdef real[LANES] top
+    cdef real[LANES] difference
     if rule.is_sigmoid:
         for e in range(n):
             score[e] = sigmoid(x[e]) + bias[e]
     else:
+        for e in range(LANES):
+            top[e] = largest
+        for e in range(0, n, 16):
+            exponentials_below(x + e, top, difference, score + e)
         for e in range(n):
-            score[e] = exponential_below(x[e], largest) / total + bias[e]
+            score[e] = score[e] / total + bias[e]
     for e in range(n, padded_to_lanes(n)):
         score[e] = -INFINITY
 
@@ -159,7 +168,9 @@ cdef Py_ssize_t route_blocks(
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
     cdef Py_ssize_t bad = -1
-    cdef Py_ssize_t token, tokens, i
+    cdef Py_ssize_t token, tokens, i, j
+    cdef int64_t* count[COUNTERS]
+    cdef int64_t* counters
     cdef int32_t* index
     cdef real* weight
     cdef real* zeros
@@ -167,6 +178,7 @@ cdef Py_ssize_t route_blocks(
     cdef char* memory = <char*>malloc(
         (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
         + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
+        + (COUNTERS - 1) * n * sizeof(int64_t)
     )
     if memory == NULL:
         return NO_MEMORY
@@ -181,6 +193,13 @@ cdef Py_ssize_t route_blocks(
     if bias == NULL:
         memset(zeros, 0, n * sizeof(real))
         bias = zeros
+    for i in range(COUNTERS):
+        count[i] = tokens_per_expert
+    if stop - start > LANES:
+        counters = <int64_t*>(work.expert + LANES * padded)
+        memset(counters, 0, (COUNTERS - 1) * n * sizeof(int64_t))
+        for i in range(1, COUNTERS):
+            count[i] = counters + (i - 1) * n
     for token in range(start, stop, 16):
         tokens = LANES if token + LANES < stop else stop - token
         row = logits + token * stride
@@ -196,7 +215,11 @@ cdef Py_ssize_t route_blocks(
             bad += token
             break
         for i in range(tokens * k):
-            tokens_per_expert[index[i]] += 1
+            count[i % COUNTERS][index[i]] += 1
+    if count[1] != tokens_per_expert:
+        for i in range(1, COUNTERS):
+            for j in range(n):
+                tokens_per_expert[j] += count[i][j]
     free(memory)
     return bad
 

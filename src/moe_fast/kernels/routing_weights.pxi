@@ -10,6 +10,7 @@ cdef void weigh(
     cdef real scale = <real>rule.routed_scaling_factor
     cdef real[LANES] top
     cdef real[LANES] divisor
+    cdef real[LANES] difference
     if rule.is_sigmoid:
         for s in range(k):
             for t in range(LANES):
@@ -21,8 +22,7 @@ cdef void weigh(
             for t in range(LANES):
                 top[t] = largest[t]
         for s in range(k):
-            for t in range(LANES):
-                chosen[s * LANES + t] = exponential_below(chosen[s * LANES + t], top[t])
+            exponentials_below(chosen + s * LANES, top, difference, chosen + s * LANES)
     if rule.norm_topk_prob:
         for t in range(LANES):
             divisor[t] = chosen[t]
