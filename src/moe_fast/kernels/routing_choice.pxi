@@ -142,15 +142,18 @@ cdef inline int32_t first_at_least(const real* x, real bound) noexcept nogil:
 
 cdef void choose_in_rows(
     const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded, Py_ssize_t k,
-    int32_t* index, real* value, int32_t* found, int32_t* order
+    const real* largest, int32_t* index, real* value, int32_t* found, int32_t* order
 ) noexcept nogil:
     # index[t * k + s] is the s-th largest of row[t][0:n]; the rest up to `padded` is -inf.
+    # `largest` holds that of each row, or is NULL.
     cdef real[LANES] bound
     cdef Py_ssize_t[LANES] count
     cdef Py_ssize_t t, s, j
     if k == 1:
         for t in range(tokens):
-            index[t] = first_at_least(row[t], largest_of_row(row[t], padded))
+            index[t] = first_at_least(
+                row[t], largest[t] if largest else largest_of_row(row[t], padded)
+            )
         return
     lower_bounds(row, tokens, padded, k, bound, value, order)
     # All lists first, then their order: what is read while it is still being written has to wait.

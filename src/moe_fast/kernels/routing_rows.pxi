@@ -71,24 +71,26 @@ cdef inline real sum_of_lanes(const real* lane) noexcept nogil:
     return (half[0] + half[2]) + (half[1] + half[3])
 
 
-cdef real sum_of_exponentials(
-    const real* x, Py_ssize_t n, Py_ssize_t padded, real largest
+cdef void sum_rows(
+    const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded,
+    real* largest, real* total
 ) noexcept nogil:
-    # Lane j adds up columns j, j + LANES, ...; -inf everywhere counts as n equal logits.
+    # For each row the largest, and the sum of all exponentials below it. Lane j adds up columns
+    # j, j + LANES, ...; -inf everywhere counts as n equal logits.
     cdef real[LANES] lane
     cdef real[LANES] top
     cdef real[LANES] difference
     cdef real[LANES] e
-    cdef Py_ssize_t i, j
-    for j in range(LANES):
-        lane[j] = 0
-        top[j] = largest
-    for i in range(0, padded, 16):
-        exponentials_below(x + i, top, difference, e)
-        add_to(lane, e)
-    if largest == -INFINITY:
-        return <real>n
-    return sum_of_lanes(lane)
+    cdef Py_ssize_t t, i, j
+    for t in range(tokens):
+        largest[t] = largest_of_row(row[t], padded)
+        for j in range(LANES):
+            lane[j] = 0
+            top[j] = largest[t]
+        for i in range(0, padded, 16):
+            exponentials_below(row[t] + i, top, difference, e)
+            add_to(lane, e)
+        total[t] = sum_of_lanes(lane) if largest[t] > -INFINITY else <real>n
 
 
 cdef inline void to_columns(

@@ -104,6 +104,7 @@ cdef Py_ssize_t route_rows(
     cdef const real* choice[LANES]
     cdef real[LANES] largest
     cdef real[LANES] total
+    cdef const real* known = NULL
     cdef Py_ssize_t s, t
     for t in range(tokens):
         row[t] = readable_row(
@@ -116,11 +117,10 @@ cdef Py_ssize_t route_rows(
         largest[t] = 0
         total[t] = 1
     if wants_sums(rule):
-        for t in range(tokens):
-            largest[t] = largest_of_row(row[t], padded)
-            total[t] = sum_of_exponentials(row[t], n, padded, largest[t])
+        sum_rows(row, tokens, n, padded, largest, total)
+        known = largest
     if not rule.by_score:
-        choose_in_rows(row, tokens, n, padded, k, index, value, work.found, work.order)
+        choose_in_rows(row, tokens, n, padded, k, known, index, value, work.found, work.order)
     else:
         for t in range(tokens):
             score = <real*>work.scores + t * padded
@@ -134,7 +134,7 @@ cdef Py_ssize_t route_rows(
             choice[t] = score
         n = n // rule.n_group * rule.topk_group
         padded = padded_to_lanes(n)
-        choose_in_rows(choice, tokens, n, padded, k, index, value, work.found, work.order)
+        choose_in_rows(choice, tokens, n, padded, k, NULL, index, value, work.found, work.order)
         if rule.n_group > 1:
             for t in range(tokens):
                 expert = work.expert + t * padded_to_lanes(rule.num_experts)
