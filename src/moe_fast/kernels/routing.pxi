@@ -4,8 +4,6 @@
 
 cdef enum:
     LANES = 16  # and so the step of ranges, which Cython wants as a literal
-    # Of an expert, while pairs are counted: with one, each step waits for what the last one wrote.
-    COUNTERS = 4
 
 ctypedef fused real:
     float

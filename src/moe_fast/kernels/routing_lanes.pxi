@@ -380,11 +380,45 @@ cdef extern from *:
         _mm_storeu_ps(y2, c);
         _mm_storeu_ps(y3, d);
     }
+    #if defined(__AVX2__)
+    /* In whole vectors: one read from two halves just written has to wait for both. */
+    static inline void transpose_8x8(
+        const uint8_t* from, Py_ssize_t stride, float* to, Py_ssize_t width
+    ) {
+        __m256 x[8], pair[8], four[8];
+        int i;
+        for (i = 0; i < 8; i++) x[i] = _mm256_loadu_ps((const float*)(from + i * stride));
+        for (i = 0; i < 8; i += 2) {
+            pair[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+            pair[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+        }
+        for (i = 0; i < 8; i += 4) {
+            four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+            four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+            four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+            four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+        }
+        for (i = 0; i < 4; i++) {
+            _mm256_storeu_ps(to + i * width,
+                _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+            _mm256_storeu_ps(to + (i + 4) * width,
+                _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+        }
+    }
+    #endif
     static inline int columns_of_rows(
         const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
     ) {
         Py_ssize_t e;
         int t;
+        #if defined(__AVX2__)
+        if (n % 8 == 0) {
+            for (t = 0; t < 16; t += 8)
+                for (e = 0; e < n; e += 8)
+                    transpose_8x8(rows + t * stride + e * 4, stride, column + 16 * e + t, 16);
+            return 1;
+        }
+        #endif
         if (n % 4) return 0;
         for (t = 0; t < 16; t += 4)
             for (e = 0; e < n; e += 4) {
@@ -407,6 +441,14 @@ cdef extern from *:
             }
             return 1;
         }
+        #if defined(__AVX2__)
+        if (k % 8 == 0) {
+            for (t = 0; t < 16; t += 8)
+                for (s = 0; s < k; s += 8)
+                    transpose_8x8((const uint8_t*)(column + 16 * s + t), 64, rows + t * k + s, k);
+            return 1;
+        }
+        #endif
         if (k % 4) return 0;
         for (t = 0; t < 16; t += 4)
             for (s = 0; s < k; s += 4) {

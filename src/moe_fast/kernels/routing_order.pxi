@@ -46,6 +46,11 @@ cdef inline void place_pair(
     to[0] = <int32_t>pair
 
 
+cdef enum:
+    # Of an expert, while pairs are sorted: with one, each step waits for what the last one wrote.
+    COUNTERS = 4
+
+
 def sort_by_expert(
     const int32_t[::1] expert_indices not None, const int64_t[::1] offsets not None,
     int32_t[::1] permutation not None, int64_t[:, ::1] work not None

@@ -168,9 +168,7 @@ cdef Py_ssize_t route_blocks(
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
     cdef Py_ssize_t bad = -1
-    cdef Py_ssize_t token, tokens, i, j
-    cdef int64_t* count[COUNTERS]
-    cdef int64_t* counters
+    cdef Py_ssize_t token, tokens, i
     cdef int32_t* index
     cdef real* weight
     cdef real* zeros
@@ -178,7 +176,6 @@ cdef Py_ssize_t route_blocks(
     cdef char* memory = <char*>malloc(
         (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
         + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
-        + (COUNTERS - 1) * n * sizeof(int64_t)
     )
     if memory == NULL:
         return NO_MEMORY
@@ -193,13 +190,6 @@ cdef Py_ssize_t route_blocks(
     if bias == NULL:
         memset(zeros, 0, n * sizeof(real))
         bias = zeros
-    for i in range(COUNTERS):
-        count[i] = tokens_per_expert
-    if stop - start > LANES:
-        counters = <int64_t*>(work.expert + LANES * padded)
-        memset(counters, 0, (COUNTERS - 1) * n * sizeof(int64_t))
-        for i in range(1, COUNTERS):
-            count[i] = counters + (i - 1) * n
     for token in range(start, stop, 16):
         tokens = LANES if token + LANES < stop else stop - token
         row = logits + token * stride
@@ -215,11 +205,7 @@ cdef Py_ssize_t route_blocks(
             bad += token
             break
         for i in range(tokens * k):
-            count[i % COUNTERS][index[i]] += 1
-    if count[1] != tokens_per_expert:
-        for i in range(1, COUNTERS):
-            for j in range(n):
-                tokens_per_expert[j] += count[i][j]
+            tokens_per_expert[index[i]] += 1
     free(memory)
     return bad
 

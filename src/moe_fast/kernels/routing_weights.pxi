@@ -6,6 +6,7 @@ cdef void weigh(
     # In place. `largest` and `total` are those of the whole rows; only softmax weights that are
     # not renormalised read them.
     cdef Py_ssize_t k = rule.num_experts_per_tok
+    cdef Py_ssize_t first = 0
     cdef Py_ssize_t s, t
     cdef real scale = <real>rule.routed_scaling_factor
     cdef real[LANES] top
@@ -16,12 +17,18 @@ cdef void weigh(
             for t in range(LANES):
                 chosen[s * LANES + t] = sigmoid(chosen[s * LANES + t])
     else:
-        if rule.norm_topk_prob:
-            fold(chosen, k * LANES, LANES, top)
-        else:
+        if not rule.norm_topk_prob:
             for t in range(LANES):
                 top[t] = largest[t]
-        for s in range(k):
+        elif rule.by_score:
+            fold(chosen, k * LANES, LANES, top)
+        else:
+            # Chosen by logits, the first is the largest, and its exponential 1.
+            first = 1
+            for t in range(LANES):
+                top[t] = chosen[t]
+                chosen[t] = 1
+        for s in range(first, k):
             exponentials_below(chosen + s * LANES, top, difference, chosen + s * LANES)
     if rule.norm_topk_prob:
         for t in range(LANES):
