@@ -101,3 +101,32 @@ def test_writing_takes_less_memory_than_the_output_has_bytes(tmp_path, options):
         assert taken["memory"] < MOST_MEMORY
     finally:
         shutil.rmtree(moe, ignore_errors=True)
+
+
+def test_models_in_more_files_than_a_process_may_open(tmp_path):
+    models = [tmp_path / str(i) for i in range(2)]
+    for model in models:
+        make_sparse_model(
+            model,
+            num_files=90,
+            num_hidden_layers=10,
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=256,
+        )
+    code = f"""
+        import resource
+        from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
+        resource.setrlimit(resource.RLIMIT_NOFILE, (88, 88))
+        build_moe({list(map(str, models))}, "moe", MoeConfig(8), max_shard_size=20_000)
+        assert len(list(Path("moe").glob("*.safetensors"))) > 88
+        assert check_moe("moe").passed
+        convert_moe("moe", "fused", layout="fused")
+        """
+    code = "from pathlib import Path\n" + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""

@@ -26,8 +26,15 @@ class SourceFile(NamedTuple):
             raise CheckpointError(f"{self.path}: changed while it was being read")
 
 
+# Far below what systems let a process have open; models may stand in more files than that.
+MOST_OPEN = 64
+
+
 class OpenFiles:
-    """Files opened once each, the same as when their headers were read, and closed together."""
+    """Files kept open, the same as when their headers were read, and closed together.
+
+    Of more than MOST_OPEN the one used longest ago is closed, and opened again when asked for.
+    """
 
     def __init__(self) -> None:
         self.streams: dict[SourceFile, FileIO] = {}
@@ -40,9 +47,15 @@ class OpenFiles:
             stream.close()
 
     def __getitem__(self, file: SourceFile) -> FileIO:
-        if file not in self.streams:
-            self.streams[file] = open_regular(Path(file.path))
-            file.check_unchanged(self.streams[file])
+        if file in self.streams:
+            self.streams[file] = self.streams.pop(file)
+            return self.streams[file]
+        if len(self.streams) == MOST_OPEN:
+            oldest = next(iter(self.streams))
+            with self.streams.pop(oldest) as stream:
+                oldest.check_unchanged(stream)
+        self.streams[file] = open_regular(Path(file.path))
+        file.check_unchanged(self.streams[file])
         return self.streams[file]
 
     def read(self, file: SourceFile, offset: int, count: int) -> bytearray:
