@@ -438,6 +438,7 @@ def test_one_token_again_is_checked_like_the_first():
     for options, error, match in [
         ({"n_group": True}, TypeError, "n_group must be an integer, got True"),
         ({"scores": "tanh"}, MoeConfigError, "scores must be 'softmax' or 'sigmoid', got 'tanh'"),
+        ({"threads": 0}, MoeConfigError, "threads must be at least 1, got 0"),
     ]:
         route(logits, method, out=out)
         with pytest.raises(error, match=match):

@@ -426,12 +426,12 @@ def route(
         config, selection_bias is not None, scores, norm_topk_prob, routed_scaling_factor,
         n_group, topk_group, experts_per_group_score, capacity_factor, drop_policy, sorted,
     )  # fmt: skip
-    if out is not None and routed_again(logits, asked, out):
+    if out is not None and routed_again(logits, (*asked, threads), out):
         return out
     rule = as_rule(*asked)
     rows, encoding, dtype = readable(logits, rule.num_experts)
     num_tokens = len(rows)
-    threads = 1 if num_tokens == 1 else as_threads(threads)
+    workers = as_threads(threads)
     capacity = rule.capacity(num_tokens)
     if rule.method is RoutingMethod.EXPERT_CHOICE:
         capacity = num_tokens if capacity is None else min(capacity, num_tokens)
@@ -447,15 +447,16 @@ def route(
     else:
         reuse(out, rule, num_tokens, shape, dtype, capacity)
     if rule.method is RoutingMethod.EXPERT_CHOICE:
-        experts_choose(rows, encoding, rule, out, threads)
+        experts_choose(rows, encoding, rule, out, workers)
     else:
         tokens_choose(
-            rows, encoding, rule, as_bias(selection_bias, rule.num_experts, dtype), out, threads
+            rows, encoding, rule, as_bias(selection_bias, rule.num_experts, dtype), out, workers
         )
         if capacity is not None:
             drop(rule, out, capacity)
         if num_tokens == 1 and selection_bias is None and capacity != 0:
-            out._asked = asked, *choice(rule), rule.num_experts, rule.num_experts_per_tok
+            again = (*asked, threads), *choice(rule)
+            out._asked = *again, rule.num_experts, rule.num_experts_per_tok
     return out
 
 
