@@ -2,58 +2,6 @@
 # leaves each expert a short list, from which it takes exactly the best. Where a list turns out too
 # short, or too long for its room, the caller asks again without a bound.
 
-cdef void score_columns(
-    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    Py_ssize_t n, bint is_sigmoid, real* column
-) noexcept nogil:
-    # In place: the logits of a block of tokens, as columns, become scores; -1 in lanes without one.
-    cdef real[LANES] top
-    cdef real[LANES] total
-    cdef real[LANES] x
-    cdef real[LANES] difference
-    cdef Py_ssize_t e, t
-    if not is_sigmoid:
-        sum_columns(column, n, top, total)
-    for e in range(n):
-        if is_sigmoid:
-            for t in range(LANES):
-                x[t] = sigmoid(column[e * LANES + t])
-        else:
-            exponentials_below(column + e * LANES, top, difference, x)
-            for t in range(LANES):
-                x[t] /= total[t]
-        for t in range(tokens, LANES):
-            x[t] = -1
-        for t in range(LANES):
-            column[e * LANES + t] = x[t]
-
-
-cdef void scores_of_row(
-    const real* x, Py_ssize_t n, bint is_sigmoid, real* score
-) noexcept nogil:
-    # x ends with -inf up to a multiple of LANES.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
-    cdef Py_ssize_t i, j
-    cdef real[LANES] lane
-    cdef real[LANES] largest
-    cdef real[LANES] difference
-    cdef real top, total
-    if is_sigmoid:
-        for i in range(padded):
-            score[i] = sigmoid(x[i])
-        return
-    top = largest_of_row(x, padded)
-    for j in range(LANES):
-        lane[j] = 0
-        largest[j] = top
-    for i in range(0, padded, 16):
-        exponentials_below(x + i, largest, difference, score + i)
-        add_to(lane, score + i)
-    total = sum_of_lanes(lane) if top > -INFINITY else <real>n
-    for i in range(padded):
-        score[i] /= total
-
-
 cdef Py_ssize_t score_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     Py_ssize_t n, bint is_sigmoid, real* column, real* row
@@ -64,17 +12,20 @@ cdef Py_ssize_t score_block(
     cdef Py_ssize_t e, t
     cdef real* scores = row + padded
     cdef const real* x[1]
+    cdef real[LANES] largest
+    cdef real[LANES] total
     if in_columns(n):
         t = load_columns(logits, stride, encoding, tokens, n, column, row)
-        if t < 0:
-            score_columns(logits, stride, encoding, tokens, n, is_sigmoid, column)
-        return t
-    for t in range(tokens):
-        x[0] = readable_row(logits + t * stride, encoding, n, row)
-        if first_nan(x, 1, padded) >= 0:
+        if t >= 0:
             return t
-        scores_of_row(x[0], n, is_sigmoid, scores + t * padded)
-    to_columns(<const uint8_t*>scores, padded * sizeof(real), tokens, n, column)
+        scores_of_columns(column, n, is_sigmoid, largest, total, column)
+    else:
+        for t in range(tokens):
+            x[0] = readable_row(logits + t * stride, encoding, n, row)
+            if first_nan(x, 1, padded) >= 0:
+                return t
+            scores_of_row(x[0], n, is_sigmoid, largest, total, scores + t * padded)
+        to_columns(<const uint8_t*>scores, padded * sizeof(real), tokens, n, column)
     for t in range(tokens, LANES):
         for e in range(n):
             column[e * LANES + t] = -1

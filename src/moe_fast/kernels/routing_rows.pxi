@@ -1,4 +1,4 @@
-# Logits in, as rows or as columns, and sums over them.
+# Logits in, as rows or as columns, and the scores of all experts.
 
 cdef enum:
     NATIVE = 0
@@ -71,26 +71,41 @@ cdef inline real sum_of_lanes(const real* lane) noexcept nogil:
     return (half[0] + half[2]) + (half[1] + half[3])
 
 
-cdef void sum_rows(
-    const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded,
-    real* largest, real* total
+cdef inline real exponentials_of_row(
+    const real* x, Py_ssize_t n, real largest, real* e
 ) noexcept nogil:
-    # For each row the largest, and the sum of all exponentials below it. Lane j adds up columns
-    # j, j + LANES, ...; -inf everywhere counts as n equal logits.
+    # Below the largest, for x that ends with -inf up to a multiple of LANES. Returns their sum, in
+    # which lane j adds up columns j, j + LANES, ...; -inf everywhere counts as n equal logits.
     cdef real[LANES] lane
     cdef real[LANES] top
     cdef real[LANES] difference
-    cdef real[LANES] e
-    cdef Py_ssize_t t, i, j
-    for t in range(tokens):
-        largest[t] = largest_of_row(row[t], padded)
-        for j in range(LANES):
-            lane[j] = 0
-            top[j] = largest[t]
-        for i in range(0, padded, 16):
-            exponentials_below(row[t] + i, top, difference, e)
-            add_to(lane, e)
-        total[t] = sum_of_lanes(lane) if largest[t] > -INFINITY else <real>n
+    cdef Py_ssize_t i, j
+    for j in range(LANES):
+        lane[j] = 0
+        top[j] = largest
+    for i in range(0, n, 16):
+        exponentials_below(x + i, top, difference, e + i)
+        add_to(lane, e + i)
+    return sum_of_lanes(lane) if largest > -INFINITY else <real>n
+
+
+cdef void scores_of_row(
+    const real* x, Py_ssize_t n, bint is_sigmoid, real* largest, real* total, real* score
+) noexcept nogil:
+    # Up to a multiple of LANES, as x. Only softmax sets the largest and the total.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t i
+    cdef real top, divisor  # of our own: `total` might lie among the scores
+    if is_sigmoid:
+        for i in range(padded):
+            score[i] = sigmoid(x[i])
+        return
+    top = largest_of_row(x, padded)
+    divisor = exponentials_of_row(x, n, top, score)
+    for i in range(padded):
+        score[i] /= divisor
+    largest[0] = top
+    total[0] = divisor
 
 
 cdef inline void to_columns(
@@ -147,21 +162,35 @@ cdef Py_ssize_t load_columns(
     return -1
 
 
-cdef void sum_columns(
-    const real* column, Py_ssize_t n, real* largest, real* total
+cdef void exponentials_of_columns(
+    const real* column, Py_ssize_t n, real* largest, real* total, real* e
 ) noexcept nogil:
-    # For each lane the largest, and the sum of all exponentials below it.
+    # For each lane those below its largest, and their sum. `e` may be `column`.
     cdef real[LANES] top
     cdef real[LANES] sums
     cdef real[LANES] difference
-    cdef real[LANES] x
-    cdef Py_ssize_t e, t
+    cdef Py_ssize_t i, t
     fold(column, n * LANES, LANES, top)
     for t in range(LANES):
         sums[t] = 0
-    for e in range(n):
-        exponentials_below(column + e * LANES, top, difference, x)
-        add_to(sums, x)
+    for i in range(0, n * LANES, 16):
+        exponentials_below(column + i, top, difference, e + i)
+        add_to(sums, e + i)
     for t in range(LANES):
         largest[t] = top[t]
         total[t] = sums[t]
+
+
+cdef void scores_of_columns(
+    const real* column, Py_ssize_t n, bint is_sigmoid, real* largest, real* total, real* score
+) noexcept nogil:
+    # `score` may be `column`. Only softmax sets the largest and the total.
+    cdef Py_ssize_t i, t
+    if is_sigmoid:
+        for i in range(n * LANES):
+            score[i] = sigmoid(column[i])
+        return
+    exponentials_of_columns(column, n, largest, total, score)
+    for i in range(0, n * LANES, 16):
+        for t in range(LANES):
+            score[i + t] /= total[t]

@@ -12,14 +12,9 @@ cdef struct Work:
 
 
 cdef inline bint few_enough_for_columns(const Rule* rule) noexcept nogil:
-    return rule.n_group == 1 and rule.num_experts < 2 * LANES and (
+    return rule.n_group == 1 and in_columns(rule.num_experts) and (
         rule.num_experts * rule.num_experts_per_tok <= 128
     )
-
-
-cdef inline bint wants_sums(const Rule* rule) noexcept nogil:
-    # Whether the softmax over all experts is asked for.
-    return not rule.is_sigmoid and (rule.by_score or not rule.norm_topk_prob)
 
 
 cdef Py_ssize_t route_columns(
@@ -35,27 +30,19 @@ cdef Py_ssize_t route_columns(
     cdef int32_t[FEW * LANES] expert
     cdef real[LANES] largest
     cdef real[LANES] total
-    cdef real[LANES] difference
-    cdef real[LANES] x
     cdef Py_ssize_t e, s, t
     t = load_columns(logits, stride, encoding, tokens, n, column, <real*>work.value)
     if t >= 0:
         return t
-    if wants_sums(rule):
-        sum_columns(column, n, largest, total)
     if not rule.by_score:
+        if not rule.norm_topk_prob:
+            exponentials_of_columns(column, n, largest, total, score)
         choose_in_columns(column, n, k, expert, chosen)
     else:
+        scores_of_columns(column, n, rule.is_sigmoid, largest, total, score)
         for e in range(n):
-            if rule.is_sigmoid:
-                for t in range(LANES):
-                    x[t] = sigmoid(column[e * LANES + t])
-            else:
-                exponentials_below(column + e * LANES, largest, difference, x)
-                for t in range(LANES):
-                    x[t] /= total[t]
             for t in range(LANES):
-                score[e * LANES + t] = x[t] + bias[e]
+                score[e * LANES + t] += bias[e]
         choose_in_columns(score, n, k, expert, chosen)
         for s in range(k):
             for t in range(LANES):
@@ -64,28 +51,6 @@ cdef Py_ssize_t route_columns(
     weigh(chosen, largest, total, rule)
     to_rows(chosen, tokens, k, weight)
     return -1
-
-
-cdef void score_row(
-    const real* x, const real* bias, const Rule* rule, real largest, real total, real* score
-) noexcept nogil:
-    # What the experts of a token are chosen by; -inf up to a multiple of LANES.
-    cdef Py_ssize_t n = rule.num_experts
-    cdef Py_ssize_t e
-    cdef real[LANES] top
-    cdef real[LANES] difference
-    if rule.is_sigmoid:
-        for e in range(n):
-            score[e] = sigmoid(x[e]) + bias[e]
-    else:
-        for e in range(LANES):
-            top[e] = largest
-        for e in range(0, n, 16):
-            exponentials_below(x + e, top, difference, score + e)
-        for e in range(n):
-            score[e] = score[e] / total + bias[e]
-    for e in range(n, padded_to_lanes(n)):
-        score[e] = -INFINITY
 
 
 cdef Py_ssize_t route_rows(
@@ -101,11 +66,11 @@ cdef Py_ssize_t route_rows(
     cdef real* score
     cdef int32_t* expert
     cdef const real* row[LANES]
-    cdef const real* choice[LANES]
+    cdef real* choice[LANES]
     cdef real[LANES] largest
     cdef real[LANES] total
     cdef const real* known = NULL
-    cdef Py_ssize_t s, t
+    cdef Py_ssize_t e, s, t
     for t in range(tokens):
         row[t] = readable_row(
             logits + t * stride, encoding, n, <real*>work.rows + t * padded
@@ -116,25 +81,32 @@ cdef Py_ssize_t route_rows(
     for t in range(LANES):
         largest[t] = 0
         total[t] = 1
-    if wants_sums(rule):
-        sum_rows(row, tokens, n, padded, largest, total)
-        known = largest
     if not rule.by_score:
+        if not rule.norm_topk_prob:
+            known = largest
+            for t in range(tokens):
+                largest[t] = largest_of_row(row[t], padded)
+                total[t] = exponentials_of_row(row[t], n, largest[t], <real*>work.scores)
         choose_in_rows(row, tokens, n, padded, k, known, index, value, work.found, work.order)
     else:
         for t in range(tokens):
-            score = <real*>work.scores + t * padded
-            if rule.n_group == 1:
-                score_row(row[t], bias, rule, largest[t], total[t], score)
-            else:
-                score_row(row[t], bias, rule, largest[t], total[t], value)
+            choice[t] = <real*>work.scores + t * padded
+            score = choice[t] if rule.n_group == 1 else value
+            scores_of_row(row[t], n, rule.is_sigmoid, largest + t, total + t, score)
+            for e in range(n):
+                score[e] += bias[e]
+            for e in range(n, padded):
+                score[e] = -INFINITY
+            if rule.n_group > 1:
                 keep_best_groups(
-                    value, rule, score, work.expert + t * padded, work.order, value + padded
+                    score, rule, choice[t], work.expert + t * padded, work.order, value + padded
                 )
-            choice[t] = score
         n = n // rule.n_group * rule.topk_group
         padded = padded_to_lanes(n)
-        choose_in_rows(choice, tokens, n, padded, k, NULL, index, value, work.found, work.order)
+        choose_in_rows(
+            <const real**>choice, tokens, n, padded, k, NULL,
+            index, value, work.found, work.order,
+        )
         if rule.n_group > 1:
             for t in range(tokens):
                 expert = work.expert + t * padded_to_lanes(rule.num_experts)
