@@ -251,7 +251,8 @@ def as_floats(
         return bits.view(np.float32).astype(np.float64).reshape(shape)
     if dtype not in DTYPE_NAMES:
         return None
-    return np.frombuffer(data, DTYPE_NAMES[dtype]).astype(np.float64).reshape(shape)
+    stored = np.dtype(DTYPE_NAMES[dtype]).newbyteorder("<")
+    return np.frombuffer(data, stored).astype(np.float64).reshape(shape)
 
 
 def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:
