@@ -18,7 +18,6 @@ from moe_fast.checkpoint.router_logits import statistics_of_file
 from moe_fast.checkpoint.router_weights import write_router_weights
 from moe_fast.checkpoint.targets import TARGETS
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
-from moe_fast.demo import make_demo
 from moe_fast.doctor import diagnose
 from moe_fast.errors import CheckpointError, MoeFastError
 from moe_fast.gates import compute_router_weights
@@ -495,6 +494,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Make two small dense models, dense-a and dense-b, build moe from them, check it."""
+    from moe_fast.demo import make_demo  # loads builder and check, which other commands do without
+
     with reported_errors(context):
         built, checked = make_demo(folder, overwrite=overwrite)
     if as_json:
