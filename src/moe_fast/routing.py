@@ -37,7 +37,7 @@ LANES = 16
 # Counters the kernels keep for an expert while they sort.
 COUNTERS = 4
 # Tokens from which expert choice guesses how good a token must be.
-SAMPLE = 1024
+SAMPLE = 512
 # What expert choice has no use for: each of its experts takes the same number of tokens.
 TOKEN_CHOICE_ONLY = ("norm_topk_prob", "selection_bias", "n_group", "topk_group", "drop_policy")
 SWITCH_CAPACITY_FACTOR = 1.25
