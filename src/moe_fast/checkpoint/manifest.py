@@ -100,6 +100,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(str(error)) from None
     if (manifest.request is None) == (manifest.conversion is None):
         raise CheckpointError(f"{path}: must have one of the keys 'request' and 'conversion'")
-    if manifest.request is not None:  # numbers out of range, too
-        BuildRequest.from_dict(value["request"], f"{path}: request")
+    if manifest.request is not None:
+        try:
+            manifest.request.config.validate()
+        except MoeConfigError as error:
+            raise CheckpointError(f"{path}.request.config: {error}") from None
     return manifest

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit
-from moe_fast.errors import CheckpointError, MoeConfigError, as_index, as_number
-from moe_fast.plain import typed
+from moe_fast.errors import MoeConfigError, as_index, as_number
 
 ModelPath = str | os.PathLike[str]
 
@@ -99,23 +97,6 @@ class BuildRequest:
     gate_mode: GateMode | None = None
     seed: int = 0
     max_shard_size: int = 5_000_000_000
-
-    def to_dict(self) -> dict[str, Any]:
-        """The request as JSON has it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Any, where: str) -> BuildRequest:
-        """The request that `to_dict` gave, every type checked; `where` begins each error."""
-        try:
-            request: BuildRequest = typed(value, cls, where)
-        except MoeConfigError as error:
-            raise CheckpointError(str(error)) from None
-        try:
-            request.config.validate()
-        except MoeConfigError as error:
-            raise CheckpointError(f"{where}.config: {error}") from None
-        return request
 
     def folders(self) -> list[str]:
         """Every model that it names, once, in order."""
