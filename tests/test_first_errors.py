@@ -102,6 +102,20 @@ def test_a_missing_extra(package, code, message, tmp_path):
     assert error_of(hide + code).endswith(message)
 
 
+def test_interrupted_before_the_command_is_loaded():
+    code = (
+        "import sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'moe_fast.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "from moe_fast.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def a_file(folder):
     shutil.rmtree(folder)
     folder.touch()

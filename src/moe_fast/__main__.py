@@ -8,6 +8,14 @@ import sys
 
 def main() -> None:
     try:
+        run()
+    except KeyboardInterrupt:  # commands report their own: this is one while modules are loaded
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run() -> None:
+    try:
         from moe_fast.cli import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
