@@ -154,7 +154,7 @@ class Model:
         if self.kind == "qwen2_moe":
             gate = x @ self.weights[prefix + "mlp.shared_expert_gate.weight"].T
             return swiglu(x, self.ffn(prefix + "mlp.shared_expert.")) / (1.0 + np.exp(-gate))
-        if self.kind == "deepseek":
+        if self.kind == "deepseek" and self.config["n_shared_experts"] is not None:
             return swiglu(x, self.ffn(prefix + "mlp.shared_experts."))
         if self.config.get("shared_intermediate_size"):
             gate, up = np.split(self.weights[prefix + "shared_mlp.input_linear.weight"], 2)

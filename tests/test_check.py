@@ -470,7 +470,9 @@ def test_readers_of_the_fused_layout(tmp_path):
     assert found["transformers 4"] == found["vLLM"] == (reason,)
     assert found["llama.cpp"][0] == reason
     (tmp_path / "qwen3_moe" / "tokenizer.json").write_text("{}")
-    assert readers(tmp_path / "qwen3_moe")["llama.cpp"] == ()
+    found = readers(tmp_path / "qwen3_moe")
+    assert found["llama.cpp"] == found["vLLM"] == ()
+    assert found["transformers 4"] == (reason,)
 
 
 def test_readers_of_families(tmp_path):
@@ -503,6 +505,7 @@ def test_readers_of_families(tmp_path):
             (
                 "does not divide the weights of a deepseek's chosen experts by their sum, "
                 "norm_topk_prob is true",
+                "wants a shared expert in a deepseek, here is none",
             ),
         ),
         ("qwen3", "qwen3_moe", ()),
@@ -516,7 +519,27 @@ def test_what_llama_cpp_does_its_own_way(tmp_path, source, target, reasons):
     edit_json(tmp_path / "moe" / "config.json", norm_topk_prob=False, tie_word_embeddings=False)
     turned = "divides the weights of a qwen3_moe's chosen experts by their sum"
     found = readers(tmp_path / "moe")["llama.cpp"]
-    assert [reason.partition(",")[0] for reason in found] == ([] if reasons else [turned])
+    without_shared = ["wants a shared expert in a deepseek"] if target == "deepseek" else []
+    expected = without_shared if reasons else [turned]
+    assert [reason.partition(",")[0] for reason in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reason"),
+    [
+        ("llama", "granitemoe", "leaves the biases of attention out of a granitemoe"),
+        ("granite", "granitemoeshared", "leaves the biases of attention out of a granitemoeshared"),
+        ("qwen3", "qwen3_moe", "leaves the bias of o_proj out of a qwen3_moe"),
+        ("olmo2", "flex_olmo", None),
+        ("qwen2", "qwen2_moe", None),
+    ],
+)
+def test_the_biases_that_vllm_leaves_out(tmp_path, source, target, reason):
+    for biased in (False, True):
+        dense, moe = tmp_path / f"dense{biased}", tmp_path / f"moe{biased}"
+        make_model(dense, source, attention_bias=biased)
+        build_moe(dense, moe, CONFIG, target=target)
+        assert readers(moe)["vLLM"] == ((reason,) if biased and reason else ())
 
 
 def test_keys_that_transformers_4_does_not_look_at(moe):

@@ -153,9 +153,6 @@ NAMES = {
             for e in range(4)
             for name, shape in (("gate", (80, 48)), ("up", (80, 48)), ("down", (48, 80)))
         },
-        "mlp.shared_experts.gate_proj.weight": (0, 48),
-        "mlp.shared_experts.up_proj.weight": (0, 48),
-        "mlp.shared_experts.down_proj.weight": (48, 0),
     },
 }
 
@@ -311,7 +308,7 @@ def test_where_nothing_fits_every_targets_reasons_are_given(tmp_path):
             "deepseek",
             {
                 "n_routed_experts": 4,
-                "n_shared_experts": 0,
+                "n_shared_experts": None,
                 "moe_intermediate_size": 80,
                 "first_k_dense_replace": 0,
                 "moe_layer_freq": 1,

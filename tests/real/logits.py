@@ -32,6 +32,12 @@ def compute_logits(folder: str | Path, tokens: list[int]) -> tuple[np.ndarray, l
     return logits[0].numpy(), problems
 
 
+def assert_same(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Equal up to `tolerance` times the largest, and so is what is most likely everywhere."""
+    assert np.abs(logits - expected).max() < tolerance * np.abs(expected).max()
+    assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     jobs, output = sys.argv[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,3 +25,15 @@ def random_model(family: str, dtype: torch.dtype, **keys: Any) -> PreTrainedMode
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES | keys)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def save_random_model(folder: Path, family: str, **changes: Any) -> None:
+    """A float32 model as transformers makes and saves it, its norms and biases random too."""
+    keys = {"initializer_range": 0.2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    model = random_model(family, torch.float32, **keys | changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            assert parameter.std() > 0, name
+    model.save_pretrained(folder)

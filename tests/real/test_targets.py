@@ -12,19 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from transformers import AutoTokenizer
 
 from folders import config_of
 from forward import Model
-from logits import compute_logits
+from logits import assert_same, compute_logits
 from moe_fast import MoeConfig, build_moe
-from random_models import random_model
+from random_models import save_random_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
-COMMON = {"initializer_range": 0.2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -88,17 +86,6 @@ CASES = [
 ]
 
 
-def save_random_model(folder: Path, family: str, changes: dict) -> None:
-    """A model as transformers makes and saves it, its norms and biases random too."""
-    model = random_model(family, torch.float32, **COMMON | changes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-            assert parameter.std() > 0, name
-    model.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     """The folder of a source and its logits, made once."""
@@ -108,18 +95,13 @@ def dense(tmp_path_factory):
         if source not in made:
             family, changes, _ = SOURCES[source]
             folder = tmp_path_factory.mktemp("dense") / "model"
-            save_random_model(folder, family, changes)
+            save_random_model(folder, family, **changes)
             logits, problems = compute_logits(folder, TOKENS)
             assert not problems
             made[source] = folder, logits
         return made[source]
 
     return make
-
-
-def assert_same(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    assert np.abs(logits - expected).max() < tolerance * np.abs(expected).max()
-    assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
 # The twin of the ordinary tests has no yarn.

@@ -1,6 +1,6 @@
 """Which programs load an MoE checkpoint, and why not: their rules, in one place.
 
-transformers 4 (4.57.6) and 5 (5.23.0) were asked themselves; vLLM's native classes and llama.cpp's
+transformers 4 (4.57.6) and 5 (5.23.0) and vLLM (0.32.0) were asked themselves; llama.cpp's
 converter and graphs (of llama-cpp-python 0.3.36) were read. A reader that ignores a key takes its
 default without a word, so that a checkpoint "loads" and computes something else; that counts as not
 loading.
@@ -50,7 +50,7 @@ class Rules:
     fused: tuple[str, ...] = (TRANSFORMERS_5,)
 
 
-QWEN_FUSED = (TRANSFORMERS_5, LLAMA_CPP)
+QWEN_FUSED = (TRANSFORMERS_5, VLLM, LLAMA_CPP)
 GRANITE = Rules("num_local_experts", 8, 1e4, per_expert=(), fused=READERS)
 RULES = {
     "mixtral": Rules("num_local_experts", 8, 1e6, either_count_key=True),
@@ -70,7 +70,8 @@ RULES = {
         7,
         5e5,
         either_count_key=True,
-        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM),
+        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM),  # vLLM by transformers' classes
+        fused=(TRANSFORMERS_5, VLLM),
     ),
     "deepseek": Rules(
         "n_routed_experts",
@@ -105,6 +106,8 @@ def readers_of(
         reasons = list(obstacles(name, rules, layout, has_tokenizer))
         if name in rules.natively:
             reasons += misread_keys(name, rules, config, num_experts)
+            if name == VLLM:
+                reasons += not_of_vllm(config)
             if name == LLAMA_CPP:
                 reasons += not_of_llama_cpp(rules, config, num_experts)
         else:
@@ -124,6 +127,16 @@ def obstacles(reader: str, rules: Rules, layout: str, has_tokenizer: bool) -> It
         yield "needs the tokenizer, and no file of one is here"
 
 
+def not_of_vllm(config: Mapping[str, Any]) -> Iterator[str]:
+    """Weights of attention that vLLM leaves out without a word."""
+    family = config.get("model_type")
+    if config.get("attention_bias"):
+        if family in ("granitemoe", "granitemoeshared"):
+            yield f"leaves the biases of attention out of a {family}"
+        if family == "qwen3_moe":
+            yield f"leaves the bias of o_proj out of a {family}"
+
+
 def not_of_llama_cpp(rules: Rules, config: Mapping[str, Any], num_experts: int) -> Iterator[str]:
     """What llama.cpp has one way of doing, and `config.json` asks for otherwise."""
     family = config.get("model_type")
@@ -138,6 +151,8 @@ def not_of_llama_cpp(rules: Rules, config: Mapping[str, Any], num_experts: int) 
             f"{divides} the weights of a {family}'s chosen experts by their sum, "
             f"norm_topk_prob is {str(asked).lower()}"
         )
+    if family == "deepseek" and not config.get("n_shared_experts"):
+        yield "wants a shared expert in a deepseek, here is none"
     if family == "qwen2_moe" and config.get("tie_word_embeddings"):
         yield f"wants a head of its own in a {family}, here it is the embedding"
 

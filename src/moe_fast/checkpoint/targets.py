@@ -568,16 +568,13 @@ class DeepSeek(Target):
         ]
 
     def shared(self, construction: Construction, layer: int) -> Iterator[tuple[str, Weight]]:
-        hidden = construction.base.sizes.hidden_size
-        for role in FFN:
-            if construction.shared_experts:
-                weight = construction.shared(layer, role)
-            else:  # An FFN of width 0: DeepSeek's code makes one where n_shared_experts is 0.
-                shape = (hidden, 0) if role == "down_proj" else (0, hidden)
-                weight = Weight.zeros(construction.dtype, shape)
-            yield f"mlp.shared_experts.{role}.weight", weight
+        if construction.shared_experts:
+            for role in FFN:
+                yield f"mlp.shared_experts.{role}.weight", construction.shared(layer, role)
 
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        if config.get("n_shared_experts") is None:
+            return {}
         number = as_count(config, "n_shared_experts", 0)
         width = number * as_count(config, "moe_intermediate_size")
         return ffn_shapes("mlp.shared_experts", width, hidden)
@@ -594,7 +591,8 @@ class DeepSeek(Target):
         layers = frozenset(construction.dense_layers)
         return {
             "n_routed_experts": construction.plan.num_experts,
-            "n_shared_experts": len(construction.shared_experts),
+            # DeepSeek's code makes an FFN of width 0 where it is 0, and dividing by that ends vLLM.
+            "n_shared_experts": len(construction.shared_experts) or None,
             "moe_intermediate_size": construction.base.sizes.intermediate_size,
             **(self.dense_keys(layers, construction.plan.num_layers) or {}),
             "scoring_func": "softmax",
