@@ -501,12 +501,14 @@ def test_infinities_are_limits():
     np.testing.assert_array_equal(result.weights, [[0], [1], [0.5]])
 
 
-def test_equal_logits_go_to_the_lowest_experts():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_logits_go_to_the_lowest_experts(level, dtype):
+    signs = np.random.default_rng(0).choice([-1, 1], (20, 300))
     for num_experts in (4, 64, 300):
-        result = route(np.zeros((3, num_experts), np.float32), config(num_experts, 3))
-        np.testing.assert_array_equal(result.expert_indices, [[0, 1, 2]] * 3)
-    signed = np.array([[-0.0, 0.0, -0.0]])
-    np.testing.assert_array_equal(route(signed, config(3, 3)).expert_indices, [[0, 1, 2]])
+        zeros = np.copysign(np.zeros((20, num_experts), dtype), signs[:, :num_experts])
+        for logits in (zeros + 1, zeros, zeros - np.inf):
+            result = route(logits, config(num_experts, 3))
+            np.testing.assert_array_equal(result.expert_indices, [[0, 1, 2]] * 20)
 
 
 def test_no_tokens():

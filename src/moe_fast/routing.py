@@ -731,7 +731,7 @@ def experts_choose(
     dtype, kind = out.weights.dtype, specialisation(out.weights.dtype)
     compiled = kernels.compiled
     input = rows, encoding, rule.num_experts, rule.is_sigmoid
-    work_size = rule.num_experts * LANES + (LANES + 1) * (rule.num_experts + LANES)
+    work_size = LANES * (2 * rule.num_experts + LANES)
     grain = LOGITS_PER_THREAD // rule.num_experts + 1
     pieces = max(1, min(threads, num_tokens // grain))
 

@@ -12,6 +12,7 @@ ctypedef fused real:
 include "routing_arithmetic.pxi"
 include "routing_lanes.pxi"
 include "routing_rows.pxi"
+include "routing_network.pxi"
 include "routing_rule.pxi"
 include "routing_choice.pxi"
 include "routing_weights.pxi"

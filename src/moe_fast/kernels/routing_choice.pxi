@@ -38,26 +38,16 @@ cdef void sort_descending(const real* value, Py_ssize_t n, int32_t* order) noexc
         order[rank] = <int32_t>j
 
 
-cdef extern from *:
-    """
-    /* Batcher's odd-even merge sort of eight: which two to put in order, one after another. */
-    static const unsigned char NETWORK[38] = {
-        0, 1, 2, 3, 4, 5, 6, 7, 0, 2, 1, 3, 4, 6, 5, 7, 1, 2, 5, 6,
-        0, 4, 1, 5, 2, 6, 3, 7, 2, 4, 3, 5, 1, 2, 3, 4, 5, 6
-    };
-    """
-    const unsigned char[38] NETWORK
-
-
 cdef void kth_of_columns(real* column, Py_ssize_t k, real* kth) noexcept nogil:
     # The k-th largest of LANES values of each of LANES tokens, which lose their order. Of sorted
     # halves a and b it is the largest of min(a[i], b[k - 2 - i]), where a[-1] and b[-1] are +inf.
     cdef real* other = column + 8 * LANES
     cdef real[LANES] infinite
     cdef Py_ssize_t i, t
-    for i in range(0, 38, 2):
-        exchange(column + NETWORK[i] * LANES, column + NETWORK[i + 1] * LANES)
-        exchange(other + NETWORK[i] * LANES, other + NETWORK[i + 1] * LANES)
+    if real is float:
+        sort_halves_float(column)
+    else:
+        sort_halves_double(column)
     for t in range(LANES):
         kth[t] = -INFINITY
         infinite[t] = INFINITY
@@ -69,35 +59,27 @@ cdef void kth_of_columns(real* column, Py_ssize_t k, real* kth) noexcept nogil:
         )
 
 
-cdef void fold_row(const real* x, Py_ssize_t padded, Py_ssize_t lanes, real* folded) noexcept nogil:
-    # The largest of columns j, j + lanes, j + 2 lanes, ... in folded[j].
-    cdef Py_ssize_t j
-    for j in range(0, lanes, 16):
-        fold(x + j, padded - j, lanes, folded + j)
-
-
 cdef void lower_bounds(
-    const real** row, Py_ssize_t tokens, Py_ssize_t padded, Py_ssize_t k,
-    real* bound, real* folded, int32_t* order
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t padded, Py_ssize_t k,
+    real* bound, real* work, int32_t* order
 ) noexcept nogil:
     # Fold each row into at least k lanes, each keeping its largest: these are values of the row at
     # different places, so the k-th largest of them is at most the k-th largest of the row.
     cdef Py_ssize_t lanes = padded_to_lanes(k)
     cdef real[LANES * LANES] column
-    cdef Py_ssize_t t
+    cdef Py_ssize_t t, j
     if 2 * lanes > padded:
         for t in range(tokens):
             bound[t] = -INFINITY
     elif lanes == LANES and tokens > 1:
-        for t in range(LANES):
-            fold(row[t if t < tokens else 0], padded, LANES, folded + t * LANES)
         to_columns(<const uint8_t*>folded, LANES * sizeof(real), LANES, LANES, column)
         kth_of_columns(column, k, bound)
     else:
         for t in range(tokens):
-            fold_row(row[t], padded, lanes, folded)
-            sort_descending(folded, lanes, order)
-            bound[t] = folded[order[k - 1]]
+            for j in range(0, lanes, 16):
+                fold(row[t] + j, padded - j, lanes, work + j)
+            sort_descending(work, lanes, order)
+            bound[t] = work[order[k - 1]]
 
 
 cdef Py_ssize_t survivors(
@@ -130,53 +112,77 @@ cdef Py_ssize_t survivors(
     return larger
 
 
-cdef inline int32_t first_at_least(const real* x, real bound) noexcept nogil:
-    # Where the first value from `bound` up stands; there is one.
-    cdef int32_t i = 0
-    cdef uint32_t bits = at_least(x, bound)
-    while bits == 0:
-        i += LANES
-        bits = at_least(x + i, bound)
-    return i + lowest_bit(bits)
+cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound) noexcept nogil:
+    # Where the first value from `bound` up stands; there is one. By 64, so that few loops end
+    # where nobody can foresee.
+    cdef Py_ssize_t i, j
+    cdef uint64_t bits = 0
+    for i in range(0, padded, 64):
+        for j in range(i, i + 64 if i + 64 < padded else padded, 16):
+            bits |= <uint64_t>at_least(x + j, bound) << (j - i)
+        if bits:
+            break
+    return <int32_t>i + lowest_bit(bits)
+
+
+cdef void shorten(
+    int32_t* found, real* value, Py_ssize_t count, Py_ssize_t k, int32_t* order
+) noexcept nogil:
+    # Bring the k <= FEW best of a list to its beginning, best first.
+    cdef int32_t[FEW] best_found
+    cdef real[FEW] best_value
+    cdef Py_ssize_t s
+    sort_descending(value, count, order)
+    for s in range(k):
+        best_found[s] = found[order[s]]
+        best_value[s] = value[order[s]]
+    memcpy(found, best_found, k * sizeof(int32_t))
+    memcpy(value, best_value, k * sizeof(real))
 
 
 cdef void choose_in_rows(
-    const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded, Py_ssize_t k,
-    const real* largest, int32_t* index, real* value, int32_t* found, int32_t* order
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded,
+    Py_ssize_t k, int32_t* index, real* chosen, real* value, int32_t* found, int32_t* order
 ) noexcept nogil:
-    # index[t * k + s] is the s-th largest of row[t][0:n]; the rest up to `padded` is -inf.
-    # `largest` holds that of each row, or is NULL.
+    # index[t * k + s] is the s-th largest of row[t][0:n], chosen[s * LANES + t] its value; the rest
+    # of a row up to `padded` is -inf. folded[t * LANES + j] is the largest of row t's values j,
+    # j + LANES, ...
     cdef real[LANES] bound
-    cdef Py_ssize_t[LANES] count
-    cdef Py_ssize_t t, s, j
+    cdef int32_t[FEW * LANES] column
+    cdef Py_ssize_t t, s, j, count
     if k == 1:
+        largest_of_rows(folded, chosen)
         for t in range(tokens):
-            index[t] = first_at_least(
-                row[t], largest[t] if largest else largest_of_row(row[t], padded)
-            )
+            index[t] = first_at_least(row[t], padded, chosen[t])
         return
-    lower_bounds(row, tokens, padded, k, bound, value, order)
-    # All lists first, then their order: what is read while it is still being written has to wait.
+    lower_bounds(row, folded, tokens, padded, k, bound, value, order)
+    if real is double or k > FEW or tokens == 1:
+        for t in range(tokens):
+            count = survivors(row[t], n, k, bound[t], found, value)
+            for j in range(count, padded_to_lanes(count)):
+                value[j] = -INFINITY
+            sort_descending(value, count, order)
+            for s in range(k):
+                index[t * k + s] = found[order[s]]
+                chosen[s * LANES + t] = value[order[s]]
+        return
     # A list longer than LANES runs into the next one's place, and is needed no more by then.
-    for t in range(tokens):
-        count[t] = survivors(row[t], n, k, bound[t], found, value)
+    for t in range(LANES):
+        count = survivors(row[t], n, k, bound[t], found, value) if t < tokens else 0
+        if count > LANES:
+            for j in range(count, padded_to_lanes(count)):
+                value[j] = -INFINITY
+            shorten(found, value, count, k, order)
+            count = k
         for j in range(LANES):
-            value[count[t] + j] = -INFINITY
-        if count[t] > LANES:
-            sort_descending(value, count[t], order)
-            for s in range(k):
-                index[t * k + s] = found[order[s]]
+            value[count + j] = -INFINITY
+            found[count + j] = LAST
         found += LANES
         value += LANES
-    found -= tokens * LANES
-    value -= tokens * LANES
-    for t in range(tokens):
-        if count[t] <= LANES:
-            sort_few(value, <int>count[t], order)
-            for s in range(k):
-                index[t * k + s] = found[order[s]]
-        found += LANES
-        value += LANES
+    found -= LANES * LANES
+    value -= LANES * LANES
+    best_of_lists(<const float*>value, found, k, <float*>chosen, column)
+    to_rows(<const float*>column, tokens, k, <float*>index)
 
 
 cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noexcept nogil:
@@ -198,9 +204,9 @@ cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noe
 
 
 cdef void keep_best_groups(
-    const real* x, const Rule* rule, real* kept, int32_t* expert, int32_t* order, real* work
+    real* x, const Rule* rule, int32_t* expert, int32_t* order, real* work
 ) noexcept nogil:
-    # Copy the values of the topk_group best groups to `kept`, and which experts they are.
+    # Move the values of the topk_group best groups to the front, and say which experts they are.
     cdef Py_ssize_t size = rule.num_experts // rule.n_group
     cdef Py_ssize_t padded = padded_to_lanes(rule.n_group)
     cdef Py_ssize_t count = 0
@@ -215,8 +221,8 @@ cdef void keep_best_groups(
     for g in range(rule.n_group):
         if work[g] == 1:
             for i in range(size):
-                kept[count] = x[g * size + i]
+                x[count] = x[g * size + i]
                 expert[count] = <int32_t>(g * size + i)
                 count += 1
     for i in range(count, padded_to_lanes(count)):
-        kept[i] = -INFINITY
+        x[i] = -INFINITY

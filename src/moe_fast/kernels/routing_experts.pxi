@@ -4,28 +4,28 @@
 
 cdef Py_ssize_t score_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    Py_ssize_t n, bint is_sigmoid, real* column, real* row
+    Py_ssize_t n, bint is_sigmoid, real* column, real* room
 ) noexcept nogil:
     # column[e * LANES + t]: score of expert e for token t of a block; -1 in lanes without one.
-    # `row` is room for LANES and one more. Returns the first token with a NaN, or -1.
+    # There is room for LANES rows. Returns the first token with a NaN, or -1.
     cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t bad
     cdef Py_ssize_t e, t
-    cdef real* scores = row + padded
-    cdef const real* x[1]
+    cdef const real* row[LANES]
+    cdef real[LANES * LANES] lanes
     cdef real[LANES] largest
     cdef real[LANES] total
     if in_columns(n):
-        t = load_columns(logits, stride, encoding, tokens, n, column, row)
-        if t >= 0:
-            return t
+        bad = load_columns(logits, stride, encoding, tokens, n, column, room)
+        if bad >= 0:
+            return bad
         scores_of_columns(column, n, is_sigmoid, largest, total, column)
     else:
-        for t in range(tokens):
-            x[0] = readable_row(logits + t * stride, encoding, n, row)
-            if first_nan(x, 1, padded) >= 0:
-                return t
-            scores_of_row(x[0], n, is_sigmoid, largest, total, scores + t * padded)
-        to_columns(<const uint8_t*>scores, padded * sizeof(real), tokens, n, column)
+        bad = load_rows(logits, stride, encoding, tokens, n, row, room, lanes)
+        if bad >= 0:
+            return bad
+        scores_of_rows(row, lanes, tokens, n, is_sigmoid, room, largest, total)
+        to_columns(<const uint8_t*>room, padded * sizeof(real), tokens, n, column)
     for t in range(tokens, LANES):
         for e in range(n):
             column[e * LANES + t] = -1
@@ -40,7 +40,7 @@ def guess_bounds(
     """For each expert a score that `rank` of a sample of the tokens reach.
 
     `sample` is room for a row of as many tokens an expert, a multiple of LANES; `work` is room for
-    two blocks of scores and a row.
+    two blocks of scores.
     """
     cdef Py_ssize_t n = sample.shape[0]
     cdef Py_ssize_t blocks = sample.shape[1] // LANES
@@ -72,8 +72,7 @@ def hear(
     """List for each expert, from `first` on, the tokens whose scores reach its bound, ascending.
 
     `found` and `value` have room for a number of tokens and LANES more; `count` says how many there
-    would be. `work` is room for two blocks of scores and a row. Returns the first token with a NaN,
-    or -1.
+    would be. `work` is room for two blocks of scores. Returns the first token with a NaN, or -1.
     """
     cdef Py_ssize_t experts = bounds.shape[0]
     cdef Py_ssize_t room = found.shape[1] - LANES

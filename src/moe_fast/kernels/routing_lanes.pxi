@@ -132,14 +132,28 @@ cdef extern from *:
                 PART(storeu, S)(to + i, most); \
             } \
         } \
-        /* The larger of each two to a, the smaller to b. */ \
-        static inline void exchange_##T(T* a, T* b) { \
+        /* The same of x[i], x[i + 16], ...; returns whether a NaN is among them. */ \
+        static inline int fold_checked_##T(const T* x, Py_ssize_t n, T* to) { \
+            uint32_t bits = 0; \
+            Py_ssize_t j; \
             int i; \
             EACH_PART(T) { \
-                part_##T x = PART(loadu, S)(a + i), y = PART(loadu, S)(b + i); \
-                PART(storeu, S)(a + i, PART(max, S)(x, y)); \
-                PART(storeu, S)(b + i, PART(min, S)(x, y)); \
+                part_##T a, b, most = PART(loadu, S)(x + i); \
+                bits |= (uint32_t)BITS(unord, most, most, S); \
+                for (j = i + 16; j + 16 < n; j += 32) { \
+                    a = PART(loadu, S)(x + j); \
+                    b = PART(loadu, S)(x + j + 16); \
+                    bits |= (uint32_t)BITS(unord, a, b, S); \
+                    most = PART(max, S)(PART(max, S)(a, b), most); \
+                } \
+                if (j < n) { \
+                    a = PART(loadu, S)(x + j); \
+                    bits |= (uint32_t)BITS(unord, a, a, S); \
+                    most = PART(max, S)(a, most); \
+                } \
+                PART(storeu, S)(to + i, most); \
             } \
+            return bits != 0; \
         } \
         /* to[i] = the largest of to[i] and the smaller of a[i] and b[i]. */ \
         static inline void raise_##T(T* to, const T* a, const T* b) { \
@@ -195,19 +209,6 @@ cdef extern from *:
             else if (k == 4) best_##T(column, n, 4, best, index); \
             else best_##T(column, n, k, best, index); \
         }
-    /* order[r] = index of the value with r others before it: the larger ones and, among equals,
-       those with a lower index. At most 16 values, ended by -inf; both have room for 16. */
-    #define SORT_FEW(T) \
-        static inline void sort_few_##T(const T* value, int n, int32_t* order) { \
-            uint32_t lower = 0; \
-            int j; \
-            for (j = 0; j < n; j++) { \
-                uint32_t before = (at_least_##T(value, value[j]) & lower) \
-                    | (above_##T(value, value[j]) & ~lower); \
-                order[number_of_bits(before)] = j; \
-                lower = 2 * lower + 1; \
-            } \
-        }
     /* How many of n values, a multiple of 16, are at least the bound. */
     #define COUNT(T) \
         static inline Py_ssize_t count_at_least_##T(const T* x, Py_ssize_t n, T bound) { \
@@ -239,12 +240,10 @@ cdef extern from *:
     EXTREMES(double, pd)
     COLUMNS(float, ps)
     COLUMNS(double, pd)
-    SORT_FEW(double)
     COUNT(double)
     COLLECT(double)
 
     #if defined(__AVX512F__)
-    SORT_FEW(float)
     COUNT(float)
     /* Indices and values of those from `bound` up, ascending, and how many; indices begin at
        `first`, n is a multiple of 16, and both outputs have room for 16 more. */
@@ -259,9 +258,16 @@ cdef extern from *:
         for (i = 0; i < n; i += 16) {
             __m512 v = _mm512_loadu_ps(x + i);
             __mmask16 bits = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
-            /* In the register, then whole: compressing into memory is slow on some processors. */
-            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(bits, at));
-            _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(bits, v));
+            /* In the register, then whole: compressing into memory is slow on some processors. So
+               is a store of 64 bytes, and more than half of them are seldom needed. */
+            __m512i some = _mm512_maskz_compress_epi32(bits, at);
+            v = _mm512_maskz_compress_ps(bits, v);
+            _mm256_storeu_si256((__m256i*)(index + count), _mm512_castsi512_si256(some));
+            _mm256_storeu_ps(value + count, _mm512_castps512_ps256(v));
+            if (number_of_bits(bits) > 8) {
+                _mm512_storeu_si512(index + count, some);
+                _mm512_storeu_ps(value + count, v);
+            }
             count += number_of_bits(bits);
             at = _mm512_add_epi32(at, step);
         }
@@ -271,16 +277,11 @@ cdef extern from *:
     #if defined(__AVX2__)
     #define INTS(name) _mm256_##name
     #define FLAGS(op, x, y) _mm256_castps_si256(_mm256_cmp_ps(x, y, WIDE_##op))
-    #define BLEND_INTS(x, y, mask) _mm256_blendv_epi8(x, y, mask)
-    #define LOAD_INTS(from) _mm256_loadu_si256((const __m256i*)(from))
     #define STORE_INTS(to, x) _mm256_storeu_si256((__m256i*)(to), x)
     typedef __m256i part_int;
     #else
     #define INTS(name) _mm_##name
     #define FLAGS(op, x, y) _mm_castps_si128(_mm_cmp##op##_ps(x, y))
-    #define BLEND_INTS(x, y, mask) \
-        _mm_or_si128(_mm_and_si128(mask, y), _mm_andnot_si128(mask, x))
-    #define LOAD_INTS(from) _mm_loadu_si128((const __m128i*)(from))
     #define STORE_INTS(to, x) _mm_storeu_si128((__m128i*)(to), x)
     typedef __m128i part_int;
     #endif
@@ -298,33 +299,6 @@ cdef extern from *:
         STORE_INTS(lanes + SIZE, counts[1]);
         for (i = 0; i < 2 * SIZE; i++) count += lanes[i];
         return count;
-    }
-    static inline void sort_few_float(const float* value, int n, int32_t* order) {
-        enum { SIZE = sizeof(part_int) / 4, PARTS = 16 / SIZE };
-        /* From LATER + 7 - i: -1 in the lanes after lane i. */
-        static const int32_t LATER[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-        part_float x[PARTS];
-        part_int rank[PARTS];
-        int32_t ranks[16];
-        int i, p, q;
-        for (p = 0; p < PARTS; p++) {
-            x[p] = PART(loadu, ps)(value + p * SIZE);
-            rank[p] = INTS(set1_epi32)(0);
-        }
-        for (q = 0; q < PARTS; q++)
-            for (i = 0; i < SIZE; i++) {
-                part_float other = PART(set1, ps)(value[q * SIZE + i]);
-                part_int later = LOAD_INTS(LATER + 7 - i);
-                for (p = 0; p < q; p++)
-                    rank[p] = INTS(sub_epi32)(rank[p], FLAGS(gt, other, x[p]));
-                rank[q] = INTS(sub_epi32)(rank[q],
-                    BLEND_INTS(FLAGS(gt, other, x[q]), FLAGS(ge, other, x[q]), later));
-                for (p = q + 1; p < PARTS; p++)
-                    rank[p] = INTS(sub_epi32)(rank[p], FLAGS(ge, other, x[p]));
-            }
-        for (p = 0; p < PARTS; p++) STORE_INTS(ranks + p * SIZE, rank[p]);
-        /* From memory: taking them out of the vectors one by one is slower. */
-        for (i = 0; i < 16; i++) order[((volatile int32_t*)ranks)[i]] = i;
     }
     #if defined(__AVX2__)
     /* The places of the bits of a byte, one a byte, and how many. */
@@ -357,7 +331,6 @@ cdef extern from *:
     COLLECT(float)
     #endif
     #else
-    SORT_FEW(float)
     COUNT(float)
     COLLECT(float)
     #endif
@@ -380,8 +353,54 @@ cdef extern from *:
         _mm_storeu_ps(y2, c);
         _mm_storeu_ps(y3, d);
     }
-    #if defined(__AVX2__)
     /* In whole vectors: one read from two halves just written has to wait for both. */
+    #if defined(__AVX512F__)
+    /* The 8 x 8 in the lower halves, and those in the upper halves. */
+    static inline void transpose_halves(__m512* x) {
+        const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+        const __m512i upper = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+        __m512 pair[8];
+        __m512d four[8];
+        int i;
+        for (i = 0; i < 8; i += 2) {
+            pair[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+            pair[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        }
+        for (i = 0; i < 8; i += 4) {
+            four[i] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i], pair[i + 2], 0x44));
+            four[i + 1] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE));
+            four[i + 2] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44));
+            four[i + 3] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE));
+        }
+        for (i = 0; i < 4; i++) {
+            x[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(four[i], lower, four[i + 4]));
+            x[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(four[i], upper, four[i + 4]));
+        }
+    }
+    static inline void eight_columns(const uint8_t* rows, Py_ssize_t stride, float* column) {
+        __m512 x[8];
+        int i;
+        for (i = 0; i < 8; i++) {
+            const double* later = (const double*)(rows + (i + 8) * stride);
+            x[i] = _mm512_castps256_ps512(_mm256_loadu_ps((const float*)(rows + i * stride)));
+            x[i] = _mm512_castpd_ps(_mm512_insertf64x4(
+                _mm512_castps_pd(x[i]), _mm256_loadu_pd(later), 1));
+        }
+        transpose_halves(x);
+        for (i = 0; i < 8; i++) _mm512_storeu_ps(column + 16 * i, x[i]);
+    }
+    static inline void rows_of_eight(const float* column, float* rows, Py_ssize_t width) {
+        __m512 x[8];
+        int i;
+        for (i = 0; i < 8; i++) x[i] = _mm512_loadu_ps(column + 16 * i);
+        transpose_halves(x);
+        for (i = 0; i < 8; i++) {
+            _mm256_storeu_ps(rows + i * width, _mm512_castps512_ps256(x[i]));
+            _mm256_storeu_pd((double*)(rows + (i + 8) * width),
+                _mm512_extractf64x4_pd(_mm512_castps_pd(x[i]), 1));
+        }
+    }
+    #elif defined(__AVX2__)
     static inline void transpose_8x8(
         const uint8_t* from, Py_ssize_t stride, float* to, Py_ssize_t width
     ) {
@@ -405,6 +424,14 @@ cdef extern from *:
                 _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
         }
     }
+    static inline void eight_columns(const uint8_t* rows, Py_ssize_t stride, float* column) {
+        transpose_8x8(rows, stride, column, 16);
+        transpose_8x8(rows + 8 * stride, stride, column + 8, 16);
+    }
+    static inline void rows_of_eight(const float* column, float* rows, Py_ssize_t width) {
+        transpose_8x8((const uint8_t*)column, 64, rows, width);
+        transpose_8x8((const uint8_t*)(column + 8), 64, rows + 8 * width, width);
+    }
     #endif
     static inline int columns_of_rows(
         const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
@@ -413,9 +440,7 @@ cdef extern from *:
         int t;
         #if defined(__AVX2__)
         if (n % 8 == 0) {
-            for (t = 0; t < 16; t += 8)
-                for (e = 0; e < n; e += 8)
-                    transpose_8x8(rows + t * stride + e * 4, stride, column + 16 * e + t, 16);
+            for (e = 0; e < n; e += 8) eight_columns(rows + e * 4, stride, column + 16 * e);
             return 1;
         }
         #endif
@@ -443,9 +468,7 @@ cdef extern from *:
         }
         #if defined(__AVX2__)
         if (k % 8 == 0) {
-            for (t = 0; t < 16; t += 8)
-                for (s = 0; s < k; s += 8)
-                    transpose_8x8((const uint8_t*)(column + 16 * s + t), 64, rows + t * k + s, k);
+            for (s = 0; s < k; s += 8) rows_of_eight(column + 16 * s, rows + s, k);
             return 1;
         }
         #endif
@@ -458,7 +481,6 @@ cdef extern from *:
             }
         return 1;
     }
-    #define PREFETCH(address) _mm_prefetch((const char*)(address), _MM_HINT_T0)
     #else
     static inline int columns_of_rows(
         const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
@@ -466,16 +488,7 @@ cdef extern from *:
         return 0;
     }
     static inline int rows_of_columns(const float* column, Py_ssize_t k, float* rows) { return 0; }
-    #define PREFETCH(address) ((void)(address))
     #endif
-    /* Ask for rows that are read soon. */
-    static inline void prefetch_rows(
-        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t number, Py_ssize_t nbytes
-    ) {
-        Py_ssize_t i, t;
-        for (t = 0; t < number; t++)
-            for (i = 0; i < nbytes; i += 64) PREFETCH(rows + t * stride + i);
-    }
     """
     uint32_t above_float(const float* x, float bound) noexcept nogil
     uint32_t above_double(const double* x, double bound) noexcept nogil
@@ -493,12 +506,10 @@ cdef extern from *:
     void add_product_double(double* to, const double* x, const double* y) noexcept nogil
     void fold_float(const float* x, Py_ssize_t n, Py_ssize_t step, float* to) noexcept nogil
     void fold_double(const double* x, Py_ssize_t n, Py_ssize_t step, double* to) noexcept nogil
-    void exchange_float(float* a, float* b) noexcept nogil
-    void exchange_double(double* a, double* b) noexcept nogil
+    bint fold_checked_float(const float* x, Py_ssize_t n, float* to) noexcept nogil
+    bint fold_checked_double(const double* x, Py_ssize_t n, double* to) noexcept nogil
     void raise_float(float* to, const float* a, const float* b) noexcept nogil
     void raise_double(double* to, const double* a, const double* b) noexcept nogil
-    void sort_few_float(const float* value, int n, int32_t* order) noexcept nogil
-    void sort_few_double(const double* value, int n, int32_t* order) noexcept nogil
     Py_ssize_t collect_float(
         const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
     ) noexcept nogil
@@ -515,9 +526,6 @@ cdef extern from *:
         const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
     ) noexcept nogil
     bint rows_of_columns(const float* column, Py_ssize_t k, float* rows) noexcept nogil
-    void prefetch_rows(
-        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t number, Py_ssize_t nbytes
-    ) noexcept nogil
     void list_places() noexcept nogil
     int lowest_bit(uint64_t bits) noexcept nogil
     int number_of_bits(uint32_t bits) noexcept nogil
@@ -586,11 +594,11 @@ cdef inline void fold(const real* x, Py_ssize_t n, Py_ssize_t step, real* to) no
         fold_double(x, n, step, to)
 
 
-cdef inline void exchange(real* a, real* b) noexcept nogil:
+cdef inline bint fold_checked(const real* x, Py_ssize_t n, real* to) noexcept nogil:
     if real is float:
-        exchange_float(a, b)
+        return fold_checked_float(x, n, to)
     else:
-        exchange_double(a, b)
+        return fold_checked_double(x, n, to)
 
 
 cdef inline void raise_to(real* to, const real* a, const real* b) noexcept nogil:
@@ -598,13 +606,6 @@ cdef inline void raise_to(real* to, const real* a, const real* b) noexcept nogil
         raise_float(to, a, b)
     else:
         raise_double(to, a, b)
-
-
-cdef inline void sort_few(const real* value, int n, int32_t* order) noexcept nogil:
-    if real is float:
-        sort_few_float(value, n, order)
-    else:
-        sort_few_double(value, n, order)
 
 
 cdef inline Py_ssize_t collect(

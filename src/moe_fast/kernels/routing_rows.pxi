@@ -39,19 +39,8 @@ cdef inline const real* readable_row(
     return room
 
 
-cdef Py_ssize_t first_nan(const real** row, Py_ssize_t tokens, Py_ssize_t padded) noexcept nogil:
-    # The first of the rows with a NaN, or -1.
-    cdef Py_ssize_t t
-    for t in range(tokens):
-        if has_nan(row[t], padded):
-            return t
-    return -1
-
-
-cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
-    cdef real[LANES] lane
+cdef inline real largest_of_lanes(real* lane) noexcept nogil:
     cdef Py_ssize_t j
-    fold(x, padded, LANES, lane)
     for j in range(8):
         lane[j] = lane[j + 8] if lane[j + 8] > lane[j] else lane[j]
     for j in range(4):
@@ -59,6 +48,12 @@ cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
     for j in range(1, 4):
         lane[0] = lane[j] if lane[j] > lane[0] else lane[0]
     return lane[0]
+
+
+cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
+    cdef real[LANES] lane
+    fold(x, padded, LANES, lane)
+    return largest_of_lanes(lane)
 
 
 cdef inline real sum_of_lanes(const real* lane) noexcept nogil:
@@ -71,11 +66,11 @@ cdef inline real sum_of_lanes(const real* lane) noexcept nogil:
     return (half[0] + half[2]) + (half[1] + half[3])
 
 
-cdef inline real exponentials_of_row(
-    const real* x, Py_ssize_t n, real largest, real* e
+cdef inline void exponentials_of_row(
+    const real* x, Py_ssize_t n, real largest, real* e, real* sums
 ) noexcept nogil:
-    # Below the largest, for x that ends with -inf up to a multiple of LANES. Returns their sum, in
-    # which lane j adds up columns j, j + LANES, ...; -inf everywhere counts as n equal logits.
+    # Below the largest, for x that ends with -inf up to a multiple of LANES. sums[j] adds up
+    # columns j, j + LANES, ...
     cdef real[LANES] lane
     cdef real[LANES] top
     cdef real[LANES] difference
@@ -86,26 +81,8 @@ cdef inline real exponentials_of_row(
     for i in range(0, n, 16):
         exponentials_below(x + i, top, difference, e + i)
         add_to(lane, e + i)
-    return sum_of_lanes(lane) if largest > -INFINITY else <real>n
-
-
-cdef void scores_of_row(
-    const real* x, Py_ssize_t n, bint is_sigmoid, real* largest, real* total, real* score
-) noexcept nogil:
-    # Up to a multiple of LANES, as x. Only softmax sets the largest and the total.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
-    cdef Py_ssize_t i
-    cdef real top, divisor  # of our own: `total` might lie among the scores
-    if is_sigmoid:
-        for i in range(padded):
-            score[i] = sigmoid(x[i])
-        return
-    top = largest_of_row(x, padded)
-    divisor = exponentials_of_row(x, n, top, score)
-    for i in range(padded):
-        score[i] /= divisor
-    largest[0] = top
-    total[0] = divisor
+    for j in range(LANES):
+        sums[j] = lane[j]
 
 
 cdef inline void to_columns(
@@ -119,6 +96,84 @@ cdef inline void to_columns(
     for t in range(tokens):
         for e in range(n):
             column[e * LANES + t] = (<const real*>(rows + t * stride))[e]
+
+
+cdef void largest_of_rows(const real* folded, real* largest) noexcept nogil:
+    # Of LANES rows of LANES values.
+    cdef real[LANES * LANES] column
+    to_columns(<const uint8_t*>folded, LANES * sizeof(real), LANES, LANES, column)
+    fold(column, LANES * LANES, LANES, largest)
+
+
+cdef void sums_of_rows(const real* sums, real* total) noexcept nogil:
+    # As sum_of_lanes of each of LANES rows.
+    cdef real[LANES * LANES] column
+    cdef Py_ssize_t j, t
+    to_columns(<const uint8_t*>sums, LANES * sizeof(real), LANES, LANES, column)
+    for j in range(8):
+        add_to(column + j * LANES, column + (j + 8) * LANES)
+    for j in range(4):
+        add_to(column + j * LANES, column + (j + 4) * LANES)
+    for j in range(2):
+        add_to(column + j * LANES, column + (j + 2) * LANES)
+    for t in range(LANES):
+        total[t] = column[t] + column[LANES + t]
+
+
+cdef Py_ssize_t load_rows(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
+    const real** row, real* room, real* folded
+) noexcept nogil:
+    # Where each row can be read, up to a multiple of LANES; folded[t * LANES + j] is the largest of
+    # row t's values j, j + LANES, ... There is room for LANES rows. Returns the first with a NaN,
+    # or -1.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t t, j
+    for t in range(tokens):
+        row[t] = readable_row(logits + t * stride, encoding, n, room + t * padded)
+        if fold_checked(row[t], padded, folded + t * LANES):
+            return t
+    for t in range(tokens, LANES):
+        for j in range(LANES):
+            folded[t * LANES + j] = 0
+    return -1
+
+
+cdef void exponentials_of_rows(
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n,
+    real* e, Py_ssize_t stride, real* largest, real* total
+) noexcept nogil:
+    # e[t * stride:] are those below the largest of row t, which may stand there itself.
+    cdef real[LANES * LANES] sums
+    cdef Py_ssize_t t, j
+    largest_of_rows(folded, largest)
+    for t in range(tokens):
+        exponentials_of_row(row[t], n, largest[t], e + t * stride, sums + t * LANES)
+    for t in range(tokens, LANES):
+        for j in range(LANES):
+            sums[t * LANES + j] = 0
+    sums_of_rows(sums, total)
+    for t in range(LANES):
+        # -inf everywhere counts as equal logits.
+        total[t] = total[t] if largest[t] > -INFINITY else <real>n
+
+
+cdef void scores_of_rows(
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid,
+    real* score, real* largest, real* total
+) noexcept nogil:
+    # score[t * padded + e]; may be where the rows are. Only softmax sets the largest and the total.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t t, i
+    if not is_sigmoid:
+        exponentials_of_rows(row, folded, tokens, n, score, padded, largest, total)
+    for t in range(tokens):
+        if is_sigmoid:
+            for i in range(padded):
+                score[t * padded + i] = sigmoid(row[t][i])
+        else:
+            for i in range(padded):
+                score[t * padded + i] /= total[t]
 
 
 cdef inline void to_rows(

@@ -159,7 +159,7 @@ def add_statistics(
     cdef const uint8_t* at
     cdef real* x = &work[0, 0]
     cdef real* score = &work[1, 0]
-    cdef const real* row[1]
+    cdef const real* row
     cdef real[LANES] largest
     cdef real[LANES] total
     cdef real[LANES] weighted
@@ -185,12 +185,12 @@ def add_statistics(
                 )
             else:
                 for t in range(tokens):
-                    row[0] = readable_row(at + t * logits.strides[0], encoding, num_experts, x)
-                    if first_nan(row, 1, padded) >= 0:
+                    row = readable_row(at + t * logits.strides[0], encoding, num_experts, x)
+                    if has_nan(row, padded):
                         bad = t
                         break
                     add_row(
-                        row[0], num_experts, is_sigmoid, score,
+                        row, num_experts, is_sigmoid, score,
                         &probability[0], largest + t, total + t, weighted + t, entropy + t
                     )
                 if bad >= 0:

@@ -63,19 +63,14 @@ cdef Py_ssize_t route_rows(
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef real* value = <real*>work.value
     cdef real* chosen = <real*>work.chosen
-    cdef real* score
     cdef int32_t* expert
     cdef const real* row[LANES]
     cdef real* choice[LANES]
     cdef real[LANES] largest
     cdef real[LANES] total
-    cdef const real* known = NULL
+    cdef real[LANES * LANES] folded
     cdef Py_ssize_t e, s, t
-    for t in range(tokens):
-        row[t] = readable_row(
-            logits + t * stride, encoding, n, <real*>work.rows + t * padded
-        )
-    t = first_nan(row, tokens, padded)
+    t = load_rows(logits, stride, encoding, tokens, n, row, <real*>work.rows, folded)
     if t >= 0:
         return t
     for t in range(LANES):
@@ -83,38 +78,42 @@ cdef Py_ssize_t route_rows(
         total[t] = 1
     if not rule.by_score:
         if not rule.norm_topk_prob:
-            known = largest
-            for t in range(tokens):
-                largest[t] = largest_of_row(row[t], padded)
-                total[t] = exponentials_of_row(row[t], n, largest[t], <real*>work.scores)
-        choose_in_rows(row, tokens, n, padded, k, known, index, value, work.found, work.order)
+            exponentials_of_rows(
+                row, folded, tokens, n, <real*>work.scores, 0, largest, total
+            )
+        choose_in_rows(
+            row, folded, tokens, n, padded, k, index, chosen, value, work.found, work.order
+        )
     else:
+        scores_of_rows(
+            row, folded, tokens, n, rule.is_sigmoid, <real*>work.scores, largest, total
+        )
         for t in range(tokens):
             choice[t] = <real*>work.scores + t * padded
-            score = choice[t] if rule.n_group == 1 else value
-            scores_of_row(row[t], n, rule.is_sigmoid, largest + t, total + t, score)
             for e in range(n):
-                score[e] += bias[e]
+                choice[t][e] += bias[e]
             for e in range(n, padded):
-                score[e] = -INFINITY
+                choice[t][e] = -INFINITY
             if rule.n_group > 1:
                 keep_best_groups(
-                    score, rule, choice[t], work.expert + t * padded, work.order, value + padded
+                    choice[t], rule, work.expert + t * padded, work.order, value
                 )
         n = n // rule.n_group * rule.topk_group
         padded = padded_to_lanes(n)
+        for t in range(tokens):
+            fold(choice[t], padded, LANES, folded + t * LANES)
         choose_in_rows(
-            <const real**>choice, tokens, n, padded, k, NULL,
-            index, value, work.found, work.order,
+            <const real**>choice, folded, tokens, n, padded, k,
+            index, chosen, value, work.found, work.order,
         )
         if rule.n_group > 1:
             for t in range(tokens):
                 expert = work.expert + t * padded_to_lanes(rule.num_experts)
                 for s in range(k):
                     index[t * k + s] = expert[index[t * k + s]]
-    for t in range(tokens):
-        for s in range(k):
-            chosen[s * LANES + t] = row[t][index[t * k + s]]
+        for t in range(tokens):
+            for s in range(k):
+                chosen[s * LANES + t] = row[t][index[t * k + s]]
     for t in range(tokens, LANES):
         for s in range(k):
             chosen[s * LANES + t] = 0
@@ -138,7 +137,6 @@ cdef Py_ssize_t route_blocks(
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t padded = padded_to_lanes(n)
-    cdef Py_ssize_t nbytes = n * (sizeof(real) if encoding == NATIVE else sizeof(uint16_t))
     cdef Py_ssize_t bad = -1
     cdef Py_ssize_t token, tokens, i
     cdef int32_t* index
@@ -165,8 +163,6 @@ cdef Py_ssize_t route_blocks(
     for token in range(start, stop, 16):
         tokens = LANES if token + LANES < stop else stop - token
         row = logits + token * stride
-        if token + 2 * LANES <= stop:
-            prefetch_rows(row + LANES * stride, stride, LANES, nbytes)
         index = expert_indices + token * k
         weight = weights + token * k
         if few_enough_for_columns(rule):
