@@ -10,6 +10,11 @@ cdef inline Py_ssize_t padded_to_lanes(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
 
 
+cdef inline Py_ssize_t lanes_from(Py_ssize_t first, Py_ssize_t tokens) noexcept nogil:
+    # How many of the tokens are in the block that begins with `first`.
+    return LANES if first + LANES < tokens else tokens - first
+
+
 cdef inline bint in_columns(Py_ssize_t n) noexcept nogil:
     return n < 2 * LANES
 

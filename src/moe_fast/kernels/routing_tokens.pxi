@@ -1,11 +1,18 @@
 # Tokens choose experts: top-k, Switch, group-limited.
 
+cdef enum:
+    # Tokens in columns go through each step in so many blocks, so that one does not wait for the
+    # results of the other.
+    BLOCKS = 4
+
+
 cdef struct Work:
-    # What a block needs besides its input and output, each of one kind of float.
+    # What a block needs besides its input and output, each of one kind of float. `padded` is at
+    # least BLOCKS times the experts where these stand in columns.
     void* rows       # LANES * padded: copies of rows, or num_experts * LANES as columns
     void* scores     # LANES * padded: what rows, or columns, are chosen by
     void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is being sorted
-    void* chosen     # k * LANES
+    void* chosen     # BLOCKS * k * LANES
     int32_t* found   # padded + LANES + LANES * LANES
     int32_t* order   # padded
     int32_t* expert  # LANES * padded: the experts of the groups kept
@@ -17,39 +24,63 @@ cdef inline bint few_enough_for_columns(const Rule* rule) noexcept nogil:
     )
 
 
+cdef void choose_block(
+    real* column, real* score, const real* bias, const Rule* rule,
+    int32_t* expert, real* chosen, real* largest, real* total
+) noexcept nogil:
+    # LANES tokens, each in its lane; expert and chosen in columns too.
+    cdef Py_ssize_t n = rule.num_experts
+    cdef Py_ssize_t k = rule.num_experts_per_tok
+    cdef Py_ssize_t e, s, t
+    if not rule.by_score:
+        if not rule.norm_topk_prob:
+            exponentials_of_columns(column, n, largest, total, score)
+        choose_in_columns(column, n, k, expert, chosen)
+        return
+    scores_of_columns(column, n, rule.is_sigmoid, largest, total, score)
+    for e in range(n):
+        for t in range(LANES):
+            score[e * LANES + t] += bias[e]
+    choose_in_columns(score, n, k, expert, chosen)
+    for s in range(k):
+        for t in range(LANES):
+            chosen[s * LANES + t] = column[expert[s * LANES + t] * LANES + t]
+
+
 cdef Py_ssize_t route_columns(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     const real* bias, const Rule* rule, Work* work, int32_t* index, real* weight
 ) noexcept nogil:
-    # One block of up to LANES tokens, each in its lane. Returns the first with a NaN, or -1.
+    # Up to BLOCKS times LANES tokens. Returns the first with a NaN, or -1.
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef real* column = <real*>work.rows
     cdef real* score = <real*>work.scores
     cdef real* chosen = <real*>work.chosen
-    cdef int32_t[FEW * LANES] expert
-    cdef real[LANES] largest
-    cdef real[LANES] total
-    cdef Py_ssize_t e, s, t
-    t = load_columns(logits, stride, encoding, tokens, n, column, <real*>work.value)
-    if t >= 0:
-        return t
-    if not rule.by_score:
-        if not rule.norm_topk_prob:
-            exponentials_of_columns(column, n, largest, total, score)
-        choose_in_columns(column, n, k, expert, chosen)
-    else:
-        scores_of_columns(column, n, rule.is_sigmoid, largest, total, score)
-        for e in range(n):
-            for t in range(LANES):
-                score[e * LANES + t] += bias[e]
-        choose_in_columns(score, n, k, expert, chosen)
-        for s in range(k):
-            for t in range(LANES):
-                chosen[s * LANES + t] = column[expert[s * LANES + t] * LANES + t]
-    to_rows(<const float*>expert, tokens, k, <float*>index)
-    weigh(chosen, largest, total, rule)
-    to_rows(chosen, tokens, k, weight)
+    cdef int32_t[BLOCKS * FEW * LANES] expert
+    cdef real[BLOCKS * LANES] largest
+    cdef real[BLOCKS * LANES] total
+    cdef Py_ssize_t first, bad
+    for first in range(0, tokens, 16):
+        bad = load_columns(
+            logits + first * stride, stride, encoding, lanes_from(first, tokens), n,
+            column + first * n, <real*>work.value
+        )
+        if bad >= 0:
+            return first + bad
+    for first in range(0, tokens, 16):
+        choose_block(
+            column + first * n, score + first * n, bias, rule,
+            expert + first * k, chosen + first * k, largest + first, total + first
+        )
+    for first in range(0, tokens, 16):
+        weigh(chosen + first * k, largest + first, total + first, rule)
+    for first in range(0, tokens, 16):
+        to_rows(
+            <const float*>(expert + first * k), lanes_from(first, tokens), k,
+            <float*>(index + first * k)
+        )
+        to_rows(chosen + first * k, lanes_from(first, tokens), k, weight + first * k)
     return -1
 
 
@@ -136,15 +167,18 @@ cdef Py_ssize_t route_blocks(
     cdef Work work
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef bint as_columns = few_enough_for_columns(rule)
+    cdef Py_ssize_t step = BLOCKS * LANES if as_columns else LANES
+    cdef Py_ssize_t padded = padded_to_lanes(n) * (BLOCKS if as_columns else 1)
     cdef Py_ssize_t bad = -1
-    cdef Py_ssize_t token, tokens, i
+    cdef Py_ssize_t token = start
+    cdef Py_ssize_t tokens, i
     cdef int32_t* index
     cdef real* weight
     cdef real* zeros
     cdef const uint8_t* row
     cdef char* memory = <char*>malloc(
-        (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + LANES * k) * sizeof(real)
+        (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS * LANES * k) * sizeof(real)
         + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
     )
     if memory == NULL:
@@ -153,19 +187,19 @@ cdef Py_ssize_t route_blocks(
     work.scores = <real*>work.rows + LANES * padded
     work.value = <real*>work.scores + LANES * padded
     work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
-    zeros = <real*>work.chosen + LANES * k
+    zeros = <real*>work.chosen + BLOCKS * LANES * k
     work.found = <int32_t*>(zeros + padded)
     work.order = work.found + padded + LANES + LANES * LANES
     work.expert = work.order + padded
     if bias == NULL:
         memset(zeros, 0, n * sizeof(real))
         bias = zeros
-    for token in range(start, stop, 16):
-        tokens = LANES if token + LANES < stop else stop - token
+    while token < stop:
+        tokens = step if token + step < stop else stop - token
         row = logits + token * stride
         index = expert_indices + token * k
         weight = weights + token * k
-        if few_enough_for_columns(rule):
+        if as_columns:
             bad = route_columns(row, stride, encoding, tokens, bias, rule, &work, index, weight)
         else:
             bad = route_rows(row, stride, encoding, tokens, bias, rule, &work, index, weight)
@@ -174,6 +208,7 @@ cdef Py_ssize_t route_blocks(
             break
         for i in range(tokens * k):
             tokens_per_expert[index[i]] += 1
+        token += step
     free(memory)
     return bad
 
