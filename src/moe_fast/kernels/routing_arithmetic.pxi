@@ -56,17 +56,17 @@ cdef extern from *:
 cdef inline real exponential(real x) noexcept nogil:
     # e^x for x <= 0, within 1.5 units of the last place; 0 where the result would be denormal.
     # x = n ln 2 + r, e^r = 1 + r + r^2 q(r); adding 1.5 * 2^23 (2^52) rounds n to an integer.
-    cdef real shifted, n, r, q
+    cdef real shifted, n, r, square, q
     if real is float:
         shifted = x * <float>1.4426950408889634 + <float>12582912.0
         n = shifted - <float>12582912.0
         r = x - n * <float>0.693359375
         r = r - n * <float>-2.1219444005469058e-4
-        q = <float>0.001381431631 * r + <float>0.008368851117
-        q = q * r + <float>0.04166840116
-        q = q * r + <float>0.1666651952
-        q = q * r + <float>0.4999999337
-        q = scaled_float(q * r * r + r + <float>1.0, shifted)
+        square = r * r
+        q = <float>0.008368851117 * r + <float>0.04166840116
+        q = <float>0.001381431631 * square + q
+        q = q * square + (<float>0.1666651952 * r + <float>0.4999999337)
+        q = scaled_float(q * square + r + <float>1.0, shifted)
         return q if x >= <float>-87.33654 else <float>0.0
     else:
         shifted = x * 1.4426950408889634 + 6755399441055744.0

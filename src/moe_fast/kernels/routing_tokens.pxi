@@ -178,7 +178,9 @@ cdef Py_ssize_t route_blocks(
     cdef real* zeros
     cdef const uint8_t* row
     cdef char* memory = <char*>malloc(
-        (2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS * LANES * k) * sizeof(real)
+        (
+            2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS * LANES * k
+        ) * sizeof(real)
         + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
     )
     if memory == NULL:
