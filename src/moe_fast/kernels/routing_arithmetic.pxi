@@ -23,6 +23,18 @@ cdef extern from *:
         memcpy(&p, &a, 8);
         return p;
     }
+    /* x - n * c where n * c is a float (a double): whether it is rounded makes no difference. */
+    #if defined(__FMA__) && defined(__GNUC__)
+    static inline float less_product_float(float x, float n, float c) {
+        return __builtin_fmaf(-n, c, x);
+    }
+    static inline double less_product_double(double x, double n, double c) {
+        return __builtin_fma(-n, c, x);
+    }
+    #else
+    static inline float less_product_float(float x, float n, float c) { return x - n * c; }
+    static inline double less_product_double(double x, double n, double c) { return x - n * c; }
+    #endif
     static inline float float_of_bits(uint32_t bits) {
         float x;
         memcpy(&x, &bits, 4);
@@ -46,6 +58,8 @@ cdef extern from *:
     """
     float scaled_float(float p, float shifted) noexcept nogil
     double scaled_double(double p, double shifted) noexcept nogil
+    float less_product_float(float x, float n, float c) noexcept nogil
+    double less_product_double(double x, double n, double c) noexcept nogil
     float float_of_bits(uint32_t bits) noexcept nogil
     uint32_t bits_of_float(float x) noexcept nogil
     uint64_t bits_of_double(double x) noexcept nogil
@@ -60,7 +74,7 @@ cdef inline real exponential(real x) noexcept nogil:
     if real is float:
         shifted = x * <float>1.4426950408889634 + <float>12582912.0
         n = shifted - <float>12582912.0
-        r = x - n * <float>0.693359375
+        r = less_product_float(x, n, <float>0.693359375)
         r = r - n * <float>-2.1219444005469058e-4
         square = r * r
         q = <float>0.008368851117 * r + <float>0.04166840116
@@ -71,7 +85,7 @@ cdef inline real exponential(real x) noexcept nogil:
     else:
         shifted = x * 1.4426950408889634 + 6755399441055744.0
         n = shifted - 6755399441055744.0
-        r = x - n * 0.693147180369123816490
+        r = less_product_double(x, n, 0.693147180369123816490)
         r = r - n * 1.90821492927058770002e-10
         q = 2.49998636902669393e-8 * r + 2.7630523460063995e-7
         q = q * r + 2.75575883995468472e-6

@@ -101,14 +101,12 @@ cdef extern from *:
             return bits != 0; \
         }
     #define EXTREMES(T, S) \
-        /* to[i] = x[i] - most[i] for x[i] <= most[i], but at least `least`; where infinity less \
-           itself is no number, 0. */ \
-        static inline void below_##T(const T* x, const T* most, T least, T* to) { \
+        /* to[i] = x[i] - most[i] for x[i] <= most[i], and 0 for infinity less itself. */ \
+        static inline void below_##T(const T* x, const T* most, T* to) { \
             int i; \
             EACH_PART(T) { \
                 part_##T less = PART(sub, S)(PART(loadu, S)(x + i), PART(loadu, S)(most + i)); \
-                less = PART(min, S)(less, PART(set1, S)((T)0)); \
-                PART(storeu, S)(to + i, PART(max, S)(less, PART(set1, S)(least))); \
+                PART(storeu, S)(to + i, PART(min, S)(less, PART(set1, S)((T)0))); \
             } \
         } \
         static inline void add_##T(T* to, const T* x) { \
@@ -498,8 +496,8 @@ cdef extern from *:
     Py_ssize_t count_at_least_double(const double* x, Py_ssize_t n, double bound) noexcept nogil
     bint has_nan_float(const float* x, Py_ssize_t n) noexcept nogil
     bint has_nan_double(const double* x, Py_ssize_t n) noexcept nogil
-    void below_float(const float* x, const float* most, float least, float* to) noexcept nogil
-    void below_double(const double* x, const double* most, double least, double* to) noexcept nogil
+    void below_float(const float* x, const float* most, float* to) noexcept nogil
+    void below_double(const double* x, const double* most, double* to) noexcept nogil
     void add_float(float* to, const float* x) noexcept nogil
     void add_double(double* to, const double* x) noexcept nogil
     void add_product_float(float* to, const float* x, const float* y) noexcept nogil
@@ -562,13 +560,13 @@ cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
 cdef inline void exponentials_below(
     const real* x, const real* largest, real* difference, real* e
 ) noexcept nogil:
-    # Of LANES values: x - largest, or a lower bound whose exponential is 0 too; and exponentials.
-    # From a plain expression compilers take the cases apart, and compute each.
+    # Of LANES values: x - largest, and exponentials. From a plain expression compilers take the
+    # cases apart, and compute each.
     cdef Py_ssize_t j
     if real is float:
-        below_float(x, largest, -88.0, difference)
+        below_float(x, largest, difference)
     else:
-        below_double(x, largest, -709.0, difference)
+        below_double(x, largest, difference)
     for j in range(LANES):
         e[j] = exponential(difference[j])
 

@@ -27,6 +27,7 @@ cdef void sum_scores(
     cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
+    cdef real least = -1000
     cdef Py_ssize_t i, j
     for j in range(LANES):
         top[j] = largest[j]
@@ -34,6 +35,9 @@ cdef void sum_scores(
         products[j] = 0
     for i in range(0, size, 16):
         exponentials_below(x + i, top, difference, score + i)
+        for j in range(LANES):
+            # Where the exponential is 0, and so must be their product.
+            difference[j] = difference[j] if difference[j] > least else least
         add_to(sums, score + i)
         add_product_to(products, score + i, difference)
     for j in range(LANES):
