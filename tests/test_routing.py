@@ -689,3 +689,13 @@ def test_repr_is_short():
         "capacity=2, num_dropped=2)"
     )
     assert isinstance(result, Routing)
+
+
+@pytest.mark.parametrize("num_experts", [4, 8, 16, 40])
+@pytest.mark.parametrize("written", [0, -5, 2**31 - 1, "num_experts", "last"])
+def test_indices_that_somebody_wrote_over_stay_within_memory(num_experts, written):
+    value = {"num_experts": num_experts, "last": num_experts - 1}.get(written, written)
+    result = route(seeded(0).standard_normal((500, num_experts)), config(num_experts, 2))
+    result.expert_indices[:] = value
+    assert result.permutation.shape == (1000,)
+    assert result.offsets[-1] == 1000

@@ -34,8 +34,6 @@ LOGITS_PER_THREAD = 2**16
 ENCODINGS = {"float32": 0, "float64": 0, "bfloat16": 1, "float16": 2}
 # The kernels' rows are multiples of this, and experts choose so many at a time.
 LANES = 16
-# Counters the kernels keep for an expert while they sort.
-COUNTERS = 4
 # Tokens from which expert choice guesses how good a token must be.
 SAMPLE = 512
 # What expert choice has no use for: each of its experts takes the same number of tokens.
@@ -224,18 +222,15 @@ class Routing:
         if not hasattr(self, "_offsets"):
             self._offsets = np.zeros(self.num_experts + 1, np.int64)
             self._permutation = np.empty(pairs, np.int32)
-        np.cumsum(self.tokens_per_expert, out=self._offsets[1:])
-        kept = int(self._offsets[-1])
+        kept = pairs - self.num_dropped
         if len(self._permutation) != kept:
             self._permutation = np.empty(kept, np.int32)
         if self.method is RoutingMethod.EXPERT_CHOICE:
+            np.cumsum(self.tokens_per_expert, out=self._offsets[1:])
             self._permutation[:] = np.arange(pairs, dtype=np.int32)
         else:
             kernels.compiled.sort_by_expert(
-                self._indices.reshape(-1),
-                self._offsets,
-                self._permutation,
-                np.zeros((COUNTERS, self.num_experts + 1), np.int64),
+                self._indices.reshape(-1), self.tokens_per_expert, self._offsets, self._permutation
             )
         self._sorted = True
 

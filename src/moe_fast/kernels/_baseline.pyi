@@ -143,7 +143,7 @@ def route_token_again(
 
 # routing_order.pxi
 def sort_by_expert(
-    expert_indices: _Index32, offsets: _Index64, permutation: _Index32, work: _Index64
+    expert_indices: _Index32, tokens_per_expert: _Index64, offsets: _Index64, permutation: _Index32
 ) -> None: ...
 @_fused
 def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> None: ...

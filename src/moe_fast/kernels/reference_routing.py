@@ -19,7 +19,9 @@ def softmax(logits: npt.ArrayLike) -> Matrix:
     top = z.max(axis=-1, keepdims=True)
     below = np.where(z == top, 0.0, z - np.where(np.isfinite(top), top, 0.0))
     below = np.where(np.isfinite(top) | (z == top), below, -np.inf)
-    e: Matrix = np.exp(below)
+    # Contiguous, since along strides NumPy adds up one after another, which rounds more often than
+    # what is compared with it.
+    e: Matrix = np.ascontiguousarray(np.exp(below))
     p: Matrix = e / e.sum(axis=-1, keepdims=True)
     return p
 

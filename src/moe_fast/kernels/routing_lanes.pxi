@@ -336,6 +336,40 @@ cdef extern from *:
     static void list_places(void) {}
     #endif
 
+    /* Indices of those that equal y, ascending, up to `room` of them. Where this is a matter of
+       few instructions, experts up to FEW_TO_COMPARE are sorted by. */
+    static inline void collect_equal(
+        const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
+    ) {
+        Py_ssize_t i = 0, count = 0;
+    #if defined(__AVX512F__)
+    #define FEW_TO_COMPARE 8
+        const __m512i equal = _mm512_set1_epi32(y), step = _mm512_set1_epi32(16);
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (; i + 16 <= n && count + 16 <= room; i += 16) {
+            __mmask16 bits = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(x + i), equal);
+            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(bits, at));
+            count += number_of_bits(bits);
+            at = _mm512_add_epi32(at, step);
+        }
+    #elif defined(__AVX2__)
+    #define FEW_TO_COMPARE 8
+        const __m256i equal = _mm256_set1_epi32(y);
+        for (; i + 8 <= n && count + 8 <= room; i += 8) {
+            __m256i v = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i*)(x + i)), equal);
+            int bits = _mm256_movemask_ps(_mm256_castsi256_ps(v));
+            __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES[bits]));
+            _mm256_storeu_si256((__m256i*)(index + count),
+                _mm256_add_epi32(at, _mm256_set1_epi32((int)i)));
+            count += number_of_bits(bits);
+        }
+    #else
+    #define FEW_TO_COMPARE 0
+    #endif
+        for (; i < n && count < room; i++)
+            if (x[i] == y) index[count++] = (int32_t)i;
+    }
+
     /* Four bytes each: to[16 * c + r] = x[r][c] for 16 rows, and back, where k is the length of a
        row; or no change and 0 where there is no quick way. */
     #if defined(__SSE2__) || defined(_M_X64)
@@ -525,6 +559,11 @@ cdef extern from *:
     ) noexcept nogil
     bint rows_of_columns(const float* column, Py_ssize_t k, float* rows) noexcept nogil
     void list_places() noexcept nogil
+    void collect_equal(
+        const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
+    ) noexcept nogil
+    enum:
+        FEW_TO_COMPARE
     int lowest_bit(uint64_t bits) noexcept nogil
     int number_of_bits(uint32_t bits) noexcept nogil
 

@@ -35,14 +35,20 @@ cdef real smallest_kept(
     return bound
 
 
+cdef inline Py_ssize_t slot_of(int32_t expert, Py_ssize_t num_experts) noexcept nogil:
+    # -1 for what was dropped, and for what somebody wrote into the indices since.
+    return expert if <uint32_t>expert < <uint32_t>num_experts else -1
+
+
 cdef inline void place_pair(
-    int64_t* of_expert, int32_t expert, Py_ssize_t pair, int32_t* permutation
+    int64_t* of_slot, Py_ssize_t slot, Py_ssize_t pair, int32_t* permutation, Py_ssize_t kept
 ) noexcept nogil:
-    # Without a branch: whether a pair was dropped cannot be foreseen.
+    # Without a branch: whether a pair was dropped cannot be foreseen. The places of slot -1 begin
+    # with `kept`, which is none.
     cdef int32_t nowhere
-    cdef int64_t place = of_expert[expert]
-    cdef int32_t* to = &permutation[place] if expert >= 0 else &nowhere
-    of_expert[expert] = place + 1
+    cdef int64_t place = of_slot[slot]
+    cdef int32_t* to = &permutation[place] if place < kept else &nowhere
+    of_slot[slot] = place + 1
     to[0] = <int32_t>pair
 
 
@@ -51,42 +57,79 @@ cdef enum:
     COUNTERS = 4
 
 
-def sort_by_expert(
-    const int32_t[::1] expert_indices not None, const int64_t[::1] offsets not None,
-    int32_t[::1] permutation not None, int64_t[:, ::1] work not None
-):
-    """Fill the stable permutation. `work` is zeros, one more than experts for each of COUNTERS."""
-    cdef Py_ssize_t num_experts = work.shape[1] - 1
-    cdef Py_ssize_t pairs = expert_indices.shape[0]
+cdef void sort_among_few(
+    const int32_t* expert, Py_ssize_t pairs, const int64_t* offsets, Py_ssize_t num_experts,
+    int64_t* work, int32_t* permutation
+) noexcept nogil:
+    # Each quarter of the pairs has its own places, so that all are sorted side by side.
     cdef Py_ssize_t quarter = pairs // COUNTERS
+    cdef Py_ssize_t kept = offsets[num_experts]
     cdef Py_ssize_t i, q, e
     cdef int64_t place, count
-    cdef int64_t* of_expert[COUNTERS]
-    with nogil:
+    cdef int64_t* of_slot[COUNTERS]
+    for q in range(COUNTERS):
+        of_slot[q] = work + q * (num_experts + 1) + 1
+    for i in range(quarter):
         for q in range(COUNTERS):
-            # At -1 it counts what was dropped.
-            of_expert[q] = &work[q, 1]
-        if not in_columns(num_experts):
-            # The same expert seldom comes twice within a few pairs.
-            quarter = 0
-            memcpy(of_expert[COUNTERS - 1], &offsets[0], num_experts * sizeof(int64_t))
-        else:
-            # Each quarter of the pairs has its own places, so that all are sorted side by side.
-            for i in range(quarter):
-                for q in range(COUNTERS):
-                    of_expert[q][expert_indices[q * quarter + i]] += 1
+            of_slot[q][slot_of(expert[q * quarter + i], num_experts)] += 1
+    for e in range(num_experts):
+        place = offsets[e]
+        for q in range(COUNTERS):
+            count = of_slot[q][e]
+            of_slot[q][e] = place
+            place += count
+    for q in range(COUNTERS):
+        of_slot[q][-1] = kept
+    for i in range(quarter):
+        for q in range(COUNTERS):
+            e = q * quarter + i
+            place_pair(of_slot[q], slot_of(expert[e], num_experts), e, permutation, kept)
+    for i in range(COUNTERS * quarter, pairs):
+        place_pair(
+            of_slot[COUNTERS - 1], slot_of(expert[i], num_experts), i, permutation, kept
+        )
+
+
+def sort_by_expert(
+    const int32_t[::1] expert_indices not None, const int64_t[::1] tokens_per_expert not None,
+    int64_t[::1] offsets not None, int32_t[::1] permutation not None
+):
+    """Fill the offsets, one more than experts, and the stable permutation of what was not dropped.
+    """
+    cdef Py_ssize_t num_experts = tokens_per_expert.shape[0]
+    cdef Py_ssize_t pairs = expert_indices.shape[0]
+    cdef Py_ssize_t kept = permutation.shape[0]
+    cdef Py_ssize_t e, i
+    cdef const int32_t* expert
+    cdef int64_t* work
+    offsets[0] = 0
+    for e in range(num_experts):
+        offsets[e + 1] = offsets[e] + tokens_per_expert[e]
+    if kept == 0:
+        return
+    expert = &expert_indices[0]
+    if num_experts <= FEW_TO_COMPARE:
+        with nogil:
             for e in range(num_experts):
-                place = offsets[e]
-                for q in range(COUNTERS):
-                    count = of_expert[q][e]
-                    of_expert[q][e] = place
-                    place += count
-            for i in range(quarter):
-                for q in range(COUNTERS):
-                    e = q * quarter + i
-                    place_pair(of_expert[q], expert_indices[e], e, &permutation[0])
-        for i in range(COUNTERS * quarter, pairs):
-            place_pair(of_expert[COUNTERS - 1], expert_indices[i], i, &permutation[0])
+                collect_equal(
+                    expert, pairs, <int32_t>e, &permutation[0] + offsets[e], kept - offsets[e]
+                )
+        return
+    work = <int64_t*>calloc(COUNTERS * (num_experts + 1), sizeof(int64_t))
+    if work == NULL:
+        raise MemoryError(f"no memory to sort by num_experts={num_experts}")
+    with nogil:
+        if in_columns(num_experts):
+            sort_among_few(expert, pairs, &offsets[0], num_experts, work, &permutation[0])
+        else:
+            # The same expert seldom comes twice within a few pairs.
+            work[0] = kept
+            memcpy(work + 1, &offsets[0], num_experts * sizeof(int64_t))
+            for i in range(pairs):
+                place_pair(
+                    work + 1, slot_of(expert[i], num_experts), i, &permutation[0], kept
+                )
+    free(work)
 
 
 def drop_late(
