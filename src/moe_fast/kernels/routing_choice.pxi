@@ -142,11 +142,12 @@ cdef void shorten(
 
 cdef void choose_in_rows(
     const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t padded,
-    Py_ssize_t k, int32_t* index, real* chosen, real* value, int32_t* found, int32_t* order
+    Py_ssize_t ahead, Py_ssize_t k,
+    int32_t* index, real* chosen, real* value, int32_t* found, int32_t* order
 ) noexcept nogil:
     # index[t * k + s] is the s-th largest of row[t][0:n], chosen[s * LANES + t] its value; the rest
     # of a row up to `padded` is -inf. folded[t * LANES + j] is the largest of row t's values j,
-    # j + LANES, ...
+    # j + LANES, ... What is read next is fetched meanwhile: rows so many bytes ahead.
     cdef real[LANES] bound
     cdef int32_t[FEW * LANES] column
     cdef Py_ssize_t t, s, j, count
@@ -168,7 +169,11 @@ cdef void choose_in_rows(
         return
     # A list longer than LANES runs into the next one's place, and is needed no more by then.
     for t in range(LANES):
-        count = survivors(row[t], n, k, bound[t], found, value) if t < tokens else 0
+        if t < tokens:
+            ask_ahead(row[t], n * sizeof(real), ahead)
+            count = survivors(row[t], n, k, bound[t], found, value)
+        else:
+            count = 0
         if count > LANES:
             for j in range(count, padded_to_lanes(count)):
                 value[j] = -INFINITY

@@ -24,7 +24,10 @@ cdef Py_ssize_t score_block(
         bad = load_rows(logits, stride, encoding, tokens, n, row, room, lanes)
         if bad >= 0:
             return bad
-        scores_of_rows(row, lanes, tokens, n, is_sigmoid, room, largest, total)
+        scores_of_rows(
+            row, lanes, tokens, n, distance_ahead(row[0], room, stride),
+            is_sigmoid, room, largest, total
+        )
         to_columns(<const uint8_t*>room, padded * sizeof(real), tokens, n, column)
     for t in range(tokens, LANES):
         for e in range(n):

@@ -71,6 +71,21 @@ cdef extern from *:
     }
     #endif
 
+    #if defined(__GNUC__)
+    #define PREFETCH(address) __builtin_prefetch((const void*)(address), 0, 2)
+    #elif defined(_M_X64)
+    #define PREFETCH(address) _mm_prefetch((const char*)(address), _MM_HINT_T1)
+    #else
+    #define PREFETCH(address) ((void)(address))
+    #endif
+    /* Ask for n bytes, `ahead` bytes after x, or for none where that is 0; they may lie past any
+       end. Into the second cache: in the first they took the place of rows in use. */
+    static inline void ask_ahead(const void* x, Py_ssize_t n, Py_ssize_t ahead) {
+        Py_ssize_t i;
+        if (ahead)
+            for (i = 0; i < n; i += 64) PREFETCH((uintptr_t)x + (uintptr_t)(ahead + i));
+    }
+
     #define EACH_PART(T) for (i = 0; i < 16; i += (int)(sizeof(part_##T) / sizeof(T)))
     #define STEPS(T, S) \
         /* Bit i: x[i] > bound. */ \
@@ -559,6 +574,7 @@ cdef extern from *:
     ) noexcept nogil
     bint rows_of_columns(const float* column, Py_ssize_t k, float* rows) noexcept nogil
     void list_places() noexcept nogil
+    void ask_ahead(const void* x, Py_ssize_t n, Py_ssize_t ahead) noexcept nogil
     void collect_equal(
         const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
     ) noexcept nogil

@@ -144,15 +144,24 @@ cdef Py_ssize_t load_rows(
     return -1
 
 
+cdef inline Py_ssize_t distance_ahead(
+    const real* row, const real* room, Py_ssize_t stride
+) noexcept nogil:
+    # From a row to that of the next block, in bytes; 0 where it was copied into the room.
+    return 0 if row == room else LANES * stride
+
+
 cdef void exponentials_of_rows(
-    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n,
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
     real* e, Py_ssize_t stride, real* largest, real* total
 ) noexcept nogil:
-    # e[t * stride:] are those below the largest of row t, which may stand there itself.
+    # e[t * stride:] are those below the largest of row t, which may stand there itself. While they
+    # are computed, what is read next is fetched: rows so many bytes ahead.
     cdef real[LANES * LANES] sums
     cdef Py_ssize_t t, j
     largest_of_rows(folded, largest)
     for t in range(tokens):
+        ask_ahead(row[t], n * sizeof(real), ahead)
         exponentials_of_row(row[t], n, largest[t], e + t * stride, sums + t * LANES)
     for t in range(tokens, LANES):
         for j in range(LANES):
@@ -164,16 +173,17 @@ cdef void exponentials_of_rows(
 
 
 cdef void scores_of_rows(
-    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid,
-    real* score, real* largest, real* total
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
+    bint is_sigmoid, real* score, real* largest, real* total
 ) noexcept nogil:
     # score[t * padded + e]; may be where the rows are. Only softmax sets the largest and the total.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t t, i
     if not is_sigmoid:
-        exponentials_of_rows(row, folded, tokens, n, score, padded, largest, total)
+        exponentials_of_rows(row, folded, tokens, n, ahead, score, padded, largest, total)
     for t in range(tokens):
         if is_sigmoid:
+            ask_ahead(row[t], n * sizeof(real), ahead)
             for i in range(padded):
                 score[t * padded + i] = sigmoid(row[t][i])
         else:

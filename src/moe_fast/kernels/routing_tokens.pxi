@@ -100,24 +100,27 @@ cdef Py_ssize_t route_rows(
     cdef real[LANES] largest
     cdef real[LANES] total
     cdef real[LANES * LANES] folded
-    cdef Py_ssize_t e, s, t
+    cdef Py_ssize_t e, s, t, ahead
     t = load_rows(logits, stride, encoding, tokens, n, row, <real*>work.rows, folded)
     if t >= 0:
         return t
     for t in range(LANES):
         largest[t] = 0
         total[t] = 1
+    ahead = distance_ahead(row[0], <real*>work.rows, stride)
     if not rule.by_score:
         if not rule.norm_topk_prob:
             exponentials_of_rows(
-                row, folded, tokens, n, <real*>work.scores, 0, largest, total
+                row, folded, tokens, n, ahead, <real*>work.scores, 0, largest, total
             )
+            ahead = 0
         choose_in_rows(
-            row, folded, tokens, n, padded, k, index, chosen, value, work.found, work.order
+            row, folded, tokens, n, padded, ahead, k,
+            index, chosen, value, work.found, work.order,
         )
     else:
         scores_of_rows(
-            row, folded, tokens, n, rule.is_sigmoid, <real*>work.scores, largest, total
+            row, folded, tokens, n, ahead, rule.is_sigmoid, <real*>work.scores, largest, total
         )
         for t in range(tokens):
             choice[t] = <real*>work.scores + t * padded
@@ -134,7 +137,7 @@ cdef Py_ssize_t route_rows(
         for t in range(tokens):
             fold(choice[t], padded, LANES, folded + t * LANES)
         choose_in_rows(
-            <const real**>choice, folded, tokens, n, padded, k,
+            <const real**>choice, folded, tokens, n, padded, 0, k,
             index, chosen, value, work.found, work.order,
         )
         if rule.n_group > 1:
