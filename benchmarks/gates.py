@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -50,6 +51,7 @@ def rows(reference: Reference | None) -> Iterator[Row]:
             yield Row(work, at_level(level, making(CACHED)), peer, theirs, goals.get(level))
     fill = np.ones(LARGE).fill
     yield Row(named("float64", LARGE), making(LARGE), "`ndarray.fill`", lambda: fill(1.0), 1 / 1.1)
+    yield filling_by_two()
     for dtype in ("float64", "float32", "bfloat16"):
         yield Row(
             named(dtype, LARGE) + ", two threads",
@@ -60,6 +62,25 @@ def rows(reference: Reference | None) -> Iterator[Row]:
         )
     yield numpy_row()
     yield from torch_rows()
+
+
+def filling_by_two() -> Row:
+    """What two threads gain at most, where a thread does nothing but write."""
+    out = np.ones(LARGE)
+    halves = np.array_split(out, 2)
+    pool = ThreadPoolExecutor(1)
+
+    def by_two() -> None:
+        other = pool.submit(halves[1].fill, 1.0)
+        halves[0].fill(1.0)
+        other.result()
+
+    return Row(
+        f"`ndarray.fill`, {LARGE[0]} × {LARGE[1]}, two threads",
+        by_two,
+        "one thread",
+        lambda: out.fill(1.0),
+    )
 
 
 def numpy_row() -> Row:

@@ -115,7 +115,8 @@ cdef Py_ssize_t survivors(
 cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound) noexcept nogil:
     # Where the first value from `bound` up stands; there is one. By 64, so that few loops end
     # where nobody can foresee.
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t j
+    cdef Py_ssize_t i = 0
     cdef uint64_t bits = 0
     for i in range(0, padded, 64):
         for j in range(i, i + 64 if i + 64 < padded else padded, 16):
@@ -125,19 +126,61 @@ cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound)
     return <int32_t>i + lowest_bit(bits)
 
 
+cdef void choose_one_by_one(
+    const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t k, const real* bound,
+    int32_t* index, real* chosen, real* value, int32_t* found, int32_t* order
+) noexcept nogil:
+    cdef Py_ssize_t t, s, j, count
+    for t in range(tokens):
+        count = survivors(row[t], n, k, bound[t], found, value)
+        for j in range(count, padded_to_lanes(count)):
+            value[j] = -INFINITY
+        sort_descending(value, count, order)
+        for s in range(k):
+            index[t * k + s] = found[order[s]]
+            chosen[s * LANES + t] = value[order[s]]
+
+
 cdef void shorten(
-    int32_t* found, real* value, Py_ssize_t count, Py_ssize_t k, int32_t* order
+    int32_t* found, float* value, Py_ssize_t count, Py_ssize_t k, int32_t* order
 ) noexcept nogil:
     # Bring the k <= FEW best of a list to its beginning, best first.
     cdef int32_t[FEW] best_found
-    cdef real[FEW] best_value
+    cdef float[FEW] best_value
     cdef Py_ssize_t s
+    for s in range(count, padded_to_lanes(count)):
+        value[s] = -INFINITY
     sort_descending(value, count, order)
     for s in range(k):
         best_found[s] = found[order[s]]
         best_value[s] = value[order[s]]
     memcpy(found, best_found, k * sizeof(int32_t))
-    memcpy(value, best_value, k * sizeof(real))
+    memcpy(value, best_value, k * sizeof(float))
+
+
+cdef void choose_side_by_side(
+    const float** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead, Py_ssize_t k,
+    const float* bound, int32_t* index, float* chosen, float* value, int32_t* found, int32_t* order
+) noexcept nogil:
+    # k <= FEW.
+    cdef int32_t[FEW * LANES] column
+    cdef Py_ssize_t t, j
+    cdef Py_ssize_t count = 0
+    # A list longer than LANES runs into the next one's place, and is needed no more by then.
+    for t in range(LANES):
+        if t < tokens:
+            ask_ahead(row[t], n * sizeof(float), ahead)
+            count = survivors(row[t], n, k, bound[t], found + t * LANES, value + t * LANES)
+        else:
+            count = 0
+        if count > LANES:
+            shorten(found + t * LANES, value + t * LANES, count, k, order)
+            count = k
+        for j in range(t * LANES + count, t * LANES + count + LANES):
+            value[j] = -INFINITY
+            found[j] = LAST
+    best_of_lists(value, found, k, chosen, column)
+    to_rows(<const float*>column, tokens, k, <float*>index)
 
 
 cdef void choose_in_rows(
@@ -149,45 +192,19 @@ cdef void choose_in_rows(
     # of a row up to `padded` is -inf. folded[t * LANES + j] is the largest of row t's values j,
     # j + LANES, ... What is read next is fetched meanwhile: rows so many bytes ahead.
     cdef real[LANES] bound
-    cdef int32_t[FEW * LANES] column
-    cdef Py_ssize_t t, s, j, count
+    cdef Py_ssize_t t
     if k == 1:
         largest_of_rows(folded, chosen)
         for t in range(tokens):
             index[t] = first_at_least(row[t], padded, chosen[t])
         return
     lower_bounds(row, folded, tokens, padded, k, bound, value, order)
-    if real is double or k > FEW or tokens == 1:
-        for t in range(tokens):
-            count = survivors(row[t], n, k, bound[t], found, value)
-            for j in range(count, padded_to_lanes(count)):
-                value[j] = -INFINITY
-            sort_descending(value, count, order)
-            for s in range(k):
-                index[t * k + s] = found[order[s]]
-                chosen[s * LANES + t] = value[order[s]]
-        return
-    # A list longer than LANES runs into the next one's place, and is needed no more by then.
-    for t in range(LANES):
-        if t < tokens:
-            ask_ahead(row[t], n * sizeof(real), ahead)
-            count = survivors(row[t], n, k, bound[t], found, value)
-        else:
-            count = 0
-        if count > LANES:
-            for j in range(count, padded_to_lanes(count)):
-                value[j] = -INFINITY
-            shorten(found, value, count, k, order)
-            count = k
-        for j in range(LANES):
-            value[count + j] = -INFINITY
-            found[count + j] = LAST
-        found += LANES
-        value += LANES
-    found -= LANES * LANES
-    value -= LANES * LANES
-    best_of_lists(<const float*>value, found, k, <float*>chosen, column)
-    to_rows(<const float*>column, tokens, k, <float*>index)
+    if real is float and k <= FEW and tokens > 1:
+        choose_side_by_side(
+            row, tokens, n, ahead, k, bound, index, chosen, value, found, order
+        )
+    else:
+        choose_one_by_one(row, tokens, n, k, bound, index, chosen, value, found, order)
 
 
 cdef real sum_of_best(const real* x, Py_ssize_t n, Py_ssize_t k, real* best) noexcept nogil:

@@ -79,7 +79,7 @@ cdef void sort_among_few(
             of_slot[q][e] = place
             place += count
     for q in range(COUNTERS):
-        of_slot[q][-1] = kept
+        of_slot[q][slot_of(-1, num_experts)] = kept
     for i in range(quarter):
         for q in range(COUNTERS):
             e = q * quarter + i
