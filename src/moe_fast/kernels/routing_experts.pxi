@@ -103,11 +103,11 @@ def hear(
 
 
 cdef void take_best(
-    const int32_t* found, real* value, Py_ssize_t n, real least, int32_t* token, real* weight,
+    int32_t* found, real* value, Py_ssize_t n, real least, int32_t* token, real* weight,
     Py_ssize_t capacity
 ) noexcept nogil:
     # Of n >= capacity tokens those with the largest scores, the lower tokens where they tie.
-    # All scores reach `least`; `value` has room for LANES more than n.
+    # All scores reach `least`; both lists have room for LANES more than n, and are used up.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t i
     cdef Py_ssize_t count = 0
@@ -117,13 +117,9 @@ cdef void take_best(
         value[i] = -1
     bound = smallest_kept(value, padded, capacity, least, 0)
     if count_at_least(value, padded, bound) == capacity:
-        i = 0
-        while count < capacity:
-            # Without a branch: whether a token stays cannot be foreseen.
-            token[count] = found[i]
-            weight[count] = value[i]
-            count += value[i] >= bound
-            i += 1
+        keep_at_least(found, value, padded, bound)
+        memcpy(token, found, capacity * sizeof(int32_t))
+        memcpy(weight, value, capacity * sizeof(real))
         return
     for i in range(0, padded, 16):
         room -= number_of_bits(above(value + i, bound))

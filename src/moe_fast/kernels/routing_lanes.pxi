@@ -229,6 +229,18 @@ cdef extern from *:
             for (i = 0; i < n; i += 16) count += number_of_bits(at_least_##T(x + i, bound)); \
             return count; \
         }
+    /* Bring the values from `bound` up, and what stands beside them, to the front in their order; n
+       is a multiple of 16. Without a branch: whether one stays cannot be foreseen. */
+    #define KEEP(T) \
+        static inline void keep_at_least_##T(int32_t* index, T* x, Py_ssize_t n, T bound) { \
+            Py_ssize_t i, count = 0; \
+            for (i = 0; i < n; i++) { \
+                T value = x[i]; \
+                index[count] = index[i]; \
+                x[count] = value; \
+                count += value >= bound; \
+            } \
+        }
     #define COLLECT(T) \
         static inline Py_ssize_t collect_##T( \
             const T* x, Py_ssize_t n, T bound, int32_t first, int32_t* index, T* value \
@@ -255,6 +267,7 @@ cdef extern from *:
     COLUMNS(double, pd)
     COUNT(double)
     COLLECT(double)
+    KEEP(double)
 
     #if defined(__AVX512F__)
     COUNT(float)
@@ -285,6 +298,18 @@ cdef extern from *:
             at = _mm512_add_epi32(at, step);
         }
         return count;
+    }
+    static inline void keep_at_least_float(int32_t* index, float* x, Py_ssize_t n, float bound) {
+        const __m512 least = _mm512_set1_ps(bound);
+        Py_ssize_t i, count = 0;
+        for (i = 0; i < n; i += 16) {
+            __m512 v = _mm512_loadu_ps(x + i);
+            __m512i at = _mm512_loadu_si512(index + i);
+            __mmask16 bits = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
+            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(bits, at));
+            _mm512_storeu_ps(x + count, _mm512_maskz_compress_ps(bits, v));
+            count += number_of_bits(bits);
+        }
     }
     #elif defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
     #if defined(__AVX2__)
@@ -346,6 +371,9 @@ cdef extern from *:
     #else
     COUNT(float)
     COLLECT(float)
+    #endif
+    #if !defined(__AVX512F__)
+    KEEP(float)
     #endif
     #if !defined(__AVX2__) || defined(__AVX512F__)
     static void list_places(void) {}
@@ -563,6 +591,8 @@ cdef extern from *:
     Py_ssize_t collect_double(
         const double* x, Py_ssize_t n, double bound, int32_t first, int32_t* index, double* value
     ) noexcept nogil
+    void keep_at_least_float(int32_t* index, float* x, Py_ssize_t n, float bound) noexcept nogil
+    void keep_at_least_double(int32_t* index, double* x, Py_ssize_t n, double bound) noexcept nogil
     void best_of_columns_float(
         const float* column, Py_ssize_t n, int k, float* best, float* index
     ) noexcept nogil
@@ -668,6 +698,13 @@ cdef inline Py_ssize_t collect(
         return collect_float(x, n, bound, first, index, value)
     else:
         return collect_double(x, n, bound, first, index, value)
+
+
+cdef inline void keep_at_least(int32_t* index, real* x, Py_ssize_t n, real bound) noexcept nogil:
+    if real is float:
+        keep_at_least_float(index, x, n, bound)
+    else:
+        keep_at_least_double(index, x, n, bound)
 
 
 cdef inline void best_of_columns(
