@@ -11,6 +11,8 @@ ctypedef fused real:
 
 include "routing_arithmetic.pxi"
 include "routing_lanes.pxi"
+include "routing_compress.pxi"
+include "routing_transpose.pxi"
 include "routing_rows.pxi"
 include "routing_network.pxi"
 include "routing_rule.pxi"

@@ -222,355 +222,17 @@ cdef extern from *:
             else if (k == 4) best_##T(column, n, 4, best, index); \
             else best_##T(column, n, k, best, index); \
         }
-    /* How many of n values, a multiple of 16, are at least the bound. */
-    #define COUNT(T) \
-        static inline Py_ssize_t count_at_least_##T(const T* x, Py_ssize_t n, T bound) { \
-            Py_ssize_t i, count = 0; \
-            for (i = 0; i < n; i += 16) count += number_of_bits(at_least_##T(x + i, bound)); \
-            return count; \
-        }
-    /* Bring the values from `bound` up, and what stands beside them, to the front in their order; n
-       is a multiple of 16. Without a branch: whether one stays cannot be foreseen. */
-    #define KEEP(T) \
-        static inline void keep_at_least_##T(int32_t* index, T* x, Py_ssize_t n, T bound) { \
-            Py_ssize_t i, count = 0; \
-            for (i = 0; i < n; i++) { \
-                T value = x[i]; \
-                index[count] = index[i]; \
-                x[count] = value; \
-                count += value >= bound; \
-            } \
-        }
-    #define COLLECT(T) \
-        static inline Py_ssize_t collect_##T( \
-            const T* x, Py_ssize_t n, T bound, int32_t first, int32_t* index, T* value \
-        ) { \
-            Py_ssize_t i, j, count = 0; \
-            for (i = 0; i < n; i += 64) { \
-                uint64_t bits = 0; \
-                for (j = i; j < i + 64 && j < n; j += 16) \
-                    bits |= (uint64_t)at_least_##T(x + j, bound) << (j - i); \
-                for (; bits; bits &= bits - 1) { \
-                    Py_ssize_t at = i + lowest_bit(bits); \
-                    index[count] = first + (int32_t)at; \
-                    value[count] = x[at]; \
-                    count++; \
-                } \
-            } \
-            return count; \
-        }
     STEPS(float, ps)
     STEPS(double, pd)
     EXTREMES(float, ps)
     EXTREMES(double, pd)
     COLUMNS(float, ps)
     COLUMNS(double, pd)
-    COUNT(double)
-    COLLECT(double)
-    KEEP(double)
-
-    #if defined(__AVX512F__)
-    COUNT(float)
-    /* Indices and values of those from `bound` up, ascending, and how many; indices begin at
-       `first`, n is a multiple of 16, and both outputs have room for 16 more. */
-    static inline Py_ssize_t collect_float(
-        const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
-    ) {
-        const __m512 least = _mm512_set1_ps(bound);
-        const __m512i step = _mm512_set1_epi32(16);
-        __m512i at = _mm512_add_epi32(_mm512_set1_epi32(first),
-            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        Py_ssize_t i, count = 0;
-        for (i = 0; i < n; i += 16) {
-            __m512 v = _mm512_loadu_ps(x + i);
-            __mmask16 bits = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
-            /* In the register, then whole: compressing into memory is slow on some processors. So
-               is a store of 64 bytes, and more than half of them are seldom needed. */
-            __m512i some = _mm512_maskz_compress_epi32(bits, at);
-            v = _mm512_maskz_compress_ps(bits, v);
-            _mm256_storeu_si256((__m256i*)(index + count), _mm512_castsi512_si256(some));
-            _mm256_storeu_ps(value + count, _mm512_castps512_ps256(v));
-            if (number_of_bits(bits) > 8) {
-                _mm512_storeu_si512(index + count, some);
-                _mm512_storeu_ps(value + count, v);
-            }
-            count += number_of_bits(bits);
-            at = _mm512_add_epi32(at, step);
-        }
-        return count;
-    }
-    static inline void keep_at_least_float(int32_t* index, float* x, Py_ssize_t n, float bound) {
-        const __m512 least = _mm512_set1_ps(bound);
-        Py_ssize_t i, count = 0;
-        for (i = 0; i < n; i += 16) {
-            __m512 v = _mm512_loadu_ps(x + i);
-            __m512i at = _mm512_loadu_si512(index + i);
-            __mmask16 bits = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
-            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(bits, at));
-            _mm512_storeu_ps(x + count, _mm512_maskz_compress_ps(bits, v));
-            count += number_of_bits(bits);
-        }
-    }
-    #elif defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
-    #if defined(__AVX2__)
-    #define INTS(name) _mm256_##name
-    #define FLAGS(op, x, y) _mm256_castps_si256(_mm256_cmp_ps(x, y, WIDE_##op))
-    #define STORE_INTS(to, x) _mm256_storeu_si256((__m256i*)(to), x)
-    typedef __m256i part_int;
-    #else
-    #define INTS(name) _mm_##name
-    #define FLAGS(op, x, y) _mm_castps_si128(_mm_cmp##op##_ps(x, y))
-    #define STORE_INTS(to, x) _mm_storeu_si128((__m128i*)(to), x)
-    typedef __m128i part_int;
-    #endif
-    static inline Py_ssize_t count_at_least_float(const float* x, Py_ssize_t n, float bound) {
-        enum { SIZE = sizeof(part_int) / 4 };
-        const part_float least = PART(set1, ps)(bound);
-        part_int counts[2] = {INTS(set1_epi32)(0), INTS(set1_epi32)(0)};
-        int32_t lanes[2 * SIZE];
-        Py_ssize_t i, count = 0;
-        for (i = 0; i < n; i += 2 * SIZE) {
-            counts[0] = INTS(sub_epi32)(counts[0], FLAGS(ge, PART(loadu, ps)(x + i), least));
-            counts[1] = INTS(sub_epi32)(counts[1], FLAGS(ge, PART(loadu, ps)(x + i + SIZE), least));
-        }
-        STORE_INTS(lanes, counts[0]);
-        STORE_INTS(lanes + SIZE, counts[1]);
-        for (i = 0; i < 2 * SIZE; i++) count += lanes[i];
-        return count;
-    }
-    #if defined(__AVX2__)
-    /* The places of the bits of a byte, one a byte, and how many. */
-    static uint8_t PLACES[256][8];
-    static void list_places(void) {
-        int byte, bit, count;
-        for (byte = 0; byte < 256; byte++)
-            for (bit = count = 0; bit < 8; bit++)
-                if (byte >> bit & 1) PLACES[byte][count++] = (uint8_t)bit;
-    }
-    static inline Py_ssize_t collect_float(
-        const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
-    ) {
-        const __m256 least = _mm256_set1_ps(bound);
-        const __m256i step = _mm256_set1_epi32(8);
-        __m256i base = _mm256_set1_epi32(first);
-        Py_ssize_t i, count = 0;
-        for (i = 0; i < n; i += 8) {
-            __m256 v = _mm256_loadu_ps(x + i);
-            int bits = _mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ));
-            __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES[bits]));
-            _mm256_storeu_si256((__m256i*)(index + count), _mm256_add_epi32(at, base));
-            _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps(v, at));
-            count += number_of_bits(bits);
-            base = _mm256_add_epi32(base, step);
-        }
-        return count;
-    }
-    #else
-    COLLECT(float)
-    #endif
-    #else
-    COUNT(float)
-    COLLECT(float)
-    #endif
-    #if !defined(__AVX512F__)
-    KEEP(float)
-    #endif
-    #if !defined(__AVX2__) || defined(__AVX512F__)
-    static void list_places(void) {}
-    #endif
-
-    /* Indices of those that equal y, ascending, up to `room` of them. Where this is a matter of
-       few instructions, experts up to FEW_TO_COMPARE are sorted by. */
-    static inline void collect_equal(
-        const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
-    ) {
-        Py_ssize_t i = 0, count = 0;
-    #if defined(__AVX512F__)
-    #define FEW_TO_COMPARE 8
-        const __m512i equal = _mm512_set1_epi32(y), step = _mm512_set1_epi32(16);
-        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (; i + 16 <= n && count + 16 <= room; i += 16) {
-            __mmask16 bits = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(x + i), equal);
-            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(bits, at));
-            count += number_of_bits(bits);
-            at = _mm512_add_epi32(at, step);
-        }
-    #elif defined(__AVX2__)
-    #define FEW_TO_COMPARE 8
-        const __m256i equal = _mm256_set1_epi32(y);
-        for (; i + 8 <= n && count + 8 <= room; i += 8) {
-            __m256i v = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i*)(x + i)), equal);
-            int bits = _mm256_movemask_ps(_mm256_castsi256_ps(v));
-            __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES[bits]));
-            _mm256_storeu_si256((__m256i*)(index + count),
-                _mm256_add_epi32(at, _mm256_set1_epi32((int)i)));
-            count += number_of_bits(bits);
-        }
-    #else
-    #define FEW_TO_COMPARE 0
-    #endif
-        for (; i < n && count < room; i++)
-            if (x[i] == y) index[count++] = (int32_t)i;
-    }
-
-    /* Four bytes each: to[16 * c + r] = x[r][c] for 16 rows, and back, where k is the length of a
-       row; or no change and 0 where there is no quick way. */
-    #if defined(__SSE2__) || defined(_M_X64)
-    static inline void transpose_4x4(
-        const float* x0, const float* x1, const float* x2, const float* x3,
-        float* y0, float* y1, float* y2, float* y3
-    ) {
-        __m128 a = _mm_loadu_ps(x0), b = _mm_loadu_ps(x1);
-        __m128 c = _mm_loadu_ps(x2), d = _mm_loadu_ps(x3);
-        _MM_TRANSPOSE4_PS(a, b, c, d);
-        _mm_storeu_ps(y0, a);
-        _mm_storeu_ps(y1, b);
-        _mm_storeu_ps(y2, c);
-        _mm_storeu_ps(y3, d);
-    }
-    /* In whole vectors: one read from two halves just written has to wait for both. */
-    #if defined(__AVX512F__)
-    /* The 8 x 8 in the lower halves, and those in the upper halves. */
-    static inline void transpose_halves(__m512* x) {
-        const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
-        const __m512i upper = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-        __m512 pair[8];
-        __m512d four[8];
-        int i;
-        for (i = 0; i < 8; i += 2) {
-            pair[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-            pair[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-        }
-        for (i = 0; i < 8; i += 4) {
-            four[i] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i], pair[i + 2], 0x44));
-            four[i + 1] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE));
-            four[i + 2] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44));
-            four[i + 3] = _mm512_castps_pd(_mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE));
-        }
-        for (i = 0; i < 4; i++) {
-            x[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(four[i], lower, four[i + 4]));
-            x[i + 4] = _mm512_castpd_ps(_mm512_permutex2var_pd(four[i], upper, four[i + 4]));
-        }
-    }
-    static inline void eight_columns(const uint8_t* rows, Py_ssize_t stride, float* column) {
-        __m512 x[8];
-        int i;
-        for (i = 0; i < 8; i++) {
-            const double* later = (const double*)(rows + (i + 8) * stride);
-            x[i] = _mm512_castps256_ps512(_mm256_loadu_ps((const float*)(rows + i * stride)));
-            x[i] = _mm512_castpd_ps(_mm512_insertf64x4(
-                _mm512_castps_pd(x[i]), _mm256_loadu_pd(later), 1));
-        }
-        transpose_halves(x);
-        for (i = 0; i < 8; i++) _mm512_storeu_ps(column + 16 * i, x[i]);
-    }
-    static inline void rows_of_eight(const float* column, float* rows, Py_ssize_t width) {
-        __m512 x[8];
-        int i;
-        for (i = 0; i < 8; i++) x[i] = _mm512_loadu_ps(column + 16 * i);
-        transpose_halves(x);
-        for (i = 0; i < 8; i++) {
-            _mm256_storeu_ps(rows + i * width, _mm512_castps512_ps256(x[i]));
-            _mm256_storeu_pd((double*)(rows + (i + 8) * width),
-                _mm512_extractf64x4_pd(_mm512_castps_pd(x[i]), 1));
-        }
-    }
-    #elif defined(__AVX2__)
-    static inline void transpose_8x8(
-        const uint8_t* from, Py_ssize_t stride, float* to, Py_ssize_t width
-    ) {
-        __m256 x[8], pair[8], four[8];
-        int i;
-        for (i = 0; i < 8; i++) x[i] = _mm256_loadu_ps((const float*)(from + i * stride));
-        for (i = 0; i < 8; i += 2) {
-            pair[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-            pair[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-        }
-        for (i = 0; i < 8; i += 4) {
-            four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-            four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
-            four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-            four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
-        }
-        for (i = 0; i < 4; i++) {
-            _mm256_storeu_ps(to + i * width,
-                _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
-            _mm256_storeu_ps(to + (i + 4) * width,
-                _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
-        }
-    }
-    static inline void eight_columns(const uint8_t* rows, Py_ssize_t stride, float* column) {
-        transpose_8x8(rows, stride, column, 16);
-        transpose_8x8(rows + 8 * stride, stride, column + 8, 16);
-    }
-    static inline void rows_of_eight(const float* column, float* rows, Py_ssize_t width) {
-        transpose_8x8((const uint8_t*)column, 64, rows, width);
-        transpose_8x8((const uint8_t*)(column + 8), 64, rows + 8 * width, width);
-    }
-    #endif
-    static inline int columns_of_rows(
-        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
-    ) {
-        Py_ssize_t e;
-        int t;
-        #if defined(__AVX2__)
-        if (n % 8 == 0) {
-            for (e = 0; e < n; e += 8) eight_columns(rows + e * 4, stride, column + 16 * e);
-            return 1;
-        }
-        #endif
-        if (n % 4) return 0;
-        for (t = 0; t < 16; t += 4)
-            for (e = 0; e < n; e += 4) {
-                const uint8_t* at = rows + t * stride + e * 4;
-                float* to = column + 16 * e + t;
-                transpose_4x4((const float*)at, (const float*)(at + stride),
-                    (const float*)(at + 2 * stride), (const float*)(at + 3 * stride),
-                    to, to + 16, to + 32, to + 48);
-            }
-        return 1;
-    }
-    static inline int rows_of_columns(const float* column, Py_ssize_t k, float* rows) {
-        Py_ssize_t s;
-        int t;
-        if (k == 2) {
-            for (t = 0; t < 16; t += 4) {
-                __m128 a = _mm_loadu_ps(column + t), b = _mm_loadu_ps(column + 16 + t);
-                _mm_storeu_ps(rows + 2 * t, _mm_unpacklo_ps(a, b));
-                _mm_storeu_ps(rows + 2 * t + 4, _mm_unpackhi_ps(a, b));
-            }
-            return 1;
-        }
-        #if defined(__AVX2__)
-        if (k % 8 == 0) {
-            for (s = 0; s < k; s += 8) rows_of_eight(column + 16 * s, rows + s, k);
-            return 1;
-        }
-        #endif
-        if (k % 4) return 0;
-        for (t = 0; t < 16; t += 4)
-            for (s = 0; s < k; s += 4) {
-                const float* at = column + 16 * s + t;
-                float* to = rows + t * k + s;
-                transpose_4x4(at, at + 16, at + 32, at + 48, to, to + k, to + 2 * k, to + 3 * k);
-            }
-        return 1;
-    }
-    #else
-    static inline int columns_of_rows(
-        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
-    ) {
-        return 0;
-    }
-    static inline int rows_of_columns(const float* column, Py_ssize_t k, float* rows) { return 0; }
-    #endif
     """
     uint32_t above_float(const float* x, float bound) noexcept nogil
     uint32_t above_double(const double* x, double bound) noexcept nogil
     uint32_t at_least_float(const float* x, float bound) noexcept nogil
     uint32_t at_least_double(const double* x, double bound) noexcept nogil
-    Py_ssize_t count_at_least_float(const float* x, Py_ssize_t n, float bound) noexcept nogil
-    Py_ssize_t count_at_least_double(const double* x, Py_ssize_t n, double bound) noexcept nogil
     bint has_nan_float(const float* x, Py_ssize_t n) noexcept nogil
     bint has_nan_double(const double* x, Py_ssize_t n) noexcept nogil
     void below_float(const float* x, const float* most, float* to) noexcept nogil
@@ -585,31 +247,13 @@ cdef extern from *:
     bint fold_checked_double(const double* x, Py_ssize_t n, double* to) noexcept nogil
     void raise_float(float* to, const float* a, const float* b) noexcept nogil
     void raise_double(double* to, const double* a, const double* b) noexcept nogil
-    Py_ssize_t collect_float(
-        const float* x, Py_ssize_t n, float bound, int32_t first, int32_t* index, float* value
-    ) noexcept nogil
-    Py_ssize_t collect_double(
-        const double* x, Py_ssize_t n, double bound, int32_t first, int32_t* index, double* value
-    ) noexcept nogil
-    void keep_at_least_float(int32_t* index, float* x, Py_ssize_t n, float bound) noexcept nogil
-    void keep_at_least_double(int32_t* index, double* x, Py_ssize_t n, double bound) noexcept nogil
     void best_of_columns_float(
         const float* column, Py_ssize_t n, int k, float* best, float* index
     ) noexcept nogil
     void best_of_columns_double(
         const double* column, Py_ssize_t n, int k, double* best, double* index
     ) noexcept nogil
-    bint columns_of_rows(
-        const uint8_t* rows, Py_ssize_t stride, Py_ssize_t n, float* column
-    ) noexcept nogil
-    bint rows_of_columns(const float* column, Py_ssize_t k, float* rows) noexcept nogil
-    void list_places() noexcept nogil
     void ask_ahead(const void* x, Py_ssize_t n, Py_ssize_t ahead) noexcept nogil
-    void collect_equal(
-        const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
-    ) noexcept nogil
-    enum:
-        FEW_TO_COMPARE
     int lowest_bit(uint64_t bits) noexcept nogil
     int number_of_bits(uint32_t bits) noexcept nogil
 
@@ -626,13 +270,6 @@ cdef inline uint32_t at_least(const real* x, real bound) noexcept nogil:
         return at_least_float(x, bound)
     else:
         return at_least_double(x, bound)
-
-
-cdef inline Py_ssize_t count_at_least(const real* x, Py_ssize_t n, real bound) noexcept nogil:
-    if real is float:
-        return count_at_least_float(x, n, bound)
-    else:
-        return count_at_least_double(x, n, bound)
 
 
 cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
@@ -691,22 +328,6 @@ cdef inline void raise_to(real* to, const real* a, const real* b) noexcept nogil
         raise_double(to, a, b)
 
 
-cdef inline Py_ssize_t collect(
-    const real* x, Py_ssize_t n, real bound, int32_t first, int32_t* index, real* value
-) noexcept nogil:
-    if real is float:
-        return collect_float(x, n, bound, first, index, value)
-    else:
-        return collect_double(x, n, bound, first, index, value)
-
-
-cdef inline void keep_at_least(int32_t* index, real* x, Py_ssize_t n, real bound) noexcept nogil:
-    if real is float:
-        keep_at_least_float(index, x, n, bound)
-    else:
-        keep_at_least_double(index, x, n, bound)
-
-
 cdef inline void best_of_columns(
     const real* column, Py_ssize_t n, Py_ssize_t k, real* best, real* index
 ) noexcept nogil:
@@ -714,6 +335,3 @@ cdef inline void best_of_columns(
         best_of_columns_float(column, n, <int>k, best, index)
     else:
         best_of_columns_double(column, n, <int>k, best, index)
-
-
-list_places()

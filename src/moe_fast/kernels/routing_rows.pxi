@@ -90,19 +90,6 @@ cdef inline void exponentials_of_row(
         sums[j] = lane[j]
 
 
-cdef inline void to_columns(
-    const uint8_t* rows, Py_ssize_t stride, Py_ssize_t tokens, Py_ssize_t n, real* column
-) noexcept nogil:
-    # column[e * LANES + t] = value e of row t.
-    cdef Py_ssize_t e, t
-    if real is float:
-        if tokens == LANES and columns_of_rows(rows, stride, n, column):
-            return
-    for t in range(tokens):
-        for e in range(n):
-            column[e * LANES + t] = (<const real*>(rows + t * stride))[e]
-
-
 cdef void largest_of_rows(const real* folded, real* largest) noexcept nogil:
     # Of LANES rows of LANES values.
     cdef real[LANES * LANES] column
@@ -189,22 +176,6 @@ cdef void scores_of_rows(
         else:
             for i in range(padded):
                 score[t * padded + i] /= total[t]
-
-
-cdef inline void to_rows(
-    const real* column, Py_ssize_t tokens, Py_ssize_t k, real* rows
-) noexcept nogil:
-    # And back: rows[t * k + s] = column[s * LANES + t].
-    cdef Py_ssize_t s, t
-    if k == 1:
-        memcpy(rows, column, tokens * sizeof(real))
-        return
-    if real is float:
-        if tokens == LANES and rows_of_columns(column, k, rows):
-            return
-    for t in range(tokens):
-        for s in range(k):
-            rows[t * k + s] = column[s * LANES + t]
 
 
 cdef Py_ssize_t load_columns(
