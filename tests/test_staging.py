@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -111,6 +112,31 @@ def same_header(dense: Path) -> None:
     """Weights of the same size, written again: told by the file's time alone."""
     file = dense / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+def test_a_worker_that_is_not_told_of_an_error_leaves_nothing(place):
+    """Dask says that a task is cancelled while a worker still writes its file."""
+    late = []
+
+    def fail(output):
+        with staging.staged(output, "0" * 64) as growing:
+            late.append(threading.Thread(target=make_files_while_it_stands, args=(growing,)))
+            late[-1].start()
+            while not any(growing.iterdir()):
+                pass
+            raise CheckpointError("found by another worker")
+
+    for _ in range(20):
+        with pytest.raises(CheckpointError, match="found by another worker"):
+            fail(place / "moe")
+        late[-1].join()
+        assert names_in(place) == []
+
+
+def make_files_while_it_stands(folder):
+    with contextlib.suppress(FileNotFoundError):
+        for i in range(5000):
+            (folder / str(i)).touch()
 
 
 @pytest.mark.parametrize("change", [other_seed, touched, same_header])

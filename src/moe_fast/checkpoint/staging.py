@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -151,8 +152,12 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
 
 def remove_all_but(key: str | None, work: Path) -> None:
     """Remove what builds leave in `work`, apart from the lock and the folder named `key`."""
-    for entry in work.iterdir():
+    for entry in list(work.iterdir()):
         if entry.name == "old" or (len(entry.name) == 64 and entry.name != key):
+            # Under another name first: a worker elsewhere that was not told yet finds no folder to
+            # make a file in, where one made between listing and removing would keep it.
+            with suppress(OSError):
+                entry = entry.rename(work / secrets.token_hex(32))
             shutil.rmtree(entry, ignore_errors=True)
 
 
