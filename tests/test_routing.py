@@ -699,3 +699,6 @@ def test_indices_that_somebody_wrote_over_stay_within_memory(num_experts, writte
     result.expert_indices[:] = value
     assert result.permutation.shape == (1000,)
     assert result.offsets[-1] == 1000
+    result = route(seeded(0).standard_normal((500, num_experts)), config(num_experts, 2))
+    result.tokens_per_expert[:] = written if isinstance(written, int) else 10**6
+    assert result.permutation.shape == (1000,)

@@ -44,10 +44,10 @@ cdef inline void place_pair(
     int64_t* of_slot, Py_ssize_t slot, Py_ssize_t pair, int32_t* permutation, Py_ssize_t kept
 ) noexcept nogil:
     # Without a branch: whether a pair was dropped cannot be foreseen. The places of slot -1 begin
-    # with `kept`, which is none.
+    # with `kept`, which is none; nor is one below 0, by counts that somebody wrote.
     cdef int32_t nowhere
     cdef int64_t place = of_slot[slot]
-    cdef int32_t* to = &permutation[place] if place < kept else &nowhere
+    cdef int32_t* to = &permutation[place] if <uint64_t>place < <uint64_t>kept else &nowhere
     of_slot[slot] = place + 1
     to[0] = <int32_t>pair
 
@@ -59,11 +59,10 @@ cdef enum:
 
 cdef void sort_among_few(
     const int32_t* expert, Py_ssize_t pairs, const int64_t* offsets, Py_ssize_t num_experts,
-    int64_t* work, int32_t* permutation
+    int64_t* work, int32_t* permutation, Py_ssize_t kept
 ) noexcept nogil:
     # Each quarter of the pairs has its own places, so that all are sorted side by side.
     cdef Py_ssize_t quarter = pairs // COUNTERS
-    cdef Py_ssize_t kept = offsets[num_experts]
     cdef Py_ssize_t i, q, e
     cdef int64_t place, count
     cdef int64_t* of_slot[COUNTERS]
@@ -111,16 +110,19 @@ def sort_by_expert(
     if num_experts <= FEW_TO_COMPARE:
         with nogil:
             for e in range(num_experts):
-                collect_equal(
-                    expert, pairs, <int32_t>e, &permutation[0] + offsets[e], kept - offsets[e]
-                )
+                if offsets[e] >= 0:
+                    collect_equal(
+                        expert, pairs, <int32_t>e, &permutation[0] + offsets[e], kept - offsets[e]
+                    )
         return
     work = <int64_t*>calloc(COUNTERS * (num_experts + 1), sizeof(int64_t))
     if work == NULL:
         raise MemoryError(f"no memory to sort by num_experts={num_experts}")
     with nogil:
         if in_columns(num_experts):
-            sort_among_few(expert, pairs, &offsets[0], num_experts, work, &permutation[0])
+            sort_among_few(
+                expert, pairs, &offsets[0], num_experts, work, &permutation[0], kept
+            )
         else:
             # The same expert seldom comes twice within a few pairs.
             work[0] = kept
