@@ -76,7 +76,7 @@ def filling_by_two() -> Row:
         other.result()
 
     return Row(
-        f"`ndarray.fill`, {LARGE[0]} × {LARGE[1]}, two threads",
+        named("`ndarray.fill`", LARGE, ", two threads"),
         by_two,
         "one thread",
         lambda: out.fill(1.0),

@@ -16,12 +16,14 @@ cdef void choose_in_columns(
         index[t] = <int32_t>chosen[t]
 
 
-cdef void sort_descending(const real* value, Py_ssize_t n, int32_t* order) noexcept nogil:
+cdef void sort_descending(real* value, Py_ssize_t n, int32_t* order) noexcept nogil:
     # order[r] = index of the value with r others before it: the larger ones and, among equals,
-    # those with a lower index. Readable up to a multiple of LANES, where it is -inf.
+    # those with a lower index. There is room up to a multiple of LANES, which becomes -inf.
     cdef Py_ssize_t i, j
     cdef uint32_t before
     cdef int rank
+    for i in range(n, padded_to_lanes(n)):
+        value[i] = -INFINITY
     for j in range(n):
         rank = 0
         for i in range(0, n, 16):
@@ -130,11 +132,9 @@ cdef void choose_one_by_one(
     const real** row, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t k, const real* bound,
     int32_t* index, real* chosen, real* value, int32_t* found, int32_t* order
 ) noexcept nogil:
-    cdef Py_ssize_t t, s, j, count
+    cdef Py_ssize_t t, s, count
     for t in range(tokens):
         count = survivors(row[t], n, k, bound[t], found, value)
-        for j in range(count, padded_to_lanes(count)):
-            value[j] = -INFINITY
         sort_descending(value, count, order)
         for s in range(k):
             index[t * k + s] = found[order[s]]
@@ -148,8 +148,6 @@ cdef void shorten(
     cdef int32_t[FEW] best_found
     cdef float[FEW] best_value
     cdef Py_ssize_t s
-    for s in range(count, padded_to_lanes(count)):
-        value[s] = -INFINITY
     sort_descending(value, count, order)
     for s in range(k):
         best_found[s] = found[order[s]]
@@ -164,8 +162,7 @@ cdef void choose_side_by_side(
 ) noexcept nogil:
     # k <= FEW.
     cdef int32_t[FEW * LANES] column
-    cdef Py_ssize_t t, j
-    cdef Py_ssize_t count = 0
+    cdef Py_ssize_t t, j, count
     # A list longer than LANES runs into the next one's place, and is needed no more by then.
     for t in range(LANES):
         if t < tokens:
@@ -199,6 +196,7 @@ cdef void choose_in_rows(
             index[t] = first_at_least(row[t], padded, chosen[t])
         return
     lower_bounds(row, folded, tokens, padded, k, bound, value, order)
+    # One token alone takes less than a block of which it is one.
     if real is float and k <= FEW and tokens > 1:
         choose_side_by_side(
             row, tokens, n, ahead, k, bound, index, chosen, value, found, order
@@ -235,8 +233,6 @@ cdef void keep_best_groups(
     cdef Py_ssize_t g, i
     for g in range(rule.n_group):
         work[g] = sum_of_best(x + g * size, size, rule.experts_per_group_score, work + padded)
-    for g in range(rule.n_group, padded):
-        work[g] = -INFINITY
     sort_descending(work, rule.n_group, order)
     for g in range(rule.n_group):
         work[order[g]] = 1 if g < rule.topk_group else 0

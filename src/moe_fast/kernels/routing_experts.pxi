@@ -84,7 +84,7 @@ def hear(
     cdef real* column = &work[0]
     with nogil:
         for token in range(start, stop, 16):
-            tokens = LANES if token + LANES < stop else stop - token
+            tokens = lanes_from(token, stop)
             bad = score_block(
                 &logits[token, 0], logits.strides[0], encoding, tokens, num_experts, is_sigmoid,
                 column, column + num_experts * LANES

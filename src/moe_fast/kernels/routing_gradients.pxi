@@ -134,7 +134,7 @@ def pull_back_scores(
         for token in range(start, stop, 16):
             pull_back_block(
                 &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
-                LANES if token + LANES < stop else stop - token, gradient.shape[1], is_sigmoid,
+                lanes_from(token, stop), gradient.shape[1], is_sigmoid,
                 normalised, <real>of_square, &work[0, 0], work.shape[1], &gradient[token, 0]
             )
 
@@ -157,7 +157,7 @@ def pull_back_weights(
     cdef const uint8_t* row
     with nogil:
         for token in range(start, stop, 16):
-            tokens = LANES if token + LANES < stop else stop - token
+            tokens = lanes_from(token, stop)
             row = &logits[0, 0] + token * stride
             memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
             for t in range(token, token + tokens):

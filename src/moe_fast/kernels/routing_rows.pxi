@@ -44,8 +44,10 @@ cdef inline const real* readable_row(
     return room
 
 
-cdef inline real largest_of_lanes(real* lane) noexcept nogil:
+cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
+    cdef real[LANES] lane
     cdef Py_ssize_t j
+    fold(x, padded, LANES, lane)
     for j in range(8):
         lane[j] = lane[j + 8] if lane[j + 8] > lane[j] else lane[j]
     for j in range(4):
@@ -53,12 +55,6 @@ cdef inline real largest_of_lanes(real* lane) noexcept nogil:
     for j in range(1, 4):
         lane[0] = lane[j] if lane[j] > lane[0] else lane[0]
     return lane[0]
-
-
-cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
-    cdef real[LANES] lane
-    fold(x, padded, LANES, lane)
-    return largest_of_lanes(lane)
 
 
 cdef inline real sum_of_lanes(const real* lane) noexcept nogil:

@@ -170,7 +170,7 @@ def add_statistics(
     cdef double[LANES] entropy
     with nogil:
         for token in range(start, stop, 16):
-            tokens = LANES if token + LANES < stop else stop - token
+            tokens = lanes_from(token, stop)
             at = &logits[token, 0]
             for t in range(LANES):
                 largest[t] = 0
