@@ -25,6 +25,8 @@ from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.checkpoint.writer import sync_folder
 from moe_fast.errors import CheckpointError
 
+# How many of them may each be making a file in a folder at the moment it is removed.
+WORKERS_NOT_TOLD = 256
 # What a file system without locks answers. Builds there do not refuse each other; they still never
 # mix, for each writes what only its own KEY names and one rename comes last.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -155,10 +157,14 @@ def remove_all_but(key: str | None, work: Path) -> None:
     for entry in list(work.iterdir()):
         if entry.name == "old" or (len(entry.name) == 64 and entry.name != key):
             # Under another name first: a worker elsewhere that was not told yet finds no folder to
-            # make a file in, where one made between listing and removing would keep it.
+            # make more files in. One that it was just making may still appear after the listing and
+            # keep the folder, so look again, as often as there may be such workers.
             with suppress(OSError):
                 entry = entry.rename(work / secrets.token_hex(32))
-            shutil.rmtree(entry, ignore_errors=True)
+            for _ in range(WORKERS_NOT_TOLD):
+                shutil.rmtree(entry, ignore_errors=True)
+                if not entry.exists():
+                    break
 
 
 @contextmanager
