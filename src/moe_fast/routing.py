@@ -726,18 +726,16 @@ def experts_choose(
     dtype, kind = out.weights.dtype, specialisation(out.weights.dtype)
     compiled = kernels.compiled
     input = rows, encoding, rule.num_experts, rule.is_sigmoid
-    work_size = LANES * (2 * rule.num_experts + LANES)
     grain = LOGITS_PER_THREAD // rule.num_experts + 1
     pieces = max(1, min(threads, num_tokens // grain))
 
-    def choose(first: int, bounds: npt.NDArray[Any], share_heard: float) -> npt.NDArray[np.bool]:
+    def choose(first: int, bounds: npt.NDArray[Any], share_heard: float) -> list[int]:
         """Choose for the experts from `first` on; tells for which the bounds were no good."""
         most = -(-num_tokens // pieces)
         room = min(most, int(most * share_heard * 1.5) + 64)
         shape = pieces, len(bounds), room + LANES
         found, value = np.empty(shape, np.int32), np.empty(shape, dtype)
         count = np.zeros(shape[:2], np.int64)
-        missed = np.zeros(len(bounds), np.uint8)
         last = first + len(bounds)
         bad: list[int] = []
 
@@ -745,24 +743,21 @@ def experts_choose(
             for i in range(start, stop):
                 part = num_tokens * i // pieces, num_tokens * (i + 1) // pieces
                 bad.append(
-                    compiled.hear[kind](
-                        *input, first, bounds, found[i], value[i], count[i],
-                        np.empty(work_size, dtype), *part,
-                    )
-                )  # fmt: skip
+                    compiled.hear[kind](*input, first, bounds, found[i], value[i], count[i], *part)
+                )
 
         def keep(start: int, stop: int) -> None:
-            joined = np.empty(pieces * room + LANES, np.int32)
             compiled.keep_best[kind](
-                bounds, found, value, count, joined, np.empty(joined.shape, dtype),
-                out._indices[first:last], out.weights[first:last], missed, start, stop,
+                bounds, found, value, count,
+                out._indices[first:last], out.weights[first:last], start, stop,
             )  # fmt: skip
 
         share(hear, pieces, threads)
         raise_for_nan(bad)
         if capacity:
             share(keep, len(bounds), threads)
-        return missed.view(np.bool)
+        missed: list[int] = np.nonzero(count[0] < 0)[0].tolist()
+        return missed
 
     out.tokens_per_expert_before_drop.fill(capacity)
     bounds = np.zeros(rule.num_experts, dtype)
@@ -772,11 +767,8 @@ def experts_choose(
     if num_tokens < 4 * SAMPLE or rank > SAMPLE // 2:
         choose(0, bounds, 1.0)
     else:
-        sample = np.empty((rule.num_experts, SAMPLE), dtype)
-        compiled.guess_bounds[kind](
-            rows, encoding, rule.is_sigmoid, sample, rank, np.empty(work_size, dtype), bounds
-        )
-        for expert in np.flatnonzero(choose(0, bounds, rank / SAMPLE)).tolist():
+        compiled.guess_bounds[kind](rows, encoding, rule.is_sigmoid, SAMPLE, rank, bounds)
+        for expert in choose(0, bounds, rank / SAMPLE):
             choose(expert, bounds[:1] * 0, 1.0)
     if rule.routed_scaling_factor != 1.0:
         out.weights *= rule.routed_scaling_factor

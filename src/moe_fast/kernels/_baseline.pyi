@@ -163,9 +163,8 @@ def guess_bounds(
     logits: _Bytes,
     encoding: int,
     is_sigmoid: bool,
-    sample: _Real,
+    sample_size: int,
     rank: int,
-    work: _Real,
     bounds: _Real,
 ) -> None: ...
 @_fused
@@ -179,7 +178,6 @@ def hear(
     found: _Index32,
     value: _Real,
     count: _Index64,
-    work: _Real,
     start: int,
     stop: int,
 ) -> int: ...
@@ -189,11 +187,8 @@ def keep_best(
     found: _Index32,
     value: _Real,
     count: _Index64,
-    joined: _Index32,
-    joined_value: _Real,
     token_indices: _Index32,
     weights: _Real,
-    missed: _Bytes,
     start: int,
     stop: int,
 ) -> None: ...

@@ -2,6 +2,11 @@
 # leaves each expert a short list, from which it takes exactly the best. Where a list turns out too
 # short, or too long for its room, the caller asks again without a bound.
 
+cdef inline Py_ssize_t block_size(Py_ssize_t n) noexcept nogil:
+    # Of score_block's columns, and its rows.
+    return LANES * (n + padded_to_lanes(n))
+
+
 cdef Py_ssize_t score_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     Py_ssize_t n, bint is_sigmoid, real* column, real* room
@@ -12,7 +17,7 @@ cdef Py_ssize_t score_block(
     cdef Py_ssize_t bad
     cdef Py_ssize_t e, t
     cdef const real* row[LANES]
-    cdef real[LANES * LANES] lanes
+    cdef real[LANES * LANES] folded
     cdef real[LANES] largest
     cdef real[LANES] total
     if in_columns(n):
@@ -21,11 +26,11 @@ cdef Py_ssize_t score_block(
             return bad
         scores_of_columns(column, n, is_sigmoid, largest, total, column)
     else:
-        bad = load_rows(logits, stride, encoding, tokens, n, row, room, lanes)
+        bad = load_rows(logits, stride, encoding, tokens, n, row, room, folded)
         if bad >= 0:
             return bad
         scores_of_rows(
-            row, lanes, tokens, n, distance_ahead(row[0], room, stride),
+            row, folded, tokens, n, distance_ahead(row[0], room, stride),
             is_sigmoid, room, largest, total
         )
         to_columns(<const uint8_t*>room, padded * sizeof(real), tokens, n, column)
@@ -35,53 +40,61 @@ cdef Py_ssize_t score_block(
     return -1
 
 
+cdef inline void* room_for(Py_ssize_t count, size_t size, Py_ssize_t num_experts) except NULL:
+    cdef void* memory = malloc(count * size)
+    if memory == NULL:
+        raise MemoryError(f"no memory to route among num_experts={num_experts}")
+    return memory
+
+
 def guess_bounds(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid,
-    real[:, ::1] sample not None, Py_ssize_t rank, real[::1] work not None,
-    real[::1] bounds not None
+    Py_ssize_t sample_size, Py_ssize_t rank, real[::1] bounds not None
 ):
     """For each expert a score that `rank` of a sample of the tokens reach.
 
-    `sample` is room for a row of as many tokens an expert, a multiple of LANES; `work` is room for
-    two blocks of scores.
+    `sample_size` is a multiple of LANES.
     """
-    cdef Py_ssize_t n = sample.shape[0]
-    cdef Py_ssize_t blocks = sample.shape[1] // LANES
+    cdef Py_ssize_t n = bounds.shape[0]
+    cdef Py_ssize_t blocks = sample_size // LANES
     cdef Py_ssize_t all_blocks = logits.shape[0] // LANES
-    cdef Py_ssize_t e, t, i, token
+    cdef Py_ssize_t e, i, token
+    cdef real* column = <real*>room_for(n * sample_size + block_size(n), sizeof(real), n)
+    cdef real* sample = column + block_size(n)
     with nogil:
         for i in range(blocks):
             token = all_blocks * i // blocks * LANES
             score_block(
                 &logits[token, 0], logits.strides[0], encoding, LANES, n, is_sigmoid,
-                &work[0], &work[n * LANES]
+                column, column + n * LANES
             )
             for e in range(n):
-                for t in range(LANES):
-                    sample[e, i * LANES + t] = work[e * LANES + t]
+                memcpy(
+                    sample + e * sample_size + i * LANES, column + e * LANES, LANES * sizeof(real)
+                )
         for e in range(n):
             # Down to the fourth bit after the point.
             bounds[e] = smallest_kept(
-                &sample[e, 0], sample.shape[1], rank, <real>0.0, 19 if real is float else 48
+                sample + e * sample_size, sample_size, rank, <real>0.0, 19 if real is float else 48
             )
+    free(column)
 
 
 def hear(
     const uint8_t[:, :] logits not None, int encoding, Py_ssize_t num_experts, bint is_sigmoid,
     Py_ssize_t first, const real[::1] bounds not None, int32_t[:, ::1] found not None,
-    real[:, ::1] value not None, int64_t[::1] count not None, real[::1] work not None,
-    Py_ssize_t start, Py_ssize_t stop
+    real[:, ::1] value not None, int64_t[::1] count not None, Py_ssize_t start, Py_ssize_t stop
 ):
     """List for each expert, from `first` on, the tokens whose scores reach its bound, ascending.
 
     `found` and `value` have room for a number of tokens and LANES more; `count` says how many there
-    would be. `work` is room for two blocks of scores. Returns the first token with a NaN, or -1.
+    would be. Returns the first token with a NaN, or -1.
     """
     cdef Py_ssize_t experts = bounds.shape[0]
     cdef Py_ssize_t room = found.shape[1] - LANES
     cdef Py_ssize_t e, token, tokens, at
     cdef Py_ssize_t bad = -1
-    cdef real* column = &work[0]
+    cdef real* column = <real*>room_for(block_size(num_experts), sizeof(real), num_experts)
     with nogil:
         for token in range(start, stop, 16):
             tokens = lanes_from(token, stop)
@@ -99,6 +112,7 @@ def hear(
                     column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
                     &found[e, at], &value[e, at]
                 )
+    free(column)
     return bad
 
 
@@ -135,37 +149,45 @@ cdef void take_best(
 
 
 def keep_best(
-    const real[::1] bounds not None,
-    const int32_t[:, :, ::1] found not None, const real[:, :, ::1] value not None,
-    const int64_t[:, ::1] count not None, int32_t[::1] joined not None,
-    real[::1] joined_value not None, int32_t[:, ::1] token_indices not None,
-    real[:, ::1] weights not None, uint8_t[::1] missed not None,
+    const real[::1] bounds not None, int32_t[:, :, ::1] found not None,
+    real[:, :, ::1] value not None, int64_t[:, ::1] count not None,
+    int32_t[:, ::1] token_indices not None, real[:, ::1] weights not None,
     Py_ssize_t start, Py_ssize_t stop
 ):
     """Choose for the experts from start to stop from their lists, one for each range of tokens.
 
-    Lists hold what reaches the expert's bound. Sets `missed` where a list was longer than its
-    room, or all are too short. `joined` and `joined_value` have room for all lists of an expert,
-    and LANES more.
+    Lists hold what reaches the expert's bound, and are used up. Where one was longer than its room,
+    or all are too short, `count[0]` becomes -1.
     """
     cdef Py_ssize_t capacity = token_indices.shape[1]
+    cdef Py_ssize_t lists = found.shape[0]
     cdef Py_ssize_t room = found.shape[2] - LANES
     cdef Py_ssize_t e, i, n
+    cdef int32_t* joined = NULL
+    cdef real* joined_value = NULL
+    cdef int32_t* token
+    cdef real* score
+    if lists > 1:
+        n = lists * room + LANES
+        joined_value = <real*>room_for(n, sizeof(real) + sizeof(int32_t), bounds.shape[0])
+        joined = <int32_t*>(joined_value + n)
     with nogil:
         for e in range(start, stop):
+            token = &found[0, e, 0] if joined == NULL else joined
+            score = &value[0, e, 0] if joined == NULL else joined_value
             n = 0
-            missed[e] = 0
-            for i in range(found.shape[0]):
+            for i in range(lists):
                 if count[i, e] > room:
-                    missed[e] = 1
+                    n = -1
                     break
-                memcpy(&joined[n], &found[i, e, 0], count[i, e] * sizeof(int32_t))
-                memcpy(&joined_value[n], &value[i, e, 0], count[i, e] * sizeof(real))
+                if joined != NULL:
+                    memcpy(token + n, &found[i, e, 0], count[i, e] * sizeof(int32_t))
+                    memcpy(score + n, &value[i, e, 0], count[i, e] * sizeof(real))
                 n += count[i, e]
             if n < capacity:
-                missed[e] = 1
-            if not missed[e]:
-                take_best(
-                    &joined[0], &joined_value[0], n, bounds[e],
-                    &token_indices[e, 0], &weights[e, 0], capacity
-                )
+                count[0, e] = -1
+                continue
+            take_best(
+                token, score, n, bounds[e], &token_indices[e, 0], &weights[e, 0], capacity
+            )
+    free(joined_value)

@@ -20,7 +20,6 @@ cdef void pull_back(
     cdef real[LANES] top
     cdef real[LANES] total
     cdef real[LANES] shift
-    cdef real[LANES] difference
     if is_sigmoid and not normalised:
         for i in range(size):
             gradient[i] *= slope_of_sigmoid(x[i])
@@ -43,7 +42,7 @@ cdef void pull_back(
             for j in range(1, LANES):
                 top[j] = top[0]
         for i in range(0, size, 16):
-            exponentials_below(x + i, top, difference, score + i)
+            exponentials_below(x + i, top, score + i)
             add_to(total, score + i)
             add_product_to(shift, score + i, gradient + i)
     if is_row:

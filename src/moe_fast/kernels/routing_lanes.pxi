@@ -279,16 +279,20 @@ cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
         return has_nan_double(x, n)
 
 
-cdef inline void exponentials_below(
-    const real* x, const real* largest, real* difference, real* e
-) noexcept nogil:
-    # Of LANES values: x - largest, and exponentials. From a plain expression compilers take the
-    # cases apart, and compute each.
-    cdef Py_ssize_t j
+cdef inline void below(const real* x, const real* largest, real* difference) noexcept nogil:
+    # Of LANES values: x - largest. From a plain expression compilers take the cases apart, and
+    # compute each.
     if real is float:
         below_float(x, largest, difference)
     else:
         below_double(x, largest, difference)
+
+
+cdef inline void exponentials_below(const real* x, const real* largest, real* e) noexcept nogil:
+    # Of LANES values: e^(x - largest).
+    cdef real[LANES] difference
+    cdef Py_ssize_t j
+    below(x, largest, difference)
     for j in range(LANES):
         e[j] = exponential(difference[j])
 

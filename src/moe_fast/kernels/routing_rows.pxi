@@ -74,13 +74,12 @@ cdef inline void exponentials_of_row(
     # columns j, j + LANES, ...
     cdef real[LANES] lane
     cdef real[LANES] top
-    cdef real[LANES] difference
     cdef Py_ssize_t i, j
     for j in range(LANES):
         lane[j] = 0
         top[j] = largest
     for i in range(0, n, 16):
-        exponentials_below(x + i, top, difference, e + i)
+        exponentials_below(x + i, top, e + i)
         add_to(lane, e + i)
     for j in range(LANES):
         sums[j] = lane[j]
@@ -205,13 +204,12 @@ cdef void exponentials_of_columns(
     # For each lane those below its largest, and their sum. `e` may be `column`.
     cdef real[LANES] top
     cdef real[LANES] sums
-    cdef real[LANES] difference
     cdef Py_ssize_t i, t
     fold(column, n * LANES, LANES, top)
     for t in range(LANES):
         sums[t] = 0
     for i in range(0, n * LANES, 16):
-        exponentials_below(column + i, top, difference, e + i)
+        exponentials_below(column + i, top, e + i)
         add_to(sums, e + i)
     for t in range(LANES):
         largest[t] = top[t]

@@ -34,7 +34,9 @@ cdef void sum_scores(
         sums[j] = 0
         products[j] = 0
     for i in range(0, size, 16):
-        exponentials_below(x + i, top, difference, score + i)
+        below(x + i, top, difference)
+        for j in range(LANES):
+            score[i + j] = exponential(difference[j])
         for j in range(LANES):
             # Where the exponential is 0, and so must be their product.
             difference[j] = difference[j] if difference[j] > least else least

@@ -3,33 +3,32 @@
 cdef void weigh(
     real* chosen, const real* largest, const real* total, const Rule* rule
 ) noexcept nogil:
-    # In place. `largest` and `total` are those of the whole rows; only softmax weights that are
-    # not renormalised read them.
+    # In place. `largest` and `total` are those of the whole rows; they are read for softmax weights
+    # that are not renormalised, `largest` where the first chosen may be another.
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t first = 0
     cdef Py_ssize_t s, t
     cdef real scale = <real>rule.routed_scaling_factor
     cdef real[LANES] top
     cdef real[LANES] divisor
-    cdef real[LANES] difference
     if rule.is_sigmoid:
         for s in range(k):
             for t in range(LANES):
                 chosen[s * LANES + t] = sigmoid(chosen[s * LANES + t])
     else:
-        if not rule.norm_topk_prob:
-            for t in range(LANES):
-                top[t] = largest[t]
-        elif rule.by_score:
-            fold(chosen, k * LANES, LANES, top)
-        else:
-            # Chosen by logits, the first is the largest, and its exponential 1.
+        if not rule.by_score:
+            # The first is the largest, and its exponential 1.
             first = 1
             for t in range(LANES):
                 top[t] = chosen[t]
                 chosen[t] = 1
+        elif rule.norm_topk_prob:
+            fold(chosen, k * LANES, LANES, top)
+        else:
+            for t in range(LANES):
+                top[t] = largest[t]
         for s in range(first, k):
-            exponentials_below(chosen + s * LANES, top, difference, chosen + s * LANES)
+            exponentials_below(chosen + s * LANES, top, chosen + s * LANES)
     if rule.norm_topk_prob:
         for t in range(LANES):
             divisor[t] = chosen[t]
