@@ -107,6 +107,8 @@ class Routing:
         Tokens that chose each expert, before its capacity dropped any: what losses count.
     capacity : int or None
         Tokens an expert takes at most.
+    num_dropped : int
+        Pairs of a token and an expert that did not fit into the expert's capacity.
     """
 
     __slots__ = (
@@ -117,6 +119,7 @@ class Routing:
         "_sorted",
         "capacity",
         "method",
+        "num_dropped",
         "num_tokens",
         "tokens_per_expert",
         "tokens_per_expert_before_drop",
@@ -126,6 +129,7 @@ class Routing:
     method: RoutingMethod
     num_tokens: int
     capacity: int | None
+    num_dropped: int
     weights: Floats
     tokens_per_expert: Counts
     tokens_per_expert_before_drop: Counts
@@ -149,6 +153,7 @@ class Routing:
         self.method = method
         self.num_tokens = num_tokens
         self.capacity = capacity
+        self.num_dropped = 0
         self._indices = np.empty(shape, np.int32)
         self.weights = np.empty(shape, dtype)
         self.tokens_per_expert_before_drop = np.zeros(num_experts, np.int64)
@@ -179,12 +184,6 @@ class Routing:
                 "by_expert() gives token_indices"
             )
         return self._indices
-
-    @property
-    def num_dropped(self) -> int:
-        """Pairs of a token and an expert that did not fit into the expert's capacity."""
-        before, after = self.tokens_per_expert_before_drop, self.tokens_per_expert
-        return 0 if after is before else int(before.sum() - after.sum())
 
     @property
     def num_unrouted(self) -> int:
@@ -654,6 +653,7 @@ def reuse(
         )
     out._asked = None
     out.capacity = capacity
+    out.num_dropped = 0
     out.tokens_per_expert = out.tokens_per_expert_before_drop
     out.tokens_per_expert.fill(0)
     out._sorted = False
@@ -700,22 +700,21 @@ def choice(rule: Rule) -> tuple[bool, bool, bool, int, int, int, float]:
 
 def drop(rule: Rule, out: Routing, capacity: int) -> None:
     """Take out what overflows."""
-    before = out.tokens_per_expert_before_drop
-    if before.max(initial=0) <= capacity:
+    fullest = int(out.tokens_per_expert_before_drop.max(initial=0))
+    if fullest <= capacity:
         return
-    compiled = kernels.compiled
+    kind = specialisation(out.weights.dtype)
     indices, weights = out._indices.reshape(-1), out.weights.reshape(-1)
+    kept = np.zeros(rule.num_experts, np.int64)
     if rule.drop_policy == "position":
-        kept = np.zeros(rule.num_experts, np.int64)
-        compiled.drop_late[specialisation(out.weights.dtype)](indices, weights, capacity, kept)
+        out.num_dropped = kernels.compiled.drop_late[kind](indices, weights, capacity, kept)
     else:
         out._sort()
-        compiled.drop_improbable[specialisation(out.weights.dtype)](
-            indices, weights, capacity, out._offsets, out._permutation,
-            np.empty(int(before.max()) + LANES, weights.dtype),
-        )  # fmt: skip
+        out.num_dropped = kernels.compiled.drop_improbable[kind](
+            indices, weights, capacity, out._offsets, out._permutation, fullest, kept
+        )
         out._sorted = False
-    out.tokens_per_expert = np.minimum(before, capacity)
+    out.tokens_per_expert = kept
 
 
 def experts_choose(
@@ -756,7 +755,7 @@ def experts_choose(
         raise_for_nan(bad)
         if capacity:
             share(keep, len(bounds), threads)
-        missed: list[int] = np.nonzero(count[0] < 0)[0].tolist()
+        missed: list[int] = (count[0] < 0).nonzero()[0].tolist()
         return missed
 
     out.tokens_per_expert_before_drop.fill(capacity)

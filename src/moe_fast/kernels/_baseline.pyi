@@ -146,7 +146,7 @@ def sort_by_expert(
     expert_indices: _Index32, tokens_per_expert: _Index64, offsets: _Index64, permutation: _Index32
 ) -> None: ...
 @_fused
-def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> None: ...
+def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> int: ...
 @_fused
 def drop_improbable(
     expert_indices: _Index32,
@@ -154,8 +154,9 @@ def drop_improbable(
     capacity: int,
     offsets: _Index64,
     permutation: _Index32,
-    work: _Real,
-) -> None: ...
+    fullest: int,
+    kept: _Index64,
+) -> int: ...
 
 # routing_experts.pxi
 @_fused

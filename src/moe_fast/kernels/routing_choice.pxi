@@ -187,11 +187,11 @@ cdef void choose_in_rows(
 ) noexcept nogil:
     # index[t * k + s] is the s-th largest of row[t][0:n], chosen[s * LANES + t] its value; the rest
     # of a row up to `padded` is -inf. folded[t * LANES + j] is the largest of row t's values j,
-    # j + LANES, ... What is read next is fetched meanwhile: rows so many bytes ahead.
+    # j + LANES, ... What is read next is fetched meanwhile: rows so many bytes ahead. For k = 1 the
+    # values are in `chosen` already.
     cdef real[LANES] bound
     cdef Py_ssize_t t
     if k == 1:
-        largest_of_rows(folded, chosen)
         for t in range(tokens):
             index[t] = first_at_least(row[t], padded, chosen[t])
         return

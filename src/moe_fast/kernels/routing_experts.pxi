@@ -40,13 +40,6 @@ cdef Py_ssize_t score_block(
     return -1
 
 
-cdef inline void* room_for(Py_ssize_t count, size_t size, Py_ssize_t num_experts) except NULL:
-    cdef void* memory = malloc(count * size)
-    if memory == NULL:
-        raise MemoryError(f"no memory to route among num_experts={num_experts}")
-    return memory
-
-
 def guess_bounds(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid,
     Py_ssize_t sample_size, Py_ssize_t rank, real[::1] bounds not None
@@ -59,7 +52,8 @@ def guess_bounds(
     cdef Py_ssize_t blocks = sample_size // LANES
     cdef Py_ssize_t all_blocks = logits.shape[0] // LANES
     cdef Py_ssize_t e, i, token
-    cdef real* column = <real*>room_for(n * sample_size + block_size(n), sizeof(real), n)
+    cdef void* memory = room_for(n * sample_size + block_size(n), sizeof(real), n)
+    cdef real* column = <real*>from_cache_line(memory)
     cdef real* sample = column + block_size(n)
     with nogil:
         for i in range(blocks):
@@ -77,7 +71,7 @@ def guess_bounds(
             bounds[e] = smallest_kept(
                 sample + e * sample_size, sample_size, rank, <real>0.0, 19 if real is float else 48
             )
-    free(column)
+    free(memory)
 
 
 def hear(
@@ -94,7 +88,8 @@ def hear(
     cdef Py_ssize_t room = found.shape[1] - LANES
     cdef Py_ssize_t e, token, tokens, at
     cdef Py_ssize_t bad = -1
-    cdef real* column = <real*>room_for(block_size(num_experts), sizeof(real), num_experts)
+    cdef void* memory = room_for(block_size(num_experts), sizeof(real), num_experts)
+    cdef real* column = <real*>from_cache_line(memory)
     with nogil:
         for token in range(start, stop, 16):
             tokens = lanes_from(token, stop)
@@ -112,7 +107,7 @@ def hear(
                     column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
                     &found[e, at], &value[e, at]
                 )
-    free(column)
+    free(memory)
     return bad
 
 

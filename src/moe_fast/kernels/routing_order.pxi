@@ -138,7 +138,11 @@ def drop_late(
     int32_t[::1] expert_indices not None, real[::1] weights not None,
     Py_ssize_t capacity, int64_t[::1] kept not None
 ):
-    """Drop each expert's pairs after its first `capacity`; `kept` counts those before them."""
+    """Drop each expert's pairs after its first `capacity`; `kept` counts those before them.
+
+    Returns how many it dropped.
+    """
+    cdef Py_ssize_t dropped = 0
     cdef Py_ssize_t i
     cdef int32_t expert
     with nogil:
@@ -149,25 +153,33 @@ def drop_late(
             else:
                 expert_indices[i] = -1
                 weights[i] = 0
+                dropped += 1
+    return dropped
 
 
 def drop_improbable(
     int32_t[::1] expert_indices not None, real[::1] weights not None,
     Py_ssize_t capacity, const int64_t[::1] offsets not None,
-    const int32_t[::1] permutation not None, real[::1] work not None
+    const int32_t[::1] permutation not None, Py_ssize_t fullest, int64_t[::1] kept not None
 ):
     """Drop all but each expert's `capacity` largest weights; among equals the earlier stay.
 
-    `work` holds as many values as the fullest expert has pairs, and LANES more.
+    `fullest` is the most pairs that an expert has; `kept` counts those that stay. Returns how many
+    it dropped.
     """
+    cdef Py_ssize_t dropped = 0
+    cdef Py_ssize_t num_experts = kept.shape[0]
     cdef Py_ssize_t e, i, n, room
     cdef const int32_t* pair
     cdef real bound
+    cdef real* work = <real*>room_for(padded_to_lanes(fullest), sizeof(real), num_experts)
     with nogil:
-        for e in range(offsets.shape[0] - 1):
+        for e in range(num_experts):
             n = offsets[e + 1] - offsets[e]
+            kept[e] = n if n < capacity else capacity
             if n <= capacity:
                 continue
+            dropped += n - capacity
             pair = &permutation[offsets[e]]
             bound = INFINITY
             room = 0
@@ -176,7 +188,7 @@ def drop_improbable(
                     work[i] = weights[pair[i]]
                 for i in range(n, padded_to_lanes(n)):
                     work[i] = -1
-                bound = smallest_kept(&work[0], padded_to_lanes(n), capacity, <real>0.0, 0)
+                bound = smallest_kept(work, padded_to_lanes(n), capacity, <real>0.0, 0)
                 room = capacity
                 for i in range(n):
                     room -= work[i] > bound
@@ -188,3 +200,5 @@ def drop_improbable(
                     continue
                 expert_indices[pair[i]] = -1
                 weights[pair[i]] = 0
+    free(work)
+    return dropped

@@ -133,18 +133,57 @@ cdef inline Py_ssize_t distance_ahead(
     return 0 if row == room else LANES * stride
 
 
-cdef void exponentials_of_rows(
-    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
-    real* e, Py_ssize_t stride, real* largest, real* total
+cdef inline void sum_exponentials(
+    const real* x, Py_ssize_t padded, real largest, real* sums
 ) noexcept nogil:
-    # e[t * stride:] are those below the largest of row t, which may stand there itself. While they
-    # are computed, what is read next is fetched: rows so many bytes ahead.
+    # As exponentials_of_row, of which nothing else is kept; 0 where the largest is infinite.
+    cdef real[LANES] lane
+    cdef real[LANES] e
+    cdef Py_ssize_t i, j
+    for j in range(LANES):
+        lane[j] = 0
+    for i in range(0, padded, 16):
+        for j in range(LANES):
+            e[j] = exponential(x[i + j] - largest)
+        add_to(lane, e)
+    for j in range(LANES):
+        sums[j] = lane[j]
+
+
+cdef void totals_of_rows(
+    const real** row, const real* largest, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
+    real* total
+) noexcept nogil:
+    # Of the exponentials below the largest. While they are computed, what is read next is fetched:
+    # rows so many bytes ahead.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef real[LANES * LANES] sums
     cdef Py_ssize_t t, j
-    largest_of_rows(folded, largest)
     for t in range(tokens):
         ask_ahead(row[t], n * sizeof(real), ahead)
-        exponentials_of_row(row[t], n, largest[t], e + t * stride, sums + t * LANES)
+        sum_exponentials(row[t], padded, largest[t], sums + t * LANES)
+    for t in range(tokens, LANES):
+        for j in range(LANES):
+            sums[t * LANES + j] = 0
+    sums_of_rows(sums, total)
+    for t in range(tokens):
+        if total[t] == 0:
+            # Infinite ones count as equal: each has the exponential 1, and all others 0.
+            j = count_at_least(row[t], padded, largest[t])
+            total[t] = <real>(j if j < n else n)
+
+
+cdef void exponentials_of_rows(
+    const real** row, const real* largest, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
+    real* e, real* total
+) noexcept nogil:
+    # e[t * padded:] are those below the largest of row t, which may stand there itself.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef real[LANES * LANES] sums
+    cdef Py_ssize_t t, j
+    for t in range(tokens):
+        ask_ahead(row[t], n * sizeof(real), ahead)
+        exponentials_of_row(row[t], n, largest[t], e + t * padded, sums + t * LANES)
     for t in range(tokens, LANES):
         for j in range(LANES):
             sums[t * LANES + j] = 0
@@ -162,7 +201,8 @@ cdef void scores_of_rows(
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef Py_ssize_t t, i
     if not is_sigmoid:
-        exponentials_of_rows(row, folded, tokens, n, ahead, score, padded, largest, total)
+        largest_of_rows(folded, largest)
+        exponentials_of_rows(row, largest, tokens, n, ahead, score, total)
     for t in range(tokens):
         if is_sigmoid:
             ask_ahead(row[t], n * sizeof(real), ahead)
@@ -199,20 +239,19 @@ cdef Py_ssize_t load_columns(
 
 
 cdef void exponentials_of_columns(
-    const real* column, Py_ssize_t n, real* largest, real* total, real* e
+    const real* column, Py_ssize_t n, const real* largest, real* e, real* total
 ) noexcept nogil:
     # For each lane those below its largest, and their sum. `e` may be `column`.
     cdef real[LANES] top
     cdef real[LANES] sums
     cdef Py_ssize_t i, t
-    fold(column, n * LANES, LANES, top)
     for t in range(LANES):
+        top[t] = largest[t]
         sums[t] = 0
     for i in range(0, n * LANES, 16):
         exponentials_below(column + i, top, e + i)
         add_to(sums, e + i)
     for t in range(LANES):
-        largest[t] = top[t]
         total[t] = sums[t]
 
 
@@ -225,7 +264,8 @@ cdef void scores_of_columns(
         for i in range(n * LANES):
             score[i] = sigmoid(column[i])
         return
-    exponentials_of_columns(column, n, largest, total, score)
+    fold(column, n * LANES, LANES, largest)
+    exponentials_of_columns(column, n, largest, score, total)
     for i in range(0, n * LANES, 16):
         for t in range(LANES):
             score[i + t] /= total[t]

@@ -32,15 +32,17 @@ cdef void choose_block(
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t e, s, t
+    cdef real added
     if not rule.by_score:
-        if not rule.norm_topk_prob:
-            exponentials_of_columns(column, n, largest, total, score)
         choose_in_columns(column, n, k, expert, chosen)
+        if not rule.norm_topk_prob:
+            exponentials_of_columns(column, n, chosen, score, total)
         return
     scores_of_columns(column, n, rule.is_sigmoid, largest, total, score)
     for e in range(n):
+        added = bias[e]
         for t in range(LANES):
-            score[e * LANES + t] += bias[e]
+            score[e * LANES + t] += added
     choose_in_columns(score, n, k, expert, chosen)
     for s in range(k):
         for t in range(LANES):
@@ -109,10 +111,10 @@ cdef Py_ssize_t route_rows(
         total[t] = 1
     ahead = distance_ahead(row[0], <real*>work.rows, stride)
     if not rule.by_score:
+        if k == 1 or not rule.norm_topk_prob:
+            largest_of_rows(folded, chosen)
         if not rule.norm_topk_prob:
-            exponentials_of_rows(
-                row, folded, tokens, n, ahead, <real*>work.scores, 0, largest, total
-            )
+            totals_of_rows(row, chosen, tokens, n, ahead, total)
             ahead = 0
         choose_in_rows(
             row, folded, tokens, n, padded, ahead, k,
@@ -136,6 +138,8 @@ cdef Py_ssize_t route_rows(
         padded = padded_to_lanes(n)
         for t in range(tokens):
             fold(choice[t], padded, LANES, folded + t * LANES)
+        if k == 1:
+            largest_of_rows(folded, chosen)
         choose_in_rows(
             <const real**>choice, folded, tokens, n, padded, 0, k,
             index, chosen, value, work.found, work.order,
@@ -180,15 +184,15 @@ cdef Py_ssize_t route_blocks(
     cdef real* weight
     cdef real* zeros
     cdef const uint8_t* row
-    cdef char* memory = <char*>malloc(
+    cdef void* memory = malloc(
         (
             2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS * LANES * k
         ) * sizeof(real)
-        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t)
+        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t) + CACHE_LINE
     )
     if memory == NULL:
         return NO_MEMORY
-    work.rows = memory
+    work.rows = from_cache_line(memory)
     work.scores = <real*>work.rows + LANES * padded
     work.value = <real*>work.scores + LANES * padded
     work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
