@@ -115,6 +115,7 @@ EMULATED __m256d extractf64x4(__m512d v, int half) {
 #define _mm512_castps256_ps512(v) ((__m512)insertf64x4((__m512d){0}, (__m256d)(v), 0))
 #define _mm512_castps512_ps256(v) ((__m256)extractf64x4((__m512d)(v), 0))
 #define _mm512_castps_pd(v) ((__m512d)(v))
+#define _mm512_castsi512_pd(v) ((__m512d)(v))
 #define _mm512_castsi512_si256(v) ((__m256i)extractf64x4((__m512d)(v), 0))
 #define _mm512_cmp_pd_mask cmp_mask_pd
 #define _mm512_cmp_ps_mask cmp_mask_ps

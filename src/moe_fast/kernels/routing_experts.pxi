@@ -69,7 +69,8 @@ def guess_bounds(
         for e in range(n):
             # Down to the fourth bit after the point.
             bounds[e] = smallest_kept(
-                sample + e * sample_size, sample_size, rank, <real>0.0, 19 if real is float else 48
+                sample + e * sample_size, sample_size, rank, <real>0.0,
+                <uint64_t>1 << (19 if real is float else 48)
             )
     free(memory)
 
@@ -124,7 +125,7 @@ cdef void take_best(
     cdef real bound
     for i in range(n, padded):
         value[i] = -1
-    bound = smallest_kept(value, padded, capacity, least, 0)
+    bound = smallest_kept(value, n, capacity, least, 1)
     if count_at_least(value, padded, bound) == capacity:
         keep_at_least(found, value, padded, bound)
         memcpy(token, found, capacity * sizeof(int32_t))
@@ -144,45 +145,39 @@ cdef void take_best(
 
 
 def keep_best(
-    const real[::1] bounds not None, int32_t[:, :, ::1] found not None,
-    real[:, :, ::1] value not None, int64_t[:, ::1] count not None,
+    const real[::1] bounds not None, const int32_t[:, :, ::1] found not None,
+    const real[:, :, ::1] value not None, int64_t[:, ::1] count not None,
     int32_t[:, ::1] token_indices not None, real[:, ::1] weights not None,
     Py_ssize_t start, Py_ssize_t stop
 ):
     """Choose for the experts from start to stop from their lists, one for each range of tokens.
 
-    Lists hold what reaches the expert's bound, and are used up. Where one was longer than its room,
-    or all are too short, `count[0]` becomes -1.
+    Lists hold what reaches the expert's bound. Where one was longer than its room, or all are too
+    short, `count[0]` becomes -1.
     """
     cdef Py_ssize_t capacity = token_indices.shape[1]
     cdef Py_ssize_t lists = found.shape[0]
     cdef Py_ssize_t room = found.shape[2] - LANES
     cdef Py_ssize_t e, i, n
-    cdef int32_t* joined = NULL
-    cdef real* joined_value = NULL
-    cdef int32_t* token
-    cdef real* score
-    if lists > 1:
-        n = lists * room + LANES
-        joined_value = <real*>room_for(n, sizeof(real) + sizeof(int32_t), bounds.shape[0])
-        joined = <int32_t*>(joined_value + n)
+    cdef Py_ssize_t most = padded_to_lanes(lists * room) + LANES
+    cdef void* memory = room_for(most, sizeof(real) + sizeof(int32_t), bounds.shape[0])
+    cdef real* joined_value = <real*>from_cache_line(memory)
+    cdef int32_t* joined = <int32_t*>(joined_value + most)
     with nogil:
         for e in range(start, stop):
-            token = &found[0, e, 0] if joined == NULL else joined
-            score = &value[0, e, 0] if joined == NULL else joined_value
             n = 0
             for i in range(lists):
                 if count[i, e] > room:
                     n = -1
                     break
-                if joined != NULL:
-                    memcpy(token + n, &found[i, e, 0], count[i, e] * sizeof(int32_t))
-                    memcpy(score + n, &value[i, e, 0], count[i, e] * sizeof(real))
+                memcpy(joined + n, &found[i, e, 0], count[i, e] * sizeof(int32_t))
+                memcpy(joined_value + n, &value[i, e, 0], count[i, e] * sizeof(real))
                 n += count[i, e]
             if n < capacity:
                 count[0, e] = -1
                 continue
             take_best(
-                token, score, n, bounds[e], &token_indices[e, 0], &weights[e, 0], capacity
+                joined, joined_value, n, bounds[e],
+                &token_indices[e, 0], &weights[e, 0], capacity
             )
-    free(joined_value)
+    free(memory)

@@ -9,29 +9,42 @@ cdef inline void set_bits(real* x, uint64_t bits) noexcept nogil:
 
 
 cdef real smallest_kept(
-    const real* weight, Py_ssize_t n, Py_ssize_t keep, real least, int lowest
+    const real* weight, Py_ssize_t n, Py_ssize_t keep, real least, uint64_t apart
 ) noexcept nogil:
-    # The keep-th largest, 1 <= keep <= n, or a bound that exactly `keep` reach: bit by bit from the
-    # top, since floats that are not negative are ordered as their bits are. At least `keep` reach
-    # `least`, so the bits it shares with the largest are known. Stopping at a higher bit than 0
-    # gives a lower bound. n is a multiple of LANES; what pads the weights is negative.
-    cdef int i = 30 if real is float else 62
-    cdef uint64_t known = bits_of(least)
-    cdef uint64_t bits = bits_of(largest_of_row(weight, n))
-    cdef real bound
+    # The keep-th largest of n, 1 <= keep <= n, or a bound that exactly `keep` reach; all reach
+    # `least`. The search is by bits, in the order of which floats are that are not negative, and
+    # ends where it is known to so many: more than 1 apart, the bound may be too low. What pads the
+    # weights up to a multiple of LANES is negative.
+    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef uint64_t low = bits_of(least)
+    cdef uint64_t high = bits_of(largest_of_row(weight, padded)) + 1
+    cdef Py_ssize_t reach_low = n
+    cdef Py_ssize_t reach_high = 0
     cdef Py_ssize_t count
-    while i >= lowest and bits >> i == known >> i:
-        i -= 1
-    bits = bits >> (i + 1) << (i + 1)
-    while i >= lowest:
-        set_bits(&bound, bits | <uint64_t>1 << i)
-        count = count_at_least(weight, n, bound)
+    cdef uint64_t width, step
+    cdef bint halve = False
+    cdef double share
+    cdef real bound
+    set_bits(&bound, low)
+    while reach_low > keep and high - low > apart:
+        width = high - low
+        step = width // 2
+        if not halve:
+            # Where it would be if they were spread evenly.
+            share = (<double>(reach_low - keep) - 0.5) / <double>(reach_low - reach_high)
+            step = <uint64_t>(<double>width * share)
+            step = 1 if step < 1 else width - 1 if step >= width else step
+        set_bits(&bound, low + step)
+        count = count_at_least(weight, padded, bound)
         if count >= keep:
-            bits |= <uint64_t>1 << i
-            if count == keep:
-                break
-        i -= 1
-    set_bits(&bound, bits)
+            low += step
+            reach_low = count
+        else:
+            high = low + step
+            reach_high = count
+        # They are not, where that did not even halve the distance.
+        halve = not halve and high - low > width // 2
+    set_bits(&bound, low)
     return bound
 
 
@@ -171,8 +184,9 @@ def drop_improbable(
     cdef Py_ssize_t num_experts = kept.shape[0]
     cdef Py_ssize_t e, i, n, room
     cdef const int32_t* pair
-    cdef real bound
-    cdef real* work = <real*>room_for(padded_to_lanes(fullest), sizeof(real), num_experts)
+    cdef real bound, least
+    cdef void* memory = room_for(padded_to_lanes(fullest), sizeof(real), num_experts)
+    cdef real* work = <real*>from_cache_line(memory)
     with nogil:
         for e in range(num_experts):
             n = offsets[e + 1] - offsets[e]
@@ -184,11 +198,13 @@ def drop_improbable(
             bound = INFINITY
             room = 0
             if capacity > 0:
+                least = INFINITY
                 for i in range(n):
                     work[i] = weights[pair[i]]
+                    least = work[i] if work[i] < least else least
                 for i in range(n, padded_to_lanes(n)):
                     work[i] = -1
-                bound = smallest_kept(work, padded_to_lanes(n), capacity, <real>0.0, 0)
+                bound = smallest_kept(work, n, capacity, least, 1)
                 room = capacity
                 for i in range(n):
                     room -= work[i] > bound
@@ -200,5 +216,5 @@ def drop_improbable(
                     continue
                 expert_indices[pair[i]] = -1
                 weights[pair[i]] = 0
-    free(work)
+    free(memory)
     return dropped
