@@ -37,9 +37,9 @@ installing it takes a C compiler and Python's headers:
 To be told whether there is a wheel: pip install --only-binary moe-fast moe-fast"""
 
 
-# GCC copies functions for arguments it guesses: an eighth of the wheel, and no faster. Clang does
-# not, and refuses the flag.
-NO_CLONES = "-fno-ipa-cp-clone"
+# What not every compiler takes. GCC copies functions for arguments it guesses: an eighth of the
+# wheel, and no faster. Where a loop begins decided over a tenth of its time, by luck.
+WHERE_ACCEPTED = ["-fno-ipa-cp-clone", "-falign-functions=64", "-falign-loops=32"]
 
 
 class BuildKernels(build_ext):
@@ -63,8 +63,7 @@ class BuildKernels(build_ext):
                 # keeps loops with conditions scalar, to raise the processor's floating-point flags
                 # in order, which nobody reads.
                 extension.extra_compile_args = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
-                if self.accepts(NO_CLONES):
-                    extension.extra_compile_args.append(NO_CLONES)
+                extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
                 if SANITIZE:
                     sanitizers = [
                         "-fsanitize=address,undefined",

@@ -115,17 +115,17 @@ cdef Py_ssize_t survivors(
 
 
 cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound) noexcept nogil:
-    # Where the first value from `bound` up stands; there is one. By 64, so that few loops end
-    # where nobody can foresee.
-    cdef Py_ssize_t j
-    cdef Py_ssize_t i = 0
-    cdef uint64_t bits = 0
-    for i in range(0, padded, 64):
+    # Where the first value from `bound` up stands; there is one. All are looked at, from the end, as
+    # nobody can foresee where a loop may stop.
+    cdef Py_ssize_t i, j
+    cdef uint64_t bits
+    cdef int32_t first = 0
+    for i in range((padded - 1) // 64 * 64, -1, -64):
+        bits = 0
         for j in range(i, i + 64 if i + 64 < padded else padded, 16):
             bits |= <uint64_t>at_least(x + j, bound) << (j - i)
-        if bits:
-            break
-    return <int32_t>i + lowest_bit(bits)
+        first = <int32_t>i + lowest_bit(bits) if bits else first
+    return first
 
 
 cdef void choose_one_by_one(
