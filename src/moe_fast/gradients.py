@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.routing import (
-    LANES,
     LOGITS_PER_THREAD,
     Floats,
     Indices,
@@ -34,7 +33,7 @@ def pull_back_weights(
     def pull_back(start: int, stop: int) -> None:
         kernel(
             rows, encoding, rule.is_sigmoid, rule.norm_topk_prob, rule.routed_scaling_factor,
-            chosen, of_weights, room(gradient), gradient, start, stop,
+            chosen, of_weights, gradient, start, stop,
         )  # fmt: skip
 
     share(pull_back, len(rows), threads, grain=grain(gradient))
@@ -81,16 +80,10 @@ def pull_back_scores(
     kernel = kernels.compiled.pull_back_scores[specialisation(dtype)]
 
     def pull_back(start: int, stop: int) -> None:
-        work = room(gradient)
-        kernel(rows, encoding, is_sigmoid, normalised, of_square, work, gradient, start, stop)
+        kernel(rows, encoding, is_sigmoid, normalised, of_square, gradient, start, stop)
 
     share(pull_back, len(rows), threads, grain=grain(gradient))
     return gradient
-
-
-def room(gradient: Floats) -> Floats:
-    """What a kernel works in: three times a block, tokens in their lanes."""
-    return np.zeros((3, LANES * gradient.shape[1]), gradient.dtype)
 
 
 def grain(gradient: Floats) -> int:

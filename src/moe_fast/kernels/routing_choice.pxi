@@ -115,8 +115,8 @@ cdef Py_ssize_t survivors(
 
 
 cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound) noexcept nogil:
-    # Where the first value from `bound` up stands; there is one. All are looked at, from the end, as
-    # nobody can foresee where a loop may stop.
+    # Where the first value from `bound` up stands; there is one. All are looked at, from the end,
+    # as nobody can foresee where a loop may stop.
     cdef Py_ssize_t i, j
     cdef uint64_t bits
     cdef int32_t first = 0

@@ -68,12 +68,13 @@ cdef void pull_back(
 
 cdef void pull_back_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
-    bint is_sigmoid, bint normalised, real of_square, real* work, Py_ssize_t room, real* gradient
+    bint is_sigmoid, bint normalised, real of_square, real* work, real* gradient
 ) noexcept nogil:
-    # A block of up to LANES tokens; `gradient` has a row for each. `work` is three times `room`.
+    # A block of up to LANES tokens; `gradient` has a row for each. `work` is three times LANES
+    # values for each expert.
     cdef real* x = work
-    cdef real* score = work + room
-    cdef real* g = work + 2 * room
+    cdef real* score = x + LANES * n
+    cdef real* g = score + LANES * n
     cdef Py_ssize_t e, t
     if in_columns(n):
         load_columns(logits, stride, encoding, tokens, n, x, score)
@@ -93,12 +94,13 @@ cdef void pull_back_block(
 cdef void pull_back_chosen(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     const int32_t* expert, Py_ssize_t k, bint is_sigmoid, bint normalised, real* work,
-    Py_ssize_t room, real* gradient, Py_ssize_t n
+    real* gradient, Py_ssize_t n
 ) noexcept nogil:
     # The same where scores are of the chosen alone. `gradient` holds that by their scores where
     # they stand, and 0 elsewhere.
     cdef real* x = work
-    cdef real* g = work + 2 * room
+    cdef real* score = x + LANES * n
+    cdef real* g = score + LANES * n
     cdef const uint8_t* row
     cdef Py_ssize_t s, t, place
     for t in range(tokens):
@@ -112,7 +114,7 @@ cdef void pull_back_chosen(
             else:
                 x[s * LANES + t] = (<const real*>row)[place]
             g[s * LANES + t] = gradient[t * n + place]
-    pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, work + room, g)
+    pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, score, g)
     for t in range(tokens):
         for s in range(k):
             gradient[t * n + expert[t * k + s]] = g[s * LANES + t]
@@ -120,33 +122,34 @@ cdef void pull_back_chosen(
 
 def pull_back_scores(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint normalised,
-    double of_square, real[:, ::1] work not None, real[:, ::1] gradient not None,
-    Py_ssize_t start, Py_ssize_t stop
+    double of_square, real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
 ):
     """Turn gradients by the scores of tokens from start to stop into those by their logits.
 
-    For softmax, adds `of_square` times half the gradient of the squared log-sum-exp. `work` is
-    three rows of LANES values for each expert.
+    For softmax, adds `of_square` times half the gradient of the squared log-sum-exp.
     """
+    cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t token
+    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
+    cdef real* work = <real*>from_cache_line(memory)
     with nogil:
+        memset(work, 0, 3 * LANES * n * sizeof(real))
         for token in range(start, stop, 16):
             pull_back_block(
                 &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
-                lanes_from(token, stop), gradient.shape[1], is_sigmoid,
-                normalised, <real>of_square, &work[0, 0], work.shape[1], &gradient[token, 0]
+                lanes_from(token, stop), n, is_sigmoid, normalised, <real>of_square,
+                work, &gradient[token, 0]
             )
+    free(memory)
 
 
 def pull_back_weights(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint norm_topk_prob,
     double routed_scaling_factor, const int32_t[:, ::1] expert_indices not None,
-    const real[:, ::1] of_weights not None, real[:, ::1] work not None,
-    real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
+    const real[:, ::1] of_weights not None, real[:, ::1] gradient not None,
+    Py_ssize_t start, Py_ssize_t stop
 ):
     """Write the gradient by the logits of tokens from start to stop, given that by their weights.
-
-    `work` as for `pull_back_scores`.
     """
     cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t k = expert_indices.shape[1]
@@ -154,7 +157,10 @@ def pull_back_weights(
     cdef Py_ssize_t token, tokens, t, s
     cdef real scale = <real>routed_scaling_factor
     cdef const uint8_t* row
+    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
+    cdef real* work = <real*>from_cache_line(memory)
     with nogil:
+        memset(work, 0, 3 * LANES * n * sizeof(real))
         for token in range(start, stop, 16):
             tokens = lanes_from(token, stop)
             row = &logits[0, 0] + token * stride
@@ -165,10 +171,11 @@ def pull_back_weights(
             if is_sigmoid or norm_topk_prob:
                 pull_back_chosen(
                     row, stride, encoding, tokens, &expert_indices[token, 0], k, is_sigmoid,
-                    norm_topk_prob, &work[0, 0], work.shape[1], &gradient[token, 0], n
+                    norm_topk_prob, work, &gradient[token, 0], n
                 )
             else:
                 pull_back_block(
                     row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
-                    &work[0, 0], work.shape[1], &gradient[token, 0]
+                    work, &gradient[token, 0]
                 )
+    free(memory)
