@@ -10,16 +10,19 @@ ctypedef fused real:
     float
     double
 
+
 cdef inline void* from_cache_line(void* memory) noexcept nogil:
     # Where the next one begins: a vector that lies in two takes twice as long to read or to write.
     return <char*>memory + (-<uintptr_t>memory) % CACHE_LINE
 
 
 cdef inline void* room_for(Py_ssize_t count, size_t size, Py_ssize_t num_experts) except NULL:
+    # So much from a cache line on.
     cdef void* memory = malloc(count * size + CACHE_LINE)
     if memory == NULL:
         raise MemoryError(f"no memory to route among num_experts={num_experts}")
     return memory
+
 
 include "routing_arithmetic.pxi"
 include "routing_lanes.pxi"
