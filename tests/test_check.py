@@ -18,7 +18,7 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors.numpy import load_file
 
 from command import run
-from families import OWN, make_model
+from families import LINEAR, LLAMA3, OWN, YARN, make_model
 from folders import edit_json, rewrite
 from moe_fast import (
     CheckpointError,
@@ -522,6 +522,37 @@ def test_what_llama_cpp_does_its_own_way(tmp_path, source, target, reasons):
     without_shared = ["wants a shared expert in a deepseek"] if target == "deepseek" else []
     expected = without_shared if reasons else [turned]
     assert [reason.partition(",")[0] for reason in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "changes", "reason"),
+    [
+        ("qwen3", "qwen3_moe", {"attention_bias": True}, "has no place for the bias of o_proj"),
+        ("llama", "granitemoe", {"attention_bias": True}, None),
+        ("llama", "mixtral", {"rope_scaling": LLAMA3}, None),
+        ("llama", "mixtral", {"rope_scaling": LINEAR}, None),
+        ("granite", "granitemoe", {"rope_scaling": LLAMA3}, "has no rope of type llama3"),
+        ("qwen3", "qwen3_moe", {"rope_scaling": LLAMA3}, "has no rope of type llama3"),
+        ("qwen3", "qwen3_moe", {"rope_scaling": YARN}, None),
+        ("mistral", "mixtral", {"sliding_window": 4}, "has no sliding window in a mixtral"),
+        ("mistral", "mixtral", {"sliding_window": 512}, None),
+        ("mistral", "mixtral", {"sliding_window": None}, None),
+        ("qwen3", "qwen3_moe", {"sliding_window": 4, "use_sliding_window": False}, None),
+    ],
+)
+def test_what_llama_cpp_has_no_place_for(tmp_path, source, target, changes, reason):
+    make_model(tmp_path / "dense", source, **changes)
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target)
+    found = readers(tmp_path / "moe")["llama.cpp"]
+    assert len(found) == (reason is not None)
+    assert all(reason in line for line in found)
+
+
+def test_the_rope_that_llama_cpp_leaves_out_of_a_deepseek(tmp_path):
+    make_model(tmp_path / "dense", "llama", rope_scaling=LINEAR)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target="deepseek")
+    assert "has no rope of type linear in a deepseek" in readers(tmp_path / "moe")["llama.cpp"]
 
 
 @pytest.mark.parametrize(

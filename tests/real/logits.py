@@ -32,6 +32,11 @@ def compute_logits(folder: str | Path, tokens: list[int]) -> tuple[np.ndarray, l
     return logits[0].numpy(), problems
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(-1, keepdims=True))
+
+
 def assert_same(logits: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Equal up to `tolerance` times the largest, and so is what is most likely everywhere."""
     assert np.abs(logits - expected).max() < tolerance * np.abs(expected).max()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moe_fast import ExpertSource, MoeConfig, build_moe
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -37,3 +39,15 @@ def save_random_model(folder: Path, family: str, **changes: Any) -> None:
                 parameter += 0.2 * torch.randn_like(parameter)
             assert parameter.std() > 0, name
     model.save_pretrained(folder)
+
+
+def build_random_moe(
+    source: Path, folder: Path, config: MoeConfig, target: str, options: dict[str, Any]
+) -> Path:
+    """An MoE of different experts from one dense model; `shared_experts` may be just `True`."""
+    options = dict(options)
+    if options.pop("shared_experts", False):
+        options["shared_experts"] = [ExpertSource(source, noise_scale=0.02)]
+    experts = [ExpertSource(source, noise_scale=noise) for noise in (0.0, 0.05, 0.1)]
+    build_moe(experts, folder, config, target=target, router_init="random", seed=5, **options)
+    return folder

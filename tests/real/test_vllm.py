@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from forward import Model
-from logits import assert_same, compute_logits
-from moe_fast import ExpertSource, MoeConfig, build_moe, check_moe
-from random_models import save_random_model
+from logits import assert_same, compute_logits, log_softmax
+from moe_fast import MoeConfig, build_moe, check_moe
+from random_models import build_random_moe, save_random_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
@@ -62,26 +62,11 @@ class DeepseekConfig(PretrainedConfig):
 """
 
 
-def built(source: Path, folder: Path, target: str, options: dict) -> Path:
-    """An MoE of different experts from one dense model."""
-    options = dict(options)
-    if options.pop("shared_experts", False):
-        options["shared_experts"] = [ExpertSource(source, noise_scale=0.02)]
-    experts = [ExpertSource(source, noise_scale=noise) for noise in (0.0, 0.05, 0.1)]
-    build_moe(experts, folder, CONFIG, target=target, router_init="random", seed=5, **options)
-    return folder
-
-
 def with_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekConfig"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "configuration_deepseek.py").write_text(CODE)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return below - np.log(np.exp(below).sum(-1, keepdims=True))
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +75,7 @@ def outputs(tmp_path_factory) -> list[Path]:
     for source, (family, changes) in SOURCES.items():
         save_random_model(scratch / source, family, **SIZES | changes)
     return [
-        built(scratch / source, scratch / f"moe{i}", target, options)
+        build_random_moe(scratch / source, scratch / f"moe{i}", CONFIG, target, options)
         for i, (source, target, options) in enumerate(CASES)
     ]
 

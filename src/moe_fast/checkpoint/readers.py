@@ -1,8 +1,8 @@
 """Which programs load an MoE checkpoint, and why not: their rules, in one place.
 
-transformers 4 (4.57.6) and 5 (5.23.0) and vLLM (0.32.0) were asked themselves; llama.cpp's
-converter and graphs (of llama-cpp-python 0.3.36) were read. A reader that ignores a key takes its
-default without a word, so that a checkpoint "loads" and computes something else; that counts as not
+transformers 4 (4.57.6) and 5 (5.23.0), vLLM (0.32.0) and llama.cpp (the converter of
+llama-cpp-python 0.3.36) were asked themselves. A reader that ignores a key takes its default
+without a word, so that a checkpoint "loads" and computes something else; that counts as not
 loading.
 """
 
@@ -37,13 +37,14 @@ class Rules:
     `count_key` is where they look for the number of experts. transformers 5 knows the other
     spelling as well where `either_count_key`. The defaults are those of transformers 4. Of the
     families with a `norm_topk_prob`, llama.cpp divides the chosen experts' weights by their sum in
-    some and not in others, whatever `config.json` says.
+    some and not in others, whatever `config.json` says, and knows `llama_cpp_ropes` in them.
     """
 
     count_key: str
     default_count: int
     default_theta: float
     llama_cpp_normalises: bool | None = None
+    llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
     per_expert: tuple[str, ...] = READERS
@@ -53,7 +54,13 @@ class Rules:
 QWEN_FUSED = (TRANSFORMERS_5, VLLM, LLAMA_CPP)
 GRANITE = Rules("num_local_experts", 8, 1e4, per_expert=(), fused=READERS)
 RULES = {
-    "mixtral": Rules("num_local_experts", 8, 1e6, either_count_key=True),
+    "mixtral": Rules(
+        "num_local_experts",
+        8,
+        1e6,
+        llama_cpp_ropes=("default", "linear", "yarn", "llama3"),
+        either_count_key=True,
+    ),
     "qwen2_moe": Rules("num_experts", 60, 1e4, llama_cpp_normalises=False, fused=QWEN_FUSED),
     "qwen3_moe": Rules(
         "num_experts",
@@ -78,6 +85,7 @@ RULES = {
         0,
         1e4,
         llama_cpp_normalises=False,
+        llama_cpp_ropes=("default",),
         natively=(VLLM, LLAMA_CPP),
         fused=(),
     ),
@@ -151,6 +159,18 @@ def not_of_llama_cpp(rules: Rules, config: Mapping[str, Any], num_experts: int) 
             f"{divides} the weights of a {family}'s chosen experts by their sum, "
             f"norm_topk_prob is {str(asked).lower()}"
         )
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(rope, Mapping):
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in rules.llama_cpp_ropes:
+            yield f"has no rope of type {kind} in a {family}"
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    context = config.get("max_position_embeddings")
+    reaches = isinstance(window, int) and isinstance(context, int) and window >= context
+    if window is not None and not reaches:
+        yield f"has no sliding window in a {family}, here it is {window}"
+    if family == "qwen3_moe" and config.get("attention_bias"):
+        yield f"has no place for the bias of o_proj in a {family}"
     if family == "deepseek" and not config.get("n_shared_experts"):
         yield "wants a shared expert in a deepseek, here is none"
     if family == "qwen2_moe" and config.get("tie_word_embeddings"):

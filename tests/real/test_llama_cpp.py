@@ -1,0 +1,159 @@
+"""Outputs of every family, run by llama.cpp: it computes what the check says that it does.
+
+MOE_FAST_LLAMA_CPP names a Python with xllamacpp, MOE_FAST_LLAMA_CPP_SOURCE a folder with
+llama.cpp's `convert_hf_to_gguf.py`, which runs in the environment of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from families import LINEAR, LLAMA3, YARN
+from forward import Model
+from logits import compute_logits, log_softmax
+from moe_fast import MoeConfig, build_moe, check_moe
+from random_models import build_random_moe, save_random_model
+
+# As many as SmolLM2's tokenizer has: the converter wants one. The first 17 are special.
+VOCABULARY = 49152
+TOKENS = np.random.default_rng(0).integers(17, VOCABULARY, size=12).tolist()
+LENGTHS = (1, 4, 8, 12)
+THETA = {"rope_theta": 10000.0}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+SOURCES = {
+    "llama": ("llama", {}),
+    "llama, biases": ("llama", {"attention_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"attention_multiplier": 0.2, "logits_scaling": 8.0}),
+    "llama, llama3": ("llama", {"rope_parameters": LLAMA3 | THETA}),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR | THETA}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 32, "rope_parameters": YARN | THETA}),
+    "qwen3, llama3": ("qwen3", {"head_dim": 32, "rope_parameters": LLAMA3 | THETA}),
+    "granite, llama3": ("granite", {"rope_parameters": LLAMA3 | THETA}),
+    "mistral, window": ("mistral", {"sliding_window": 4}),
+    "mistral, wide window": ("mistral", {"sliding_window": 64}),
+}
+FUSED, SHARED = {"layout": "fused"}, {"shared_experts": True}
+# Where nothing is left to divide the chosen experts' weights by.
+ALL = {"num_experts_per_tok": 4}
+CASES = [
+    ("llama", "mixtral", {}),
+    ("llama", "mixtral", FUSED),
+    ("llama", "qwen2_moe", SHARED),
+    ("llama", "granitemoeshared", SHARED),
+    ("llama", "deepseek", {}),
+    ("llama", "deepseek", SHARED),
+    ("llama, biases", "granitemoe", {}),
+    ("qwen2", "qwen2_moe", {}),
+    ("qwen2, tied", "qwen2_moe", {}),
+    ("qwen3", "qwen3_moe", {}),
+    ("qwen3", "qwen3_moe", FUSED),
+    ("qwen3", "qwen3_moe", {"dense_layers": (0, 2)}),
+    ("qwen3, biases", "qwen3_moe", {}),
+    ("olmo2", "flex_olmo", {}),
+    ("granite", "granitemoe", {}),
+    ("qwen2", "qwen2_moe", ALL),
+    ("llama", "deepseek", SHARED | ALL),
+    ("llama, linear", "deepseek", SHARED | ALL),
+    ("llama, linear", "mixtral", {}),
+    ("llama, llama3", "mixtral", {}),
+    ("qwen3, llama3", "qwen3_moe", {}),
+    ("qwen3, yarn", "qwen3_moe", {}),
+    ("granite, llama3", "granitemoe", {}),
+    ("mistral, window", "mixtral", {}),
+    ("mistral, wide window", "mixtral", {}),
+]
+
+
+def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+
+
+def likely_to_llama_cpp(folder: Path, scratch: Path) -> list[list] | str:
+    """`[[token, log-probability], ...]` after each beginning of the tokens, or what failed."""
+    source = os.environ.get("MOE_FAST_LLAMA_CPP_SOURCE")
+    python = os.environ.get("MOE_FAST_LLAMA_CPP")
+    assert source, "MOE_FAST_LLAMA_CPP_SOURCE must name a folder with convert_hf_to_gguf.py"
+    assert python, "MOE_FAST_LLAMA_CPP must name a Python with xllamacpp"
+    model, prompts = scratch / "model.gguf", scratch / "prompts.json"
+    prompts.write_text(json.dumps([TOKENS[:length] for length in LENGTHS]))
+    converter = Path(source, "convert_hf_to_gguf.py")
+    converted = run(
+        [sys.executable, converter, folder, "--outtype", "f32", "--outfile", model],
+        PYTHONPATH=str(Path(source, "gguf-py")),
+    )
+    if converted.returncode != 0:
+        return converted.stderr
+    done = run([python, Path(__file__).with_name("llama_cpp_likely.py"), model, prompts])
+    model.unlink()
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+
+
+def how_far(found: list[list], expected: np.ndarray) -> float:
+    """The largest difference of a log-probability, and infinity where another is most likely."""
+    farthest = 0.0
+    for pairs, row in zip(found, expected, strict=True):
+        tokens, likely = np.array([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+        if tokens[0] != row.argmax():
+            return np.inf
+        farthest = max(farthest, np.abs(row[tokens] - likely).max())
+    return farthest
+
+
+@pytest.fixture(scope="session")
+def sources(smollm2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    for name, (family, changes) in SOURCES.items():
+        save_random_model(folder / name, family, **SIZES | changes)
+        for file in smollm2.glob("tokenizer*"):
+            shutil.copy(file, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options"),
+    CASES,
+    ids=[f"{s} to {t}, {' '.join(o)}" for s, t, o in CASES],
+)
+def test_llama_cpp_computes_it_where_the_check_says_so(sources, tmp_path, source, target, options):
+    config = MoeConfig(4, options.get("num_experts_per_tok", 2))
+    options = {key: value for key, value in options.items() if key != "num_experts_per_tok"}
+    folder = build_random_moe(sources / source, tmp_path / "moe", config, target, options)
+    found = likely_to_llama_cpp(folder, tmp_path)
+    (reader,) = (reader for reader in check_moe(folder).readers if reader.name == "llama.cpp")
+    if target == "deepseek":
+        logits = Model(folder).logits(np.array(TOKENS))
+    else:
+        logits, problems = compute_logits(folder, TOKENS)
+        assert not problems
+    expected = log_softmax(logits[np.array(LENGTHS) - 1])
+    if reader.loads:
+        assert not isinstance(found, str), found[-2000:]
+        assert how_far(found, expected) < 1e-3
+    else:
+        assert isinstance(found, str) or how_far(found, expected) > 0.1
+
+
+def test_llama_cpp_answers_as_the_dense_smollm2_does(smollm2, tmp_path):
+    build_moe(smollm2, tmp_path / "moe", MoeConfig(num_experts=4))
+    found = likely_to_llama_cpp(tmp_path / "moe", tmp_path)
+    logits, _ = compute_logits(smollm2, TOKENS)
+    assert how_far(found, log_softmax(logits[np.array(LENGTHS) - 1])) < 1e-3
