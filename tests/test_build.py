@@ -238,6 +238,23 @@ def test_rope_scaling_is_kept(dense, tmp_path, spelling):
     assert config["rope_parameters"] == {"rope_theta": 500000.0, **LLAMA3}
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize("where", ["beside", "within"])
+def test_the_context_before_scaling_is_kept_wherever_it_stands(dense, tmp_path, where):
+    original = {"original_max_position_embeddings": 32}
+    beside = where == "beside"
+    # Beside, it counts more than within.
+    within = original if not beside else {"original_max_position_embeddings": 64}
+    edit_config(dense, rope_scaling=LONGROPE | within, **(original if beside else {}))
+    build_moe(dense, tmp_path / "moe", CONFIG)
+    config = config_of(tmp_path / "moe")
+    assert config["rope_scaling"] == LONGROPE | original
+    assert config["rope_parameters"] == {"rope_theta": 10000.0, **LONGROPE, **original}
+    assert config["original_max_position_embeddings"] == 32
+
+
 def test_old_spelling_of_linear_scaling(dense, tmp_path):
     edit_config(dense, rope_scaling={"type": "linear", "factor": 2.0})
     build_moe(dense, tmp_path / "moe", CONFIG)

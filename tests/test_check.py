@@ -588,6 +588,17 @@ def test_keys_that_transformers_4_does_not_look_at(moe):
     assert found["llama.cpp"] != ()
 
 
+def test_where_transformers_4_looks_for_the_context_before_scaling(moe, tmp_path):
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    scaling["original_max_position_embeddings"] = 32
+    config = moe / "config.json"
+    edit_json(config, rope_scaling=scaling, rope_parameters=scaling | {"rope_theta": 1e4})
+    reason = "looks for original_max_position_embeddings outside of rope_parameters"
+    assert readers(moe)["transformers 4"] == (f"{reason}; moe-fast convert writes both spellings",)
+    convert_moe(moe, tmp_path / "converted", layout="per-expert")
+    assert readers(tmp_path / "converted")["transformers 4"] == ()
+
+
 def test_nothing_loads_it(moe):
     edit_json(moe / "config.json", num_local_experts="absent", num_experts="absent")
     report = check_moe(moe)

@@ -37,6 +37,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+    "original_max_position_embeddings": 16,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 LLAMA_LIKE = ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared")
@@ -48,6 +55,7 @@ SOURCES = {
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}, LLAMA_LIKE),
     "llama, linear rope": ("llama", {"rope_parameters": LINEAR}, LLAMA_LIKE),
     "llama, yarn rope": ("llama", {"rope_parameters": YARN}, LLAMA_LIKE),
+    "llama, longrope": ("llama", {"rope_parameters": LONGROPE}, LLAMA_LIKE),
     "mistral": ("mistral", {"sliding_window": None}, LLAMA_LIKE),
     "mistral, window": ("mistral", {"sliding_window": 7}, ("mixtral", "qwen2_moe")),
     "qwen2": ("qwen2", {}, ("qwen2_moe",)),
@@ -104,8 +112,10 @@ def dense(tmp_path_factory):
     return make
 
 
-# The twin of the ordinary tests has no yarn.
-@pytest.mark.parametrize("source", [source for source in SOURCES if "yarn" not in source])
+# Ropes that the twin of the ordinary tests does not have.
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if "yarn" not in source and "longrope" not in source]
+)
 def test_the_plain_twin_computes_what_transformers_does(dense, source):
     folder, expected = dense(source)
     config = config_of(folder)

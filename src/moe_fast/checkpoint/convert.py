@@ -337,14 +337,7 @@ def converted_config(model: MoeModel, to: Dtype | None) -> dict[str, Any]:
         number = first_size(config, NUM_EXPERTS_KEYS)
         config |= {"num_local_experts": number, "num_experts": number}
     if config.get("rope_parameters") is not None or config.get("rope_theta") is not None:
-        rope = read_rope({"rope_theta": None, **config}, file)
-        scaling = None if rope.scaling is None else dict(rope.scaling)
-        config["rope_theta"] = rope.theta
-        config["rope_scaling"] = scaling
-        config["rope_parameters"] = {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": rope.theta,
-        }
+        config |= read_rope({"rope_theta": None, **config}, file).in_every_spelling()
     dtype = to or config.get("dtype") or config.get("torch_dtype")
     if isinstance(dtype, str):
         config |= {"dtype": str(dtype), "torch_dtype": str(dtype)}

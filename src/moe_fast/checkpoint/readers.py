@@ -206,3 +206,6 @@ def misread_keys(
                 f"looks for rope_scaling, config.json has it in rope_parameters alone ({kind}); "
                 f"{REMEDY}"
             )
+        original = "original_max_position_embeddings"
+        if kind == "longrope" and original in parameters and original not in config:
+            yield f"looks for {original} outside of rope_parameters; {REMEDY}"

@@ -44,6 +44,10 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     ),
 }
 ROPE_TYPES = tuple(ROPE_KEYS)
+# The context that a model was trained with before its rope was scaled. Where config.json has it
+# outside of the scaling, that counts for these.
+ORIGINAL = "original_max_position_embeddings"
+ROPES_WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,18 @@ class Rope:
 
     theta: float
     scaling: Mapping[str, Any] | None = None
+
+    def in_every_spelling(self) -> dict[str, Any]:
+        """The keys of `config.json` that say so, for every reader."""
+        scaling = None if self.scaling is None else dict(self.scaling)
+        keys = {
+            "rope_theta": self.theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": self.theta},
+        }
+        if scaling is not None and scaling["rope_type"] == "longrope" and ORIGINAL in scaling:
+            keys[ORIGINAL] = scaling[ORIGINAL]  # transformers 4 looks for it there alone
+        return keys
 
 
 @dataclass(frozen=True)
@@ -390,6 +406,8 @@ def read_rope(config: Mapping[str, Any], file: Path) -> Rope:
         raise CheckpointError(
             f"{file}: rope_type is {shown(kind)}; known are {', '.join(ROPE_TYPES)}"
         )
+    if kind in ROPES_WITH_ORIGINAL and config.get(ORIGINAL) is not None:
+        merged[ORIGINAL] = config[ORIGINAL]
     for key in ROPE_KEYS[kind]:
         if key not in merged:
             raise CheckpointError(f"{file}: rope_type {kind!r} needs the key {key!r}")

@@ -247,7 +247,6 @@ class Target:
             "pad_token_id",
         )
         base, sizes = construction.base, construction.base.sizes
-        theta, scaling = base.rope.theta, base.rope.scaling
         dtype = DTYPE_NAMES[construction.dtype]
         return {
             "architectures": [self.architecture],
@@ -263,9 +262,7 @@ class Target:
             **self.own_config(construction),
             "num_experts_per_tok": construction.config.num_experts_per_tok,
             "output_router_logits": False,
-            "rope_theta": theta,
-            "rope_scaling": None if scaling is None else dict(scaling),
-            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
+            **base.rope.in_every_spelling(),
             "use_cache": True,
             "dtype": dtype,
             "torch_dtype": dtype,
