@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from command import run
-from families import make_model
+from families import LLAMA3, LONGROPE, make_model
 from folders import config_of, contents, convert, edit_config, names_in, rewrite
 from forward import Model
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, compute_gate_weights
@@ -212,15 +212,6 @@ def test_configuration_in_both_spellings(dense, tmp_path):
     assert config["tie_word_embeddings"] is True
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
-
-
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -236,9 +227,6 @@ def test_rope_scaling_is_kept(dense, tmp_path, spelling):
     assert config["rope_theta"] == 500000.0
     assert config["rope_scaling"] == LLAMA3
     assert config["rope_parameters"] == {"rope_theta": 500000.0, **LLAMA3}
-
-
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 
 
 @pytest.mark.parametrize("where", ["beside", "within"])

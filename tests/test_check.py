@@ -18,7 +18,7 @@ for extra in ("safetensors", "ml_dtypes", "typer"):
 from safetensors.numpy import load_file
 
 from command import run
-from families import LINEAR, LLAMA3, OWN, YARN, make_model
+from families import LINEAR, LLAMA3, LONGROPE, OWN, YARN, make_model
 from folders import edit_json, rewrite
 from moe_fast import (
     CheckpointError,
@@ -589,10 +589,8 @@ def test_keys_that_transformers_4_does_not_look_at(moe):
 
 
 def test_where_transformers_4_looks_for_the_context_before_scaling(moe, tmp_path):
-    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-    scaling["original_max_position_embeddings"] = 32
     config = moe / "config.json"
-    edit_json(config, rope_scaling=scaling, rope_parameters=scaling | {"rope_theta": 1e4})
+    edit_json(config, rope_scaling=LONGROPE, rope_parameters=LONGROPE | {"rope_theta": 1e4})
     reason = "looks for original_max_position_embeddings outside of rope_parameters"
     assert readers(moe)["transformers 4"] == (f"{reason}; moe-fast convert writes both spellings",)
     convert_moe(moe, tmp_path / "converted", layout="per-expert")

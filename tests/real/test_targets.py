@@ -15,6 +15,7 @@ import pytest
 import transformers
 from transformers import AutoTokenizer
 
+from families import LINEAR, LLAMA3, LONGROPE, YARN
 from folders import config_of
 from forward import Model
 from logits import assert_same, compute_logits
@@ -23,28 +24,7 @@ from random_models import save_random_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+THETA = {"rope_theta": 1e4}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 LLAMA_LIKE = ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared")
 SOURCES = {
@@ -52,10 +32,10 @@ SOURCES = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}, LLAMA_LIKE),
     "llama, biases": ("llama", {"attention_bias": True}, ("granitemoe", "granitemoeshared")),
     "llama, head_dim": ("llama", {"head_dim": 20}, ("mixtral",)),
-    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}, LLAMA_LIKE),
-    "llama, linear rope": ("llama", {"rope_parameters": LINEAR}, LLAMA_LIKE),
-    "llama, yarn rope": ("llama", {"rope_parameters": YARN}, LLAMA_LIKE),
-    "llama, longrope": ("llama", {"rope_parameters": LONGROPE}, LLAMA_LIKE),
+    "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, LLAMA_LIKE),
+    "llama, linear rope": ("llama", {"rope_parameters": LINEAR | THETA}, LLAMA_LIKE),
+    "llama, yarn rope": ("llama", {"rope_parameters": YARN | THETA}, LLAMA_LIKE),
+    "llama, longrope": ("llama", {"rope_parameters": LONGROPE | THETA}, LLAMA_LIKE),
     "mistral": ("mistral", {"sliding_window": None}, LLAMA_LIKE),
     "mistral, window": ("mistral", {"sliding_window": 7}, ("mixtral", "qwen2_moe")),
     "qwen2": ("qwen2", {}, ("qwen2_moe",)),
@@ -65,7 +45,11 @@ SOURCES = {
     "qwen3, tied": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}, ("qwen3_moe",)),
     "qwen3, biases": ("qwen3", {"head_dim": 16, "attention_bias": True}, ("qwen3_moe",)),
     "qwen3, window": ("qwen3", {"head_dim": 16, **WINDOW}, ("qwen3_moe",)),
-    "qwen3, yarn rope": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}, ("qwen3_moe",)),
+    "qwen3, yarn rope": (
+        "qwen3",
+        {"head_dim": 16, "rope_parameters": YARN | THETA},
+        ("qwen3_moe",),
+    ),
     "olmo2": ("olmo2", {}, ("flex_olmo",)),
     "olmo2, tied": ("olmo2", {"tie_word_embeddings": True}, ("flex_olmo",)),
     "olmo2, biases": ("olmo2", {"attention_bias": True}, ("flex_olmo",)),

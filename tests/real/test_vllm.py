@@ -1,6 +1,6 @@
 """Outputs of every family, run by vLLM: it computes what the check says that it does.
 
-vLLM runs in the environment whose Python MOE_FAST_VLLM names. Its attention wants heads of 32.
+vLLM runs in the environment whose Python MOE_FAST_VLLM names.
 """
 
 from __future__ import annotations
@@ -13,42 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forward import Model
 from logits import assert_same, compute_logits, log_softmax
-from moe_fast import MoeConfig, build_moe, check_moe
+from moe_fast import MoeConfig, build_moe
 from random_models import build_random_moe, save_random_model
+from reader_cases import CASES, SIZES, SOURCES, expected_of, name_of, reader_of
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 96}
-SOURCES = {
-    "llama": ("llama", {}),
-    "llama, biases": ("llama", {"attention_bias": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 32}),
-    "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
-    "olmo2, biases": ("olmo2", {"attention_bias": True}),
-    "granite": ("granite", {"attention_multiplier": 0.2, "logits_scaling": 8.0}),
-}
-FUSED, SHARED = {"layout": "fused"}, {"shared_experts": True}
-CASES = [
-    ("llama", "mixtral", {}),
-    ("llama", "mixtral", FUSED),
-    ("llama", "qwen2_moe", SHARED),
-    ("llama", "granitemoeshared", SHARED),
-    ("llama", "deepseek", {}),
-    ("llama", "deepseek", SHARED),
-    ("llama, biases", "granitemoe", {}),
-    ("qwen2", "qwen2_moe", {}),
-    ("qwen2", "qwen2_moe", FUSED),
-    ("qwen2", "qwen2_moe", {"dense_layers": (0, 2)}),
-    ("qwen3", "qwen3_moe", {}),
-    ("qwen3", "qwen3_moe", FUSED),
-    ("qwen3, biases", "qwen3_moe", {}),
-    ("olmo2, biases", "flex_olmo", {}),
-    ("olmo2, biases", "flex_olmo", FUSED),
-    ("granite", "granitemoe", {}),
-]
 # DeepSeek keeps its configuration's code on the Hub; this does the same.
 CODE = """
 from transformers import PretrainedConfig
@@ -112,19 +83,11 @@ def vllm(outputs, smollm2_moe) -> list[np.ndarray | str]:
         ]
 
 
-@pytest.mark.parametrize(
-    "case", range(len(CASES)), ids=[f"{s} to {t}, {' '.join(o)}" for s, t, o in CASES]
-)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=map(name_of, CASES))
 def test_vllm_computes_it_where_the_check_says_so(vllm, outputs, case):
     folder, found = outputs[case], vllm[case]
-    (reader,) = (reader for reader in check_moe(folder).readers if reader.name == "vLLM")
-    if CASES[case][1] == "deepseek":
-        expected = log_softmax(Model(folder).logits(np.array(TOKENS)))
-    else:
-        logits, problems = compute_logits(folder, TOKENS)
-        assert not problems
-        expected = log_softmax(logits)
-    if reader.loads:
+    expected = expected_of(folder, TOKENS)
+    if reader_of(folder, "vLLM").loads:
         assert not isinstance(found, str), found
         assert_same(found, expected, 2e-5)
     elif isinstance(found, str):

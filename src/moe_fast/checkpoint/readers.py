@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_fast.checkpoint.source import ORIGINAL
+
 __all__ = ["Reader", "has_tokenizer", "readers_of"]
 
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
@@ -35,9 +37,10 @@ class Rules:
     """What the readers know of one family.
 
     `count_key` is where they look for the number of experts. transformers 5 knows the other
-    spelling as well where `either_count_key`. The defaults are those of transformers 4. Of the
-    families with a `norm_topk_prob`, llama.cpp divides the chosen experts' weights by their sum in
-    some and not in others, whatever `config.json` says, and knows `llama_cpp_ropes` in them.
+    spelling as well where `either_count_key`. The defaults are those of transformers 4. llama.cpp
+    knows the types of rope in `llama_cpp_ropes`. Of the families with a `norm_topk_prob`, it
+    divides the chosen experts' weights by their sum in some and not in others, whatever
+    `config.json` says.
     """
 
     count_key: str
@@ -206,6 +209,5 @@ def misread_keys(
                 f"looks for rope_scaling, config.json has it in rope_parameters alone ({kind}); "
                 f"{REMEDY}"
             )
-        original = "original_max_position_embeddings"
-        if kind == "longrope" and original in parameters and original not in config:
-            yield f"looks for {original} outside of rope_parameters; {REMEDY}"
+        if kind == "longrope" and ORIGINAL in parameters and ORIGINAL not in config:
+            yield f"looks for {ORIGINAL} outside of rope_parameters; {REMEDY}"

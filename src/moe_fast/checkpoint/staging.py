@@ -25,7 +25,7 @@ from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.checkpoint.writer import sync_folder
 from moe_fast.errors import CheckpointError
 
-# How many of them may each be making a file in a folder at the moment it is removed.
+# How many workers may each be making a file in a folder at the moment it is removed.
 WORKERS_NOT_TOLD = 256
 # What a file system without locks answers. Builds there do not refuse each other; they still never
 # mix, for each writes what only its own KEY names and one rename comes last.

@@ -92,10 +92,13 @@ cdef void largest_of_rows(const real* folded, real* largest) noexcept nogil:
     fold(column, LANES * LANES, LANES, largest)
 
 
-cdef void sums_of_rows(const real* sums, real* total) noexcept nogil:
-    # As sum_of_lanes of each of LANES rows.
+cdef void sums_of_rows(real* sums, Py_ssize_t tokens, real* total) noexcept nogil:
+    # As sum_of_lanes of each of LANES rows; those without a token become 0.
     cdef real[LANES * LANES] column
     cdef Py_ssize_t j, t
+    for t in range(tokens, LANES):
+        for j in range(LANES):
+            sums[t * LANES + j] = 0
     to_columns(<const uint8_t*>sums, LANES * sizeof(real), LANES, LANES, column)
     for j in range(8):
         add_to(column + j * LANES, column + (j + 8) * LANES)
@@ -162,10 +165,7 @@ cdef void totals_of_rows(
     for t in range(tokens):
         ask_ahead(row[t], n * sizeof(real), ahead)
         sum_exponentials(row[t], padded, largest[t], sums + t * LANES)
-    for t in range(tokens, LANES):
-        for j in range(LANES):
-            sums[t * LANES + j] = 0
-    sums_of_rows(sums, total)
+    sums_of_rows(sums, tokens, total)
     for t in range(tokens):
         if total[t] == 0:
             # Infinite ones count as equal: each has the exponential 1, and all others 0.
@@ -180,14 +180,11 @@ cdef void exponentials_of_rows(
     # e[t * padded:] are those below the largest of row t, which may stand there itself.
     cdef Py_ssize_t padded = padded_to_lanes(n)
     cdef real[LANES * LANES] sums
-    cdef Py_ssize_t t, j
+    cdef Py_ssize_t t
     for t in range(tokens):
         ask_ahead(row[t], n * sizeof(real), ahead)
         exponentials_of_row(row[t], n, largest[t], e + t * padded, sums + t * LANES)
-    for t in range(tokens, LANES):
-        for j in range(LANES):
-            sums[t * LANES + j] = 0
-    sums_of_rows(sums, total)
+    sums_of_rows(sums, tokens, total)
     for t in range(LANES):
         # -inf everywhere counts as equal logits.
         total[t] = total[t] if largest[t] > -INFINITY else <real>n
