@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_fast import ExpertSource, MoeConfig, RoutingStats, build_moe
-from moe_fast.plotting import plot_load
+from moe_fast.drawing.plotting import plot_load
 
 
 def main(dense: str, picture: str) -> None:
@@ -27,7 +27,7 @@ def main(dense: str, picture: str) -> None:
     experts = [ExpertSource(dense, positive_prompts=texts) for texts in kinds["prompts"].values()]
     config = MoeConfig(num_experts=len(experts), num_experts_per_tok=1)
     with tempfile.TemporaryDirectory() as folder:
-        report = build_moe(experts, f"{folder}/moe", config, gate_mode="hidden")
+        report = build_moe(experts, f"{folder}/moe", config, routers="hidden")
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/moe", dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(f"{folder}/moe")
 

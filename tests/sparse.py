@@ -9,7 +9,8 @@ import json
 import math
 from pathlib import Path
 
-from moe_fast.checkpoint.header import ITEM_SIZES, header_bytes
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.storage.safetensors_header import header_bytes
 
 # How a program begins that builds from such models: few disks have room for what would come of it.
 WITH_ROOM = """

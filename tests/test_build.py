@@ -62,7 +62,7 @@ def assert_same_function(dense: Path, moe: Path) -> None:
 
 @pytest.mark.parametrize("init", ["random", "uniform", "balanced"])
 def test_one_model_keeps_its_function(dense, tmp_path, init):
-    build_moe(dense, tmp_path / "moe", CONFIG, router_init=init)
+    build_moe(dense, tmp_path / "moe", CONFIG, routers=init)
     assert_same_function(dense, tmp_path / "moe")
 
 
@@ -127,7 +127,7 @@ def test_routers_spread_tokens_in_every_dtype(tmp_path, wide_tokens, dtype, init
         dtype=dtype,
         torch_dtype=np.dtype(dtype).name,
     )
-    build_moe(tmp_path / "wide", tmp_path / "moe", MoeConfig(), router_init=init)
+    build_moe(tmp_path / "wide", tmp_path / "moe", MoeConfig(), routers=init)
     with safe_open(tmp_path / "moe" / "model.safetensors", "numpy") as file:
         router = file.get_tensor("model.layers.1.block_sparse_moe.gate.weight")
     assert router.dtype == dtype
@@ -386,8 +386,8 @@ def test_wrong_arguments(dense, tmp_path):
         build_moe(dense, output, 8)
     with pytest.raises(MoeConfigError, match=r"num_experts_per_tok \(2\) must not exceed"):
         build_moe(dense, output, MoeConfig(num_experts=1))
-    with pytest.raises(MoeConfigError, match="router_init must be one of"):
-        build_moe(dense, output, router_init="kaiming")
+    with pytest.raises(MoeConfigError, match="routers must be one of"):
+        build_moe(dense, output, routers="kaiming")
     with pytest.raises(MoeConfigError, match="max_shard_size must be at least 1, got 0"):
         build_moe(dense, output, max_shard_size=0)
     assert not output.exists()

@@ -32,8 +32,8 @@ from moe_fast import (
 from moe_fast.checkpoint.check import Status
 from moe_fast.checkpoint.expected import reason_to_differ
 from moe_fast.checkpoint.manifest import read_manifest
-from moe_fast.checkpoint.moe import open_moe_model
 from moe_fast.demo import make_dense_model
+from moe_fast.models.moe import open_moe_model
 
 CONFIG = MoeConfig(num_experts=4)
 BLOCK = "model.layers.1.block_sparse_moe"
@@ -259,7 +259,7 @@ def test_routers_that_are_no_numbers(moe):
 
 
 def test_routers_that_tie_are_told(models, tmp_path):
-    build_moe(models, tmp_path / "moe", CONFIG, router_init="uniform")
+    build_moe(models, tmp_path / "moe", CONFIG, routers="uniform")
     report = check_moe(tmp_path / "moe")
     assert report.passed
     assert "in 2 of them all logits tie" in report["routing"].summary
@@ -277,10 +277,10 @@ def test_predicted_load_is_told(moe):
 
 def test_routers_are_held_to_the_digests_of_the_manifest(moe):
     manifest = json.loads((moe / "moe_fast.json").read_text())
-    manifest["request"]["gate_mode"] = "hidden"
+    manifest["request"]["routers"] = {"method": "hidden"}
     routers = load_file(moe / "model.safetensors")
     names = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
-    manifest["gate_sha256"] = [sha256(routers[name].tobytes()).hexdigest() for name in names]
+    manifest["decisions"] = {"router_sha256": [sha256(routers[name].tobytes()).hexdigest() for name in names]
     (moe / "moe_fast.json").write_text(json.dumps(manifest))
     report = check_moe(moe)  # without a run of the model, which has no prompts
     assert report.passed, report.problems
@@ -632,7 +632,7 @@ CHANGED = "experts have noise or a scale"
     ("source", "options", "reason"),
     [
         ({}, {}, NO_REASON),
-        ({}, {"target": "qwen2_moe", "layout": "fused", "router_init": "uniform"}, NO_REASON),
+        ({}, {"target": "qwen2_moe", "layout": "fused", "routers": "uniform"}, NO_REASON),
         ({}, {"dtype": "float32"}, NO_REASON),
         ({"source_layers": [0, 1]}, {}, NO_REASON),
         ({"source_layers": [1, 0]}, {}, ELSEWHERE),

@@ -28,8 +28,8 @@ from moe_fast import (
     read_recipe,
     route,
 )
+from moe_fast.command.doctor import diagnose
 from moe_fast.demo import make_dense_model
-from moe_fast.doctor import diagnose
 
 configs = st.builds(
     MoeConfig, st.integers(1, 64), st.integers(1, 4), st.sampled_from(RoutingMethod),
@@ -100,7 +100,7 @@ def reports(tmp_path_factory):
     make_dense_model(folder / "dense", seed=0)
     (folder / "recipe.yml").write_text(f"models: [{folder.as_posix()}/dense]\nnum_experts: 4\n")
     built = build_moe(
-        folder / "dense", folder / "moe", MoeConfig(4), router_init="uniform", dense_layers=[0]
+        folder / "dense", folder / "moe", MoeConfig(4), routers="uniform", dense_layers=[0]
     )
     found = [
         built,

@@ -252,7 +252,7 @@ def test_a_conversion_to_a_dtype_is_what_a_build_in_it_gives(tmp_path, name, lay
     dense = make_model(tmp_path / "dense", family)
     options = {
         "target": name.partition(",")[0],
-        "router_init": "random",  # balanced leaves its base out of 16 bits
+        "routers": "random",  # balanced leaves its base out of 16 bits
         "shared_experts": [dense] * extra.get("shared", 0),
     }
     build_moe(dense, tmp_path / "moe", CONFIG, **options)

@@ -30,7 +30,7 @@ from moe_fast import (
     inspect_model,
     write_report,
 )
-from moe_fast.checkpoint.targets import TARGETS
+from moe_fast.families.registry import moe_families
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=30)
@@ -134,7 +134,7 @@ def test_source_layers_and_gates_are_those_of_the_layers_with_experts(sources, t
     turned = ExpertSource(sources / "qwen2", source_layers=range(LAYERS)[::-1])
     report = build_moe(
         [turned, sources / "qwen2"], tmp_path / "moe", CONFIG, dense_layers=(0, 3), seed=4,
-        gate_mode="random",
+        routers="normal",
     )  # fmt: skip
     assert len(report.routers.mean_entropy) == LAYERS - 2
     assert check_moe(tmp_path / "moe").passed
@@ -145,7 +145,7 @@ def test_source_layers_and_gates_are_those_of_the_layers_with_experts(sources, t
         assert (expert == base[f"model.layers.{source}.mlp.down_proj.weight"]).all()
     assert "| 0, 2 | qwen2 | 4, 3, 1, 0 | none |" in (tmp_path / "moe" / "README.md").read_text()
     build_moe(
-        sources / "qwen2", tmp_path / "all", CONFIG, seed=4, gate_mode="random", dense_layers=[]
+        sources / "qwen2", tmp_path / "all", CONFIG, seed=4, routers="normal", dense_layers=[]
     )
     everywhere = load_file(tmp_path / "all" / "model.safetensors")
     for layer in (1, 2, 4, 5):  # whether others are dense does not matter to a router
@@ -155,7 +155,7 @@ def test_source_layers_and_gates_are_those_of_the_layers_with_experts(sources, t
 
 def test_warnings_name_the_layers_by_their_numbers(sources, tmp_path):
     report = build_moe(
-        sources / "qwen2", tmp_path / "moe", CONFIG, dense_layers=(0, 3), router_init="uniform"
+        sources / "qwen2", tmp_path / "moe", CONFIG, dense_layers=(0, 3), routers="uniform"
     )
     assert [w.split(":")[0] for w in report.routers.warnings] == ["layers 1-2, 4-5"]
 
@@ -193,7 +193,7 @@ def test_what_cannot_be(sources, tmp_path, layers, error, message):
 
 @pytest.mark.parametrize("target", ["mixtral", "granitemoe", "granitemoeshared"])
 def test_targets_without_a_place_for_them(sources, tmp_path, target):
-    message = rf"^dense_layers 1: {TARGETS[target].title} has experts in every layer$"
+    message = rf"^dense_layers 1: {moe_families()[target].title} has experts in every layer$"
     with pytest.raises(CheckpointError, match=message):
         build_moe(sources / "llama", tmp_path / "moe", CONFIG, target=target, dense_layers=[1])
 
@@ -206,7 +206,7 @@ layer_sets = st.integers(1, 12).flatmap(
 @given(layer_sets)
 def test_deepseeks_keys_mean_what_they_are_made_for(numbers):
     num_layers, layers = numbers
-    keys = TARGETS["deepseek"].dense_keys(frozenset(layers), num_layers)
+    keys = moe_families()["deepseek"].dense_keys(frozenset(layers), num_layers)
     # As DeepSeek's own code reads them.
     means = [
         {n for n in range(num_layers) if not (n >= first and n % step == 0)}

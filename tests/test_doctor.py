@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from command import run
-from moe_fast import doctor, kernels
-from moe_fast.doctor import Package, diagnose
+from moe_fast import kernels
+from moe_fast.command import doctor
+from moe_fast.command.doctor import Package, diagnose
 from moe_fast.kernels.level import levels_available
 
 

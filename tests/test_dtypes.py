@@ -20,10 +20,10 @@ from families import make_model
 from folders import config_of, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe, kernels
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.checkpoint.header import read_header
-from moe_fast.checkpoint.pieces import Converted, FileRange, overflow_counted
-from moe_fast.checkpoint.table import Weight
 from moe_fast.kernels import reference
+from moe_fast.storage.pieces import Converted, FileRange, overflow_counted
+from moe_fast.storage.safetensors_header import read_header
+from moe_fast.storage.tensors import Weight
 
 CONFIG = MoeConfig(num_experts=2, num_experts_per_tok=1)
 DTYPES = {
@@ -134,7 +134,7 @@ def test_the_plain_twin_is_the_definition(to):
 def test_a_build_in_another_dtype(tmp_path, monkeypatch, source, to, layout):
     dense = make_model(tmp_path / "dense", "llama", dtype=DTYPES[source])
     build_moe(dense, tmp_path / "kept", CONFIG, layout=layout)
-    monkeypatch.setattr("moe_fast.checkpoint.pieces.CHUNK", 4 * 500)
+    monkeypatch.setattr("moe_fast.storage.pieces.CHUNK", 4 * 500)
     report = build_moe(dense, tmp_path / "moe", CONFIG, layout=layout, dtype=to)
     assert report.warnings == ()
     kept = load_file(tmp_path / "kept" / "model.safetensors")

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 from folders import convert, edit_config, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.checkpoint.header import read_header
-from moe_fast.checkpoint.noise import Perturbed, noise_stream
-from moe_fast.checkpoint.pieces import FileRange
+from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
 from moe_fast.demo import make_dense_model
 from moe_fast.kernels import reference
+from moe_fast.storage.pieces import FileRange
+from moe_fast.storage.safetensors_header import read_header
 
 PAIR = MoeConfig(num_experts=2, num_experts_per_tok=1)
 FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -71,7 +71,7 @@ def test_noise_is_that_of_the_plain_twin(dense, tmp_path, dtype):
     noisy = ExpertSource(dense, noise_scale=0.02, residual_scale=0.5)
     build_moe([dense, noisy], tmp_path / "moe", PAIR, seed=7)
     for role, weight in expert_weights(tmp_path / "moe", 2, 1).items():
-        stream = noise_stream(7, f"2 1 {role}")
+        stream = choose_stream(7, f"2 1 {role}")
         noise = [reference.normal(stream, i) * 0.02 for i in range(weight.size)]
         noise = np.array(noise, np.float32).reshape(weight.shape)
         expected = (source_weight(dense, 2, role).astype(np.float32) + noise).astype(dtype)
@@ -101,7 +101,7 @@ def test_every_expert_layer_role_and_seed_has_noise_of_its_own(dense, tmp_path):
 def test_noise_does_not_depend_on_shards_or_chunks(dense, tmp_path, monkeypatch):
     noisy = ExpertSource(dense, noise_scale=0.02, residual_scale=1.5)
     build_moe([dense, noisy], tmp_path / "one", PAIR)
-    monkeypatch.setattr("moe_fast.checkpoint.pieces.CHUNK", 1028)
+    monkeypatch.setattr("moe_fast.storage.pieces.CHUNK", 1028)
     build_moe([dense, noisy], tmp_path / "many", PAIR, max_shard_size=100_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
     assert bits(tmp_path / "one") == bits(tmp_path / "many")
@@ -111,7 +111,7 @@ def test_noise_does_not_depend_on_shards_or_chunks(dense, tmp_path, monkeypatch)
 def test_a_piece_survives_the_way_to_another_process(dense):
     tensor = read_header(dense / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     source = FileRange(tensor.file, tensor.offset, tensor.nbytes)
-    piece = Perturbed(source, "F32", noise_scale=0.1, scale=2.0, stream=noise_stream(0, "name"))
+    piece = Perturbed(source, "F32", noise_scale=0.1, scale=2.0, stream=choose_stream(0, "name"))
     copy = pickle.loads(pickle.dumps(piece))
     assert b"".join(copy.chunks()) == b"".join(piece.chunks())
     assert len(b"".join(piece.chunks())) == piece.nbytes

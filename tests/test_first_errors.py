@@ -107,7 +107,7 @@ def test_interrupted_before_the_command_is_loaded():
         "import sys\n"
         "class Impatient:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'moe_fast.cli':\n"
+        "        if name == 'moe_fast.command.cli':\n"
         "            raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Impatient())\n"
         "from moe_fast.__main__ import main; main()"

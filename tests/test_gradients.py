@@ -5,10 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 
-from moe_fast import MoeConfig, gradients, kernels, route
+from moe_fast import MoeConfig, kernels, route
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import as_rule
+from moe_fast.routing import gradients
+from moe_fast.routing.router import as_rule
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:

@@ -20,14 +20,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from moe_fast import CheckpointError
-from moe_fast.checkpoint.header import (
-    ITEM_SIZES,
-    header_bytes,
-    parse_json,
-    read_checkpoint,
-    read_header,
-    read_header_and_metadata,
-)
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.models.folder import read_checkpoint
+from moe_fast.storage.safetensors_header import header_bytes, read_header, read_header_and_metadata
+from moe_fast.storage.strict_json import parse_json
 
 FILE = "model.safetensors"
 names = st.text(st.characters(codec="utf-8"), max_size=8)

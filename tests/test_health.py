@@ -12,14 +12,14 @@ from moe_fast import (
     MoeConfig,
     MoeConfigError,
     build_moe,
-    health,
     inspect_model,
     predict_load,
 )
-from moe_fast.arrays import map_npy
 from moe_fast.demo import make_dense_model
-from moe_fast.health import RANDOM_TOKENS
 from moe_fast.kernels import reference
+from moe_fast.routing import health
+from moe_fast.routing.health import RANDOM_TOKENS
+from moe_fast.storage.npy import map_npy
 
 RNG = np.random.default_rng(0)
 
@@ -119,10 +119,10 @@ def warnings_of(dense, tmp_path, models=None, num_experts=4, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"router_init": "balanced"},
-        {"router_init": "random"},
-        {"gate_mode": "random"},
-        {"gate_mode": "uniform_random"},
+        {"routers": "balanced"},
+        {"routers": "random"},
+        {"routers": "normal"},
+        {"routers": "linear"},
     ],
     ids=str,
 )
@@ -227,7 +227,7 @@ def test_a_large_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
 
 
 def test_uniform_routers_tie(dense, tmp_path):
-    assert warnings_of(dense, tmp_path, router_init="uniform") == (
+    assert warnings_of(dense, tmp_path, routers="uniform") == (
         "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
         "routers that start balanced or random tell experts apart",
     )
@@ -235,7 +235,7 @@ def test_uniform_routers_tie(dense, tmp_path):
 
 def test_prompts_in_turn_tie(dense, tmp_path):
     models = [ExpertSource(dense, positive_prompts=[text]) for text in ("Hello", "print(x)")]
-    assert warnings_of(dense, tmp_path, models, gate_mode="cheap_embed") == (
+    assert warnings_of(dense, tmp_path, models, routers="cheap_embed") == (
         "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
         "give experts prompts that differ more, and more of them",
     )
@@ -245,7 +245,7 @@ def test_an_expert_between_two_others_starves(dense, tmp_path):
     one, other = "same text a", "same text b"
     prompts = ([one], [other], [one, other])
     models = [ExpertSource(dense, positive_prompts=texts) for texts in prompts]
-    warnings = warnings_of(dense, tmp_path, models, num_experts=3, gate_mode="cheap_embed")
+    warnings = warnings_of(dense, tmp_path, models, num_experts=3, routers="cheap_embed")
     assert warnings == (
         "layers 0-3: expert 2 would get less than a quarter of an even load of 1024 random "
         "tokens; give experts prompts that differ more, and more of them",

@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 
 from folders import edit_config, names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe
-from moe_fast.checkpoint import header as header_module
-from moe_fast.checkpoint.header import read_checkpoint, read_header
-from moe_fast.cli import app
+from moe_fast.command.cli import app
 from moe_fast.demo import make_dense_model
+from moe_fast.models.folder import read_checkpoint
+from moe_fast.storage import safetensors_header as header_module
+from moe_fast.storage.safetensors_header import read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_fast import MoeConfig, MoeConstructionPlan, plan_moe_construction
-from moe_fast.html import LEFT, model_color, pairs_table, plan_picture
+from moe_fast.drawing.html import LEFT, model_color, pairs_table, plan_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 MOST_MODELS = 9

@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from moe_fast import CheckpointError, MoeConfig, RecipeError, build_moe, build_recipe, check_moe
-from moe_fast.checkpoint.hub import FETCHED, OF_FOLDERS, find_model
 from moe_fast.demo import make_dense_model
+from moe_fast.storage.hub import FETCHED, OF_FOLDERS, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = MoeConfig(num_experts=2)

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from command import run
 from folders import edit_config, rewrite
 from moe_fast import CheckpointError, MoeConfig, build_moe, inspect_model, predict_load
-from moe_fast.checkpoint import copies
-from moe_fast.checkpoint.copies import equal_groups
-from moe_fast.checkpoint.header import read_header
 from moe_fast.demo import make_dense_model
+from moe_fast.storage import copies
+from moe_fast.storage.copies import equal_groups
+from moe_fast.storage.safetensors_header import read_header
 
 HIDDEN, INTERMEDIATE = 64, 128
 

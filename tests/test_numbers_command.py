@@ -23,7 +23,7 @@ from moe_fast import (
     compute_router_weights,
     plan_moe_construction,
 )
-from moe_fast.checkpoint.router_weights import write_router_weights
+from moe_fast.routing.weights_file import write_router_weights
 
 
 def test_plan():

@@ -19,10 +19,10 @@ import typer
 from typer.testing import CliRunner
 
 from command import run
-from moe_fast.checkpoint.targets import TARGETS
-from moe_fast.cli import app
+from moe_fast.command.cli import app
+from moe_fast.command.options import CALLED, in_options
 from moe_fast.demo import make_dense_model
-from moe_fast.options import CALLED, in_options
+from moe_fast.families.registry import moe_families
 
 PARAMETERS = [
     SimpleNamespace(name=name, opts=[option])
@@ -120,7 +120,7 @@ def test_the_help_of_a_command_fits_in_eighty_columns(name):
 
 
 @pytest.mark.parametrize(("words", "values"), [
-    ("build --target ", ["auto", *TARGETS]),
+    ("build --target ", ["auto", *moe_families()]),
     ("build --target f", ["flex_olmo"]),
     ("build --router-init b", ["balanced"]),
     ("gates --dtype b", ["bfloat16"]),

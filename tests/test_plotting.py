@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_fast import MoeConfig, MoeConfigError, MoeConstructionPlan, plan_moe_construction
-from moe_fast.plotting import (
+from moe_fast.drawing.plotting import (
     SCALE,
     compute_router_similarity,
     plot_load,
@@ -227,7 +227,7 @@ def test_the_scale_keeps_its_order_in_grey():
 def test_without_matplotlib_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from moe_fast.plotting import plot_load\n"
+        "from moe_fast.drawing.plotting import plot_load\n"
         "try:\n    plot_load([1, 2])\nexcept ModuleNotFoundError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -19,11 +19,11 @@ pytest.importorskip("tokenizers")
 
 from folders import convert
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe
-from moe_fast.checkpoint.activations import embeddings
+from moe_fast.calibration.activations import embeddings
+from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.checkpoint.prompts import PromptTokenizer
-from moe_fast.checkpoint.source import open_dense_model
 from moe_fast.demo import make_dense_model
+from moe_fast.models.dense import open_dense_model
 
 PAIR = MoeConfig(num_experts=2, num_experts_per_tok=1)
 HELLO, CODE = ("Hello, world", "Goodbye!"), ("def f(x):\n    return x",)
@@ -62,7 +62,7 @@ def test_cheap_embed_is_its_definition(dense, tmp_path, dtype):
     tensors = load_file(dense / "model.safetensors")
     table = tensors["model.embed_tokens.weight"].astype(np.float64)
     models = experts(dense, negative_prompts=("no", "never"))
-    build_moe(models, tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+    build_moe(models, tmp_path / "moe", PAIR, routers="cheap_embed")
     difference = direction(table, CODE) - direction(table, ("no", "never"))
     expected = np.stack([direction(table, HELLO), difference / np.linalg.norm(difference)])
     for router in routers(tmp_path / "moe"):
@@ -74,7 +74,7 @@ def test_cheap_embed_is_its_definition(dense, tmp_path, dtype):
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_prompts_start_with_the_beginning_of_text(dense, tmp_path, token, file):
     (dense / file).write_text(json.dumps({"bos_token": token}))
-    build_moe(experts(dense), tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+    build_moe(experts(dense), tmp_path / "moe", PAIR, routers="cheap_embed")
     table = load_file(dense / "model.safetensors")["model.embed_tokens.weight"].astype(np.float64)
     expected = np.stack([direction(table, prompts, b"<") for prompts in (HELLO, CODE)])
     assert routers(tmp_path / "moe")[0].tobytes() == expected.astype(np.float32).tobytes()
@@ -101,7 +101,7 @@ def test_embeddings_are_the_rows_of_the_table(dense):
 
 
 def test_experts_in_turn_share_their_models_prompts(dense, tmp_path):
-    build_moe(experts(dense), tmp_path / "moe", MoeConfig(4, 1), gate_mode="cheap_embed")
+    build_moe(experts(dense), tmp_path / "moe", MoeConfig(4, 1), routers="cheap_embed")
     router = routers(tmp_path / "moe")[0]
     assert (router[:2] == router[2:]).all()
     assert (router[0] != router[1]).any()
@@ -123,7 +123,7 @@ def edit(name: str, text: str):
 def test_a_tokenizer_that_cannot_be(dense, tmp_path, break_it, message):
     break_it(dense)
     with pytest.raises(CheckpointError, match=message):
-        build_moe(experts(dense), tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+        build_moe(experts(dense), tmp_path / "moe", PAIR, routers="cheap_embed")
     assert not (tmp_path / "moe").exists()
 
 
@@ -139,13 +139,13 @@ def test_a_tokenizer_of_another_model(dense, tmp_path):
         r"'model\.embed_tokens\.weight' has 256 rows; the tokenizer beside it gives the token 256"
     )
     with pytest.raises(CheckpointError, match=message):
-        build_moe(experts(dense), tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+        build_moe(experts(dense), tmp_path / "moe", PAIR, routers="cheap_embed")
 
 
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"positive_prompts": ()}, r"^expert 1 has no positive_prompts, which gate_mode"),
+        ({"positive_prompts": ()}, r"^expert 1 has no positive_prompts, which routers"),
         ({"positive_prompts": ("",)}, r"tokenizer\.json: finds no token in the prompt ''$"),
         (
             {"positive_prompts": ("ab",), "negative_prompts": ("ba",)},
@@ -155,7 +155,7 @@ def test_a_tokenizer_of_another_model(dense, tmp_path):
 )  # fmt: skip
 def test_prompts_that_give_no_direction(dense, tmp_path, second, message):
     with pytest.raises(CheckpointError, match=message):
-        build_moe(experts(dense, **second), tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+        build_moe(experts(dense, **second), tmp_path / "moe", PAIR, routers="cheap_embed")
     assert not (tmp_path / "moe").exists()
 
 
@@ -165,9 +165,9 @@ def test_hidden_says_what_it_needs(dense, tmp_path, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, name, None)
     if missing == "transformers":
         monkeypatch.setitem(sys.modules, "torch", sys)
-    message = rf"^gate_mode 'hidden' runs the base model, which needs {missing}: pip install torch"
+    message = rf"^routers='hidden' runs the base model, which needs {missing}: pip install torch"
     with pytest.raises(ModuleNotFoundError, match=message):
-        build_moe(experts(dense), tmp_path / "moe", PAIR, gate_mode="hidden")
+        build_moe(experts(dense), tmp_path / "moe", PAIR, routers="hidden")
     assert not (tmp_path / "moe").exists()
 
 
@@ -176,4 +176,4 @@ def test_without_tokenizers(dense, tmp_path, monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match=r"^prompts need tokenizers: pip install 'moe-fast"
     ):
-        build_moe(experts(dense), tmp_path / "moe", PAIR, gate_mode="cheap_embed")
+        build_moe(experts(dense), tmp_path / "moe", PAIR, routers="cheap_embed")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from families import make_model
 from moe_fast import ExpertSource, MoeConfig, build_moe, build_recipe
-from moe_fast.checkpoint.provenance import model_name
+from moe_fast.checkpoint.card import model_name
 from moe_fast.demo import make_dense_model
 
 yaml = pytest.importorskip("yaml")
@@ -95,11 +95,11 @@ def recipe_in(moe: Path) -> str:
         ({}, {}),
         (
             {"noise_scale": 1e-05, "residual_scale": 0.5, "source_layers": (1, 0)},
-            {"seed": 7, "router_init": "random", "dtype": "bfloat16", "layout": "fused"},
+            {"seed": 7, "routers": "random", "dtype": "bfloat16", "layout": "fused"},
         ),
         (
             {"positive_prompts": ('a "b": {c}', "new\nline `x` ü🙂"), "negative_prompts": ["# no"]},
-            {"gate_mode": "cheap_embed"},
+            {"routers": "cheap_embed"},
         ),
         ({}, {"target": "qwen2_moe", "shared_experts": "second", "dense_layers": [1]}),
     ],
@@ -108,7 +108,7 @@ def recipe_in(moe: Path) -> str:
 def test_the_recipe_of_a_card_builds_the_same_again(dense, tmp_path, monkeypatch, changes, options):
     monkeypatch.chdir(tmp_path)
     make_dense_model(tmp_path / "second", seed=1)
-    prompts = {"positive_prompts": ["other"]} if options.get("gate_mode") else {}
+    prompts = {"positive_prompts": ["other"]} if options.get("routers") else {}
     models = [ExpertSource("dense", **prompts), ExpertSource("second", **changes)]
     build_moe(models, "moe", CONFIG, base="second", **options)
     (tmp_path / "recipe.yml").write_text(recipe_in(tmp_path / "moe"), encoding="utf-8")

@@ -28,7 +28,7 @@ from moe_fast import (
     read_recipe,
 )
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.checkpoint.noise import noise_stream
+from moe_fast.checkpoint.random_pieces import choose_stream
 from moe_fast.demo import make_dense_model
 from moe_fast.kernels import reference
 
@@ -92,7 +92,7 @@ experts:
     folder = Path.cwd()
     assert asked.base == str(folder / "a")
     assert asked.config == MoeConfig(3, 1)
-    assert asked.gate_mode == "cheap_embed"
+    assert asked.routers.method == "cheap_embed"
     assert asked.models == (
         ExpertSource(
             str(folder / "b"),
@@ -111,7 +111,7 @@ def test_our_own_keys():
         """\
 models: [a, {model: b}, {source_model: c, source_layers: [1, 0]}]
 num_experts: 6
-router_init: random
+routers: random
 seed: 3
 """
     )
@@ -120,7 +120,7 @@ seed: 3
     assert asked.models[2].source_layers == (1, 0)
     assert asked.base == str(folder / "a")
     assert asked.config == MoeConfig(6, 2)
-    assert (asked.router_init, asked.gate_mode, asked.seed) == ("random", None, 3)
+    assert (asked.routers.method, asked.seed) == ("random", 3)
 
 
 ALL_OF_THEM = """\
@@ -290,13 +290,13 @@ experts:
 def test_experts_without_a_gate_mode_are_routed_by_hidden_states_as_in_mergekit():
     text = TWO.replace("gate_mode: random\n", "").replace("b\n", "b\n    positive_prompts: [x]\n")
     text += "    positive_prompts: [y]\n"
-    assert request(text).gate_mode == "hidden"
-    assert request(text + "router_init: random\n").gate_mode is None
+    assert request(text).routers.method == "hidden"
+    assert request(text + "routers: random\n").routers.method == "random"
 
 
 def test_a_recipe_gives_what_build_moe_gives():
     options = "    noise_scale: 0.125\n    residual_scale: 0.5\n    source_layers: [1, 1]\n"
-    recipe = write(TWO.replace("gate_mode", "router_init") + options + "seed: 5\n")
+    recipe = write(TWO.replace("gate_mode", "routers") + options + "seed: 5\n")
     build_recipe(recipe, "from-recipe", max_shard_size=100_000)
     c = ExpertSource("c", noise_scale=0.125, residual_scale=0.5, source_layers=(1, 1))
     config = MoeConfig(2, 2)
@@ -307,7 +307,7 @@ def test_a_recipe_gives_what_build_moe_gives():
         base="a",
         target="mixtral",
         dtype="float32",  # what the base's configuration names
-        router_init="random",
+        routers="random",
         seed=5,
         max_shard_size=100_000,
     )
@@ -327,7 +327,7 @@ def routers(folder: str) -> np.ndarray:
 def test_random_gates_are_standard_normal():
     build_recipe(write(TWO + "seed: 9\n"), "moe")
     for layer, router in enumerate(routers("moe")):
-        stream = noise_stream(9, f"{layer} router")
+        stream = choose_stream(9, f"{layer} router")
         draws = [reference.normal(stream, i) for i in range(router.size)]
         assert router.tobytes() == np.array(draws, np.float32).tobytes()
     assert check_moe("moe").passed

@@ -26,9 +26,9 @@ from moe_fast import (
     write_report,
 )
 from moe_fast.checkpoint.convert import convert_moe
-from moe_fast.checkpoint.moe import open_moe_model
-from moe_fast.checkpoint.page import finer_part_of
+from moe_fast.command.page import finer_part_of
 from moe_fast.demo import make_dense_model
+from moe_fast.models.moe import open_moe_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 VOID = {"meta"}

@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import pytest
 
-from moe_fast import MoeConfig, MoeConfigError, RouterInit, RoutingMethod
-from moe_fast.checkpoint.request import BuildRequest, ExpertSource
+from moe_fast import MoeConfig, MoeConfigError, RoutingMethod
+from moe_fast.checkpoint.build import BuildRequest
 from moe_fast.plain import typed
+from moe_fast.request import ExpertSource, RouterStart
 
 REQUEST = BuildRequest(
     models=(
@@ -18,7 +19,7 @@ REQUEST = BuildRequest(
     ),
     base="/models/a",
     config=MoeConfig(num_experts=4, num_experts_per_tok=1, routing_method="expert_choice"),
-    router_init=RouterInit.RANDOM,
+    routers=RouterStart("random"),
     seed=7,
     max_shard_size=1000,
 )
@@ -32,7 +33,6 @@ def test_a_request_comes_back_from_json_equal():
     read = typed(changed(), BuildRequest, "manifest")
     assert read == REQUEST
     assert read.config.routing_method is RoutingMethod.EXPERT_CHOICE
-    assert read.router_init is RouterInit.RANDOM
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,11 @@ def test_a_request_comes_back_from_json_equal():
         (changed(base=None), r"^m\.base: None is not str$"),
         (changed(max_shard_size=True), r"^m\.max_shard_size: True is not int$"),
         (changed(max_shard_size=1.0), r"^m\.max_shard_size: 1\.0 is not int$"),
-        (changed(router_init="zero"), r"^m\.router_init: 'zero' is none of random, uniform, "),
-        (changed(router_init=1), r"^m\.router_init: 1 is not RouterInit$"),
+        (
+            changed(routers={"method": "zero"}),
+            r"^m\.routers\.method: 'zero' is none of balanced, random, uniform, ",
+        ),
+        (changed(routers="random"), r"^m\.routers: 'random' is not an object$"),
         (changed(surprise=1), r"^m: unknown key 'surprise'; known are models, base, config"),
         ({"models": []}, r"^m: the key 'base' is missing$"),
         (

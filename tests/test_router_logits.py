@@ -14,8 +14,8 @@ import pytest
 
 from command import run
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, RoutingError, RoutingStats
-from moe_fast.checkpoint.header import header_bytes
-from moe_fast.checkpoint.router_logits import read_logits, statistics_of_file
+from moe_fast.routing.logits_file import read_logits, statistics_of_file
+from moe_fast.storage.safetensors_header import header_bytes
 
 FACTORS = [1.0, 1.25, 1.5, 2.0]
 

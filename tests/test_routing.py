@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fast import MoeConfig, MoeConfigError, Routing, RoutingError, kernels, route, routing
+from moe_fast import MoeConfig, MoeConfigError, Routing, RoutingError, kernels, route
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
+from moe_fast.routing import router as routing
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:

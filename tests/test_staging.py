@@ -22,8 +22,8 @@ for extra in ("ml_dtypes", "safetensors"):
 
 from folders import contents, names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe, build_recipe
-from moe_fast.checkpoint import staging, writer
 from moe_fast.demo import make_dense_model
+from moe_fast.storage import staging, writer
 
 CONFIG = MoeConfig(num_experts=3)
 needs_links = pytest.mark.skipif(

@@ -19,12 +19,12 @@ from moe_fast import (
     kernels,
     plan_capacity,
     route,
-    routing,
-    statistics,
     update_selection_bias,
 )
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
+from moe_fast.routing import router as routing
+from moe_fast.routing import statistics
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:

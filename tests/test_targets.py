@@ -510,7 +510,7 @@ def test_shared_experts_take_their_part_of_the_function(
 def test_shared_experts_stand_side_by_side(tmp_path, monkeypatch):
     models = [make_model(tmp_path / f"dense{i}", "llama", seed=i) for i in range(3)]
     build_moe(models[0], tmp_path / "moe", CONFIG, shared_experts=models, target="deepseek")
-    monkeypatch.setattr("moe_fast.checkpoint.pieces.CHUNK", 1000)
+    monkeypatch.setattr("moe_fast.storage.pieces.CHUNK", 1000)
     build_moe(models[0], tmp_path / "small", CONFIG, shared_experts=models, target="deepseek")
     sources = [load_file(model / "model.safetensors") for model in models]
     for folder in ("moe", "small"):

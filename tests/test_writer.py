@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from moe_fast import CheckpointError, MoeConfig, build_moe
-from moe_fast.checkpoint import writer
-from moe_fast.checkpoint.files import SourceFile
-from moe_fast.checkpoint.pieces import FileRange
-from moe_fast.checkpoint.table import BLOCK, OutputTensor, Shard, Weight
-from moe_fast.checkpoint.writer import write_shard, write_shards
 from moe_fast.demo import make_dense_model
+from moe_fast.storage import writer
+from moe_fast.storage.files import SourceFile
+from moe_fast.storage.pieces import FileRange
+from moe_fast.storage.tensors import BLOCK, OutputTensor, Shard, Weight
+from moe_fast.storage.writer import write_shard, write_shards
 
 needs_copy_file_range = pytest.mark.skipif(
     not hasattr(os, "copy_file_range"), reason="no copy_file_range on this system"

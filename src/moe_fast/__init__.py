@@ -1,6 +1,6 @@
 """Turn dense language models on disk into Mixture-of-Experts checkpoints, at the speed of memory.
 
-See the README for what the package does and CONTRIBUTING.md for how its data flows.
+See the README for what the package does and docs/architecture.md for how its data flows.
 """
 
 from __future__ import annotations
@@ -8,103 +8,112 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
-if tuple(map(int, numpy.__version__.split(".")[:2])) < (1, 26):
-    raise ImportError(
-        f"moe_fast needs NumPy 1.26 or later, this is {numpy.__version__}: "
-        "pip install --upgrade numpy"
-    )
-
-from moe_fast.config import GateMode, MoeConfig, RouterInit, RoutingMethod
-from moe_fast.errors import (
-    CheckpointError,
-    MoeConfigError,
-    MoeFastError,
-    RecipeError,
-    RoutingError,
-)
-from moe_fast.gates import compute_gate_weights, compute_router_weights
-from moe_fast.health import RouterHealth, predict_load
-from moe_fast.plan import (
-    ExpertAssignment,
-    MoeConstructionPlan,
-    MoeReport,
-    compute_expert_load_balance,
-    plan_moe_construction,
-)
-from moe_fast.routing import Routing, route
-from moe_fast.statistics import RoutingStats, plan_capacity, update_selection_bias
+from moe_fast.version import VERSION
 
 if TYPE_CHECKING:
+    from moe_fast.checkpoint.build import BuildReport as BuildReport
     from moe_fast.checkpoint.build import build_moe as build_moe
+    from moe_fast.checkpoint.build import design_moe as design_moe
+    from moe_fast.checkpoint.check import CheckReport as CheckReport
+    from moe_fast.checkpoint.check import Finding as Finding
+    from moe_fast.checkpoint.check import Status as Status
     from moe_fast.checkpoint.check import check_moe as check_moe
+    from moe_fast.checkpoint.convert import ConvertReport as ConvertReport
     from moe_fast.checkpoint.convert import convert_moe as convert_moe
-    from moe_fast.checkpoint.inspection import inspect_model as inspect_model
-    from moe_fast.checkpoint.page import write_report as write_report
-    from moe_fast.checkpoint.request import ExpertSource as ExpertSource
-    from moe_fast.doctor import show_config as show_config
-    from moe_fast.recipe import build_recipe as build_recipe
-    from moe_fast.recipe import read_recipe as read_recipe
+    from moe_fast.checkpoint.design import Design as Design
+    from moe_fast.command.doctor import Diagnosis as Diagnosis
+    from moe_fast.command.doctor import diagnose as diagnose
+    from moe_fast.command.doctor import show_config as show_config
+    from moe_fast.command.page import write_report as write_report
+    from moe_fast.config import Dtype as Dtype
+    from moe_fast.config import Layout as Layout
+    from moe_fast.config import MoeConfig as MoeConfig
+    from moe_fast.config import RouterInit as RouterInit
+    from moe_fast.config import RoutingMethod as RoutingMethod
+    from moe_fast.demo import make_demo as make_demo
+    from moe_fast.demo import make_dense_model as make_dense_model
+    from moe_fast.drawing.plotting import compute_router_similarity as compute_router_similarity
+    from moe_fast.drawing.plotting import plot_load as plot_load
+    from moe_fast.drawing.plotting import plot_plan as plot_plan
+    from moe_fast.drawing.plotting import plot_router_similarity as plot_router_similarity
+    from moe_fast.errors import CheckpointError as CheckpointError
+    from moe_fast.errors import MoeConfigError as MoeConfigError
+    from moe_fast.errors import MoeFastError as MoeFastError
+    from moe_fast.errors import RecipeError as RecipeError
+    from moe_fast.errors import RoutingError as RoutingError
+    from moe_fast.families.rules import Reader as Reader
+    from moe_fast.models.inspection import ModelReport as ModelReport
+    from moe_fast.models.inspection import RouterReport as RouterReport
+    from moe_fast.models.inspection import inspect_model as inspect_model
+    from moe_fast.plan import ExpertAssignment as ExpertAssignment
+    from moe_fast.plan import MoeConstructionPlan as MoeConstructionPlan
+    from moe_fast.plan import MoeReport as MoeReport
+    from moe_fast.plan import compute_expert_load_balance as compute_expert_load_balance
+    from moe_fast.plan import plan_moe_construction as plan_moe_construction
+    from moe_fast.recipes.recipe import Recipe as Recipe
+    from moe_fast.recipes.recipe import build_recipe as build_recipe
+    from moe_fast.recipes.recipe import read_recipe as read_recipe
+    from moe_fast.reports import Report as Report
+    from moe_fast.request import ExpertSource as ExpertSource
+    from moe_fast.request import RouterStart as RouterStart
+    from moe_fast.routing.health import RouterHealth as RouterHealth
+    from moe_fast.routing.health import predict_load as predict_load
+    from moe_fast.routing.logits_file import statistics_of_file as statistics_of_file
+    from moe_fast.routing.router import Routing as Routing
+    from moe_fast.routing.router import RoutingOptions as RoutingOptions
+    from moe_fast.routing.router import route as route
+    from moe_fast.routing.statistics import RoutingStats as RoutingStats
+    from moe_fast.routing.statistics import plan_capacity as plan_capacity
+    from moe_fast.routing.statistics import update_selection_bias as update_selection_bias
+    from moe_fast.routing.weights import compute_gate_weights as compute_gate_weights
+    from moe_fast.routing.weights import compute_router_weights as compute_router_weights
+    from moe_fast.routing.weights_file import write_router_weights as write_router_weights
 
-# What needs more than NumPy, or time to import, is fetched when first used.
-LATER = {
-    "ExpertSource": "moe_fast.checkpoint.request",
-    "build_moe": "moe_fast.checkpoint.build",
-    "build_recipe": "moe_fast.recipe",
-    "check_moe": "moe_fast.checkpoint.check",
-    "convert_moe": "moe_fast.checkpoint.convert",
-    "inspect_model": "moe_fast.checkpoint.inspection",
-    "read_recipe": "moe_fast.recipe",
-    "show_config": "moe_fast.doctor",
-    "write_report": "moe_fast.checkpoint.page",
+# Where each public name stands. It is fetched when it is first used, so that `import moe_fast`
+# takes no time and needs no NumPy.
+HOMES = {
+    "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
+    "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
+    "checkpoint.convert": ("ConvertReport", "convert_moe"),
+    "checkpoint.design": ("Design",),
+    "command.doctor": ("Diagnosis", "diagnose", "show_config"),
+    "command.page": ("write_report",),
+    "config": ("Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"),
+    "demo": ("make_demo", "make_dense_model"),
+    "drawing.plotting": (
+        *("compute_router_similarity", "plot_load", "plot_plan", "plot_router_similarity"),
+    ),
+    "errors": (
+        *("CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"),
+    ),
+    "families.rules": ("Reader",),
+    "models.inspection": ("ModelReport", "RouterReport", "inspect_model"),
+    "plan": (
+        *("ExpertAssignment", "MoeConstructionPlan", "MoeReport"),
+        *("compute_expert_load_balance", "plan_moe_construction"),
+    ),
+    "recipes.recipe": ("Recipe", "build_recipe", "read_recipe"),
+    "reports": ("Report",),
+    "request": ("ExpertSource", "RouterStart"),
+    "routing.health": ("RouterHealth", "predict_load"),
+    "routing.logits_file": ("statistics_of_file",),
+    "routing.router": ("Routing", "RoutingOptions", "route"),
+    "routing.statistics": ("RoutingStats", "plan_capacity", "update_selection_bias"),
+    "routing.weights": ("compute_gate_weights", "compute_router_weights"),
+    "routing.weights_file": ("write_router_weights",),
 }
+HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 
-__all__ = [
-    "CheckpointError",
-    "ExpertAssignment",
-    "ExpertSource",
-    "GateMode",
-    "MoeConfig",
-    "MoeConfigError",
-    "MoeConstructionPlan",
-    "MoeFastError",
-    "MoeReport",
-    "RecipeError",
-    "RouterHealth",
-    "RouterInit",
-    "Routing",
-    "RoutingError",
-    "RoutingMethod",
-    "RoutingStats",
-    "build_moe",
-    "build_recipe",
-    "check_moe",
-    "compute_expert_load_balance",
-    "compute_gate_weights",
-    "compute_router_weights",
-    "convert_moe",
-    "inspect_model",
-    "plan_capacity",
-    "plan_moe_construction",
-    "predict_load",
-    "read_recipe",
-    "route",
-    "show_config",
-    "update_selection_bias",
-    "write_report",
-]
+__all__ = sorted([*HOME_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("moe-fast")
-    if name in LATER:
-        return getattr(importlib.import_module(LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *LATER, "__version__"])
+    return list(__all__)

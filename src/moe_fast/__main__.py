@@ -16,7 +16,7 @@ def main() -> None:
 
 def run() -> None:
     try:
-        from moe_fast.cli import app
+        from moe_fast.command.cli import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

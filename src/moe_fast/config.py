@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex
 
-from moe_fast.errors import MoeConfigError, as_index, shown
+from moe_fast.checks import as_index, as_member, shown
+from moe_fast.errors import MoeConfigError
 
-__all__ = ["Dtype", "GateMode", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
+__all__ = ["Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
 
 
 class RoutingMethod(StrEnum):
@@ -36,22 +35,6 @@ class RouterInit(StrEnum):
     """`1 / num_experts` plus noise of at most `0.01 / sqrt(hidden_dim)`."""
 
 
-class GateMode(StrEnum):
-    """How recipes ask for routers, in the words of mergekit-moe."""
-
-    RANDOM = "random"
-    """Draws from the standard normal distribution."""
-    UNIFORM_RANDOM = "uniform_random"
-    """Draws in `[-scale, scale]`, `scale = 1 / sqrt(hidden_dim)`, as `torch.nn.Linear` starts."""
-    CHEAP_EMBED = "cheap_embed"
-    """The direction of the embeddings of each expert's prompts, the same in every layer."""
-    HIDDEN = "hidden"
-    """The direction of what the router reads of each expert's prompts, layer by layer."""
-
-
-PROMPT_MODES = frozenset({GateMode.CHEAP_EMBED, GateMode.HIDDEN})
-
-
 class Layout(StrEnum):
     """How a checkpoint stores the experts of a layer."""
 
@@ -67,30 +50,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-Choice = TypeVar("Choice", bound=StrEnum)
-
-
-@functools.cache  # an enumeration's own search takes a tenth of a small call
-def member(kind: type[Choice], value: str) -> Choice:
-    return kind(value)
-
-
-def as_member(value: Any, kind: type[Choice], name: str) -> Choice:
-    """`value`, a member of `kind` or its string, as the member."""
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{name} must be a {kind.__name__} or its string, got {reprlib.repr(value)}"
-        )
-    try:
-        found: Choice = member(kind, value)
-    except ValueError:
-        allowed = ", ".join(repr(str(member)) for member in kind)
-        raise MoeConfigError(
-            f"{name} must be one of {allowed}, got {reprlib.repr(value)}"
-        ) from None
-    return found
 
 
 @dataclass(frozen=True, init=False)

@@ -10,9 +10,11 @@ import numpy as np
 
 from moe_fast.checkpoint.build import BuildReport, build_moe
 from moe_fast.checkpoint.check import CheckReport, check_moe
-from moe_fast.checkpoint.output import Writing, obstacles
-from moe_fast.checkpoint.staging import is_vacant, staged
+from moe_fast.checkpoint.output import Writing, find_obstacles
 from moe_fast.errors import CheckpointError
+from moe_fast.storage.safetensors_header import header_bytes
+from moe_fast.storage.staging import is_vacant, staged
+from moe_fast.storage.tensors import FORMAT
 
 __all__ = ["make_demo", "make_dense_model"]
 
@@ -30,9 +32,7 @@ def make_demo(
     Raises
     ------
     CheckpointError
-        Where any of them is there, or cannot be written; nothing has been written then.
-    ModuleNotFoundError
-        As `make_dense_model`.
+        If any of them is there, or cannot be written; nothing has been written then.
 
     Examples
     --------
@@ -50,7 +50,9 @@ def make_demo(
             f"{folder}: has {', '.join(there)} already; use that, choose another folder, or make "
             "all anew: --overwrite, in Python overwrite=True"
         )
-    problems = [p for place in places for p in obstacles(place, (), Writing(overwrite=overwrite))]
+    problems = [
+        p for place in places for p in find_obstacles(place, (), Writing(overwrite=overwrite))
+    ]
     if problems:
         raise CheckpointError(*problems)
     for seed, place in enumerate(places[:-1]):
@@ -73,21 +75,7 @@ def make_dense_model(
     It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes. Files of an
     earlier one in `folder` are replaced.
 
-    Raises
-    ------
-    ModuleNotFoundError
-        Without safetensors: `pip install "moe-fast[checkpoint]"`.
     """
-    try:
-        from safetensors.numpy import save_file
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            "the demo's models need safetensors: pip install 'moe-fast[checkpoint]'",
-            name="safetensors",
-        ) from None
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -113,7 +101,11 @@ def make_dense_model(
             f"{prefix}.mlp.up_proj.weight": normal(intermediate_size, hidden_size),
             f"{prefix}.mlp.down_proj.weight": normal(hidden_size, intermediate_size),
         }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    entries = [(name, "F32", array.shape, array.nbytes) for name, array in tensors.items()]
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(header_bytes(entries, FORMAT))
+        for array in tensors.values():
+            stream.write(array.data)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moe_fast.errors import MoeConfigError
 
@@ -37,9 +37,16 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     """`value`, in plain values, as `kind`; `MoeConfigError` beginning with `where` if it is none.
 
     `kind` is a dataclass, `tuple[X, ...]`, `tuple[X, Y]`, `Sequence[X]`, `Mapping[str, X]`,
-    `dict[str, X]`, a `StrEnum`, `Path`, `X | None` or one of `str`, `int`, `float`, `bool`.
+    `dict[str, X]`, a `StrEnum`, a `Literal` of strings, `Path`, `X | None`, `Any`, or one of `str`,
+    `int`, `float`, `bool`.
     """
     arguments, origin = get_args(kind), get_origin(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise MoeConfigError(f"{where}: {value!r} is none of {', '.join(arguments)}")
     if origin in (types.UnionType, Union):
         if value is None and types.NoneType in arguments:
             return value

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.config import MoeConfig, RouterInit, as_member
-from moe_fast.errors import MoeConfigError, as_index, shown
+from moe_fast.checks import as_index, as_member, shown
+from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.errors import MoeConfigError
 from moe_fast.reports import Report, pandas_frame
 
 if TYPE_CHECKING:
@@ -348,8 +349,8 @@ class MoeConstructionPlan:
         return (*gaps.tolist(), *tail)
 
     def plot(self, ax: Axes | None = None, *, labels: Sequence[str] | None = None) -> Axes:
-        """Draw which model gives each expert of each layer: `moe_fast.plotting.plot_plan`."""
-        from moe_fast.plotting import plot_plan
+        """Draw which model gives each expert of each layer: `moe_fast.plot_plan`."""
+        from moe_fast.drawing.plotting import plot_plan
 
         return plot_plan(self, ax, labels=labels)
 
@@ -402,7 +403,7 @@ class MoeConstructionPlan:
         return cls(**values)
 
     def _repr_html_(self) -> str:
-        from moe_fast.html import plan_picture
+        from moe_fast.drawing.html import plan_picture
 
         return (
             f"<p>{self.num_layers:,} layers of {self.num_experts:,} experts from "

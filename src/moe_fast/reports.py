@@ -54,7 +54,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        from moe_fast.html import pairs_table
+        from moe_fast.drawing.html import pairs_table
 
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return pairs_table({name.replace("_", " "): getattr(self, name) for name in names})

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from moe_fast.errors import MoeConfigError, as_index
+from moe_fast.checks import as_index
+from moe_fast.errors import MoeConfigError
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

@@ -9,12 +9,13 @@ from typing import Any, Unpack
 
 import numpy.typing as npt
 
-from moe_fast import gradients, routing
 from moe_fast.config import MoeConfig, RoutingMethod
+from moe_fast.dtypes import as_dtype
 from moe_fast.errors import MoeConfigError, RoutingError
-from moe_fast.gates import as_dtype
-from moe_fast.routing import Routing, RoutingOptions
-from moe_fast.statistics import RoutingStats
+from moe_fast.routing import gradients
+from moe_fast.routing import router as routing
+from moe_fast.routing.router import Routing, RoutingOptions
+from moe_fast.routing.statistics import RoutingStats
 from moe_fast.threads import as_threads
 
 try:

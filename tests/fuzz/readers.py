@@ -20,10 +20,13 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["moe_fast"]):
-    from moe_fast.checkpoint.header import INDEX_FILE, SINGLE_FILE, read_checkpoint, read_header
     from moe_fast.checkpoint.manifest import MANIFEST, read_manifest
-    from moe_fast.checkpoint.source import FAMILIES, ROPE_KEYS, open_dense_model
     from moe_fast.errors import CheckpointError
+    from moe_fast.families.config import ROPE_KEYS
+    from moe_fast.families.registry import dense_families
+    from moe_fast.models.dense import open_dense_model
+    from moe_fast.models.folder import read_checkpoint
+    from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, read_header
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 SHARD = "a.safetensors"
@@ -78,7 +81,7 @@ VALUES = [
     *(None, True, False, 0, 1, -1, 2, 4, 16, 2**31, 2**32, 2**53, 2**62, 2**63, 2**64, 10**400),
     *(0.0, -0.0, 0.5, 1e308, "", "x", "F16", "\ud800", "../a", "x" * 10_000),
     *([], {}, [0, 4], [[[]]], [0] * 100, {"a": {"b": {}}}),
-    *FAMILIES,
+    *dense_families(),
     *ROPE_KEYS,
 ]
 

@@ -49,5 +49,5 @@ def build_random_moe(
     if options.pop("shared_experts", False):
         options["shared_experts"] = [ExpertSource(source, noise_scale=0.02)]
     experts = [ExpertSource(source, noise_scale=noise) for noise in (0.0, 0.05, 0.1)]
-    build_moe(experts, folder, config, target=target, router_init="random", seed=5, **options)
+    build_moe(experts, folder, config, target=target, routers="random", seed=5, **options)
     return folder

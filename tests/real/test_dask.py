@@ -15,9 +15,9 @@ from dask.distributed import Client, KilledWorker, LocalCluster
 
 from folders import contents
 from moe_fast import CheckpointError, MoeConfig, build_moe
-from moe_fast.checkpoint.manifest import FileRecord
-from moe_fast.checkpoint.table import Shard
 from moe_fast.demo import make_dense_model
+from moe_fast.storage.tensors import Shard
+from moe_fast.storage.writer import FileRecord
 
 SHARD = 100_000
 

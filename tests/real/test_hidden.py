@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from families import OWN, make_model
 from mergekit_moe import build_with_mergekit
 from moe_fast import ExpertSource, MoeConfig, build_moe, check_moe
-from moe_fast.checkpoint import activations
-from moe_fast.checkpoint.activations import visit_router_inputs
-from moe_fast.checkpoint.prompts import PromptTokenizer
-from moe_fast.checkpoint.source import open_dense_model
+from moe_fast.calibration import activations
+from moe_fast.calibration.activations import visit_router_inputs
+from moe_fast.calibration.tokenizer import PromptTokenizer
+from moe_fast.models.dense import open_dense_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = yaml.safe_load((EXAMPLES / "kinds.yml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def experts(smollm2: Path) -> list[ExpertSource]:
 @pytest.fixture(scope="module")
 def hidden(smollm2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hidden") / "moe"
-    build_moe(experts(smollm2), folder, MoeConfig(3, 1), gate_mode="hidden")
+    build_moe(experts(smollm2), folder, MoeConfig(3, 1), routers="hidden")
     return folder
 
 
@@ -110,7 +110,7 @@ def test_gates_are_the_mean_of_what_the_routers_read(smollm2, hidden):
 
 def test_the_check_knows_them_by_their_digests(hidden):
     manifest = json.loads((hidden / "moe_fast.json").read_text())
-    assert len(manifest["gate_sha256"]) == 30
+    assert len(manifest["decisions"]["router_sha256"]) == 30
     report = check_moe(hidden)
     assert report.passed, report.problems
 
@@ -126,7 +126,7 @@ def follows_the_kind(folder: Path, smollm2: Path) -> float:
 
 
 def test_first_choices_follow_the_kind_of_text(smollm2, hidden, tmp_path):
-    build_moe(experts(smollm2), tmp_path / "cheap", MoeConfig(3, 1), gate_mode="cheap_embed")
+    build_moe(experts(smollm2), tmp_path / "cheap", MoeConfig(3, 1), routers="cheap_embed")
     recipe = {
         "base_model": str(smollm2),
         "gate_mode": "hidden",

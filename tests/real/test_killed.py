@@ -17,7 +17,7 @@ from moe_fast.demo import make_dense_model
 KILLS = 50  # each of new outputs and of replaced ones
 # Forked where everything is imported already, so that the time until the kill is spent building.
 context = get_context("forkserver")
-context.set_forkserver_preload(["moe_fast.checkpoint.build", "moe_fast.checkpoint.noise"])
+context.set_forkserver_preload(["moe_fast.checkpoint.build", "moe_fast.checkpoint.random_pieces"])
 
 
 class Build(context.Process):

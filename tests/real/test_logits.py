@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from logits import compute_logits
 from moe_fast import ExpertSource, MoeConfig, build_moe, check_moe, convert_moe
-from moe_fast.checkpoint.prompts import PromptTokenizer
+from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.demo import make_dense_model
 
 CONFIG = MoeConfig(num_experts=4)

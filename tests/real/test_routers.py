@@ -224,7 +224,7 @@ def run(smollm2, tmp_path_factory):
     `folder`, and for all layers `inputs`, `logits`, `weights`, `indices`.
     """
     folder = tmp_path_factory.mktemp("routers") / "moe"
-    build_moe(smollm2, folder, MoeConfig(EXPERTS, K), router_init="random", seed=1)
+    build_moe(smollm2, folder, MoeConfig(EXPERTS, K), routers="random", seed=1)
     kinds = yaml.safe_load((EXAMPLES / "kinds.yml").read_text(encoding="utf-8"))
     text = "\n".join(text for texts in kinds["held_out"].values() for text in texts[:2])
     tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import moe_fast
-from moe_fast import MoeConfig, MoeConfigError, RoutingError, RoutingStats, routing
-from moe_fast import gradients as backwards
+from moe_fast import MoeConfig, MoeConfigError, RoutingError, RoutingStats
+from moe_fast.routing import gradients as backwards
+from moe_fast.routing import router as routing
 from moe_fast.torch import huggingface_load_balancing_loss, route
 
 BIAS = np.linspace(-0.3, 0.3, 8)
@@ -222,7 +223,7 @@ def test_threads_leave_the_bits_alone(case, experts, monkeypatch):
         return found.weights.detach().numpy().tobytes(), gradient.numpy().tobytes()
 
     expected = bits(1)
-    for module in (routing, backwards, moe_fast.statistics):
+    for module in (routing, backwards, moe_fast.routing.statistics):
         monkeypatch.setattr(module, "LOGITS_PER_THREAD", 0)
     assert bits(2) == expected
     assert bits(3) == expected

@@ -53,7 +53,7 @@ weights: npt.NDArray[np.float64] = compute_gate_weights(16, 4)
 compute_gate_weights(16, 4, "uniform")
 compute_gate_weights(16, 4, init=RouterInit.RANDOM)
 
-moe_fast.build_moe(["a", "b"], "moe", config, base="a", router_init="balanced")
+moe_fast.build_moe(["a", "b"], "moe", config, base="a", routers="balanced")
 try:
     config.validate()
 except moe_fast.MoeConfigError as error:

@@ -1,4 +1,4 @@
-"""`build_moe`: the order of the steps, nothing else."""
+"""Dense models on disk become one Mixture-of-Experts checkpoint: request, design, report."""
 
 from __future__ import annotations
 
@@ -7,41 +7,120 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.blueprint import prepare
-from moe_fast.checkpoint.header import json_text
-from moe_fast.checkpoint.hub import find_model
-from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
-from moe_fast.checkpoint.output import (
-    Contents,
-    Progress,
-    Writing,
-    companions_of,
-    lack_of_space,
-    obstacles,
-    overflow_warnings,
-    write_checkpoint,
-)
-from moe_fast.checkpoint.provenance import CARD, file_metadata, model_card
-from moe_fast.checkpoint.request import BuildRequest, ExpertSource, ModelPath
-from moe_fast.checkpoint.table import index_json, into_shards
-from moe_fast.checkpoint.targets import as_target_name
-from moe_fast.config import Dtype, GateMode, Layout, MoeConfig, RouterInit, as_member
-from moe_fast.errors import CheckpointError, as_index, of_all
-from moe_fast.health import RouterHealth
-from moe_fast.plan import MoeConstructionPlan
+from moe_fast.checkpoint.card import file_metadata, model_card
+from moe_fast.checkpoint.construction import Construction, open_sources, plan_experts
+from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
+from moe_fast.checkpoint.manifest import Manifest
+from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
+from moe_fast.checks import as_index, as_member, collect
+from moe_fast.config import Dtype, Layout, MoeConfig
+from moe_fast.dtypes import DTYPE_CODES
+from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.families.choice import as_target_name, choose
+from moe_fast.families.dense import DenseModel
+from moe_fast.plain import typed
+from moe_fast.plan import MoeConstructionPlan, MoeReport
 from moe_fast.reports import Report, pandas_frame
+from moe_fast.request import (
+    DEFAULT_SHARD_SIZE,
+    ExpertSource,
+    ModelPath,
+    Request,
+    RouterMethod,
+    RouterStart,
+)
+from moe_fast.routing.health import RouterHealth, as_hidden_states, router_health
+from moe_fast.storage.companions import find_companions
+from moe_fast.storage.floats import decode
+from moe_fast.storage.hub import find_model
+from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["BuildReport", "build_moe"]
+__all__ = ["BuildReport", "BuildRequest", "build_moe", "design_moe"]
+
+
+@dataclass(frozen=True)
+class BuildRequest(Request):
+    """One MoE to build, in plain values: strings, numbers, tuples, enumerations, dataclasses.
+
+    Expert `e` is made as `models[e % len(models)]` says; `base` is a folder. `seed` is that of
+    noise and of drawn routers. `dense_layers` have the base's FFN in place of experts. A new field
+    needs no code here to be kept and read back.
+    """
+
+    operation: ClassVar[str] = "build"
+
+    models: tuple[ExpertSource, ...]
+    base: str
+    config: MoeConfig = field(default_factory=MoeConfig)
+    target: str = "auto"
+    layout: Layout | None = None
+    dtype: Dtype | None = None
+    shared_experts: tuple[ExpertSource, ...] = ()
+    dense_layers: tuple[int, ...] = ()
+    routers: RouterStart = field(default_factory=RouterStart)
+    seed: int = 0
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    @property
+    def num_experts(self) -> int:
+        return self.config.num_experts
+
+    def folders(self) -> list[str]:
+        experts = (*self.models, *self.shared_experts)
+        return list(dict.fromkeys([*(expert.model for expert in experts), self.base]))
+
+    def moved(self, now: Mapping[str, str]) -> BuildRequest:
+        return replace(
+            self,
+            models=tuple(replace(e, model=now[e.model]) for e in self.models),
+            shared_experts=tuple(replace(e, model=now[e.model]) for e in self.shared_experts),
+            base=now[self.base],
+        )
+
+    def validate(self) -> None:
+        self.config.validate()
+
+
+@dataclass(frozen=True)
+class BuildDesign(Design):
+    """A design with what the report of a build tells."""
+
+    construction: Construction = field(kw_only=True, repr=False)
+    router_names: Sequence[str] = field(kw_only=True, repr=False)
+    """The tensors that hold the routers, a layer each."""
+    plan_report: MoeReport = field(kw_only=True, repr=False)
+    rejected_targets: Mapping[str, tuple[str, ...]] = field(kw_only=True, repr=False)
+
+    def predict_health(self, hidden_states: npt.ArrayLike | None = None) -> RouterHealth:
+        """What the routers do with given hidden states, else with known ones or random ones."""
+        construction = self.construction
+        layers, states = construction.moe_layers, construction.routers.hidden_states
+        if states is not None and len(layers) < len(states):
+            states = states[list(layers)]
+        source = "random tokens" if states is None else "tokens of the prompts"
+        if hidden_states is not None:
+            hidden_size = construction.base.sizes.hidden_size
+            states = as_hidden_states(hidden_states, len(layers), hidden_size)
+            source = "given tokens"
+        weights = (self.weight(name) for name in self.router_names)
+        return router_health(
+            (decode(b"".join(w.read(0, w.nbytes)), w.dtype).reshape(w.shape) for w in weights),
+            states,
+            construction.config.num_experts_per_tok,
+            layers=layers,
+            source=source,
+            remedy=construction.routers.remedy,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,11 +174,10 @@ def build_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    router_init: RouterInit | str = RouterInit.BALANCED,
-    gate_mode: GateMode | str | None = None,
+    routers: RouterMethod | RouterStart = "balanced",
     seed: int = 0,
     hidden_states: npt.ArrayLike | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
@@ -144,19 +222,18 @@ def build_moe(
         is added to that of the routed experts, so to keep a model's function, scale both: with one
         shared expert, each by a `residual_scale` of 0.5 (in Qwen2-MoE the routed ones alone; a gate
         that starts near one half scales the shared one). Prompts of theirs make that gate, where
-        `gate_mode` makes routers from prompts.
+        the routers are made from prompts.
     dense_layers : iterable of int
         Layers that keep the FFN of the base in place of experts, where the target can say so:
         Qwen2-MoE and Qwen3-MoE any, DeepSeek-MoE the first ones and, after them, all but every
         n-th.
-    router_init : RouterInit or str
-        How the routers start. In a 16-bit dtype the balanced init leaves out its constant base,
+    routers : str or RouterStart
+        How the routers start: `"balanced"`, `"random"` and `"uniform"` as `RouterInit` has them,
+        `"normal"` drawn from the standard normal distribution, `"linear"` as `torch.nn.Linear`
+        starts. `"cheap_embed"` and `"hidden"` make them from the prompts of each `ExpertSource`:
+        from the embeddings of their tokens, or from what the routers will read of them, which takes
+        a run of the base model. In a 16-bit dtype the balanced start leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
-    gate_mode : GateMode or str, optional
-        How the routers start, in place of `router_init`: `"random"` draws from the standard normal
-        distribution, `"uniform_random"` as `torch.nn.Linear` starts. `"cheap_embed"` and
-        `"hidden"` make them from the prompts of each `ExpertSource`: from the embeddings of their
-        tokens, or from what the routers will read of them, which takes a run of the base model.
     seed : int
         Of these draws, and of the noise that an `ExpertSource` asks for.
     hidden_states : array_like, shape (T, hidden_size) or (L, T, hidden_size), optional
@@ -209,6 +286,71 @@ def build_moe(
     >>> report.num_experts, report.num_layers, report.load_balance
     (4, 2, 0.0)
     """
+    request = as_request(
+        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
+        max_shard_size,
+    )  # fmt: skip
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    request = request.moved(collect(find_model, request.folders()))
+    return build(request, output, writing, hidden_states=hidden_states)
+
+
+def design_moe(
+    models: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
+    config: MoeConfig | None = None,
+    *,
+    target: str = "auto",
+    layout: Layout | str | None = None,
+    dtype: Dtype | str | None = None,
+    base: ModelPath | None = None,
+    shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
+    dense_layers: Iterable[int] = (),
+    routers: RouterMethod | RouterStart = "balanced",
+    seed: int = 0,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+) -> Design:
+    """The checkpoint that `build_moe` would write, as tensors to list and to read; none is written.
+
+    The arguments are those of `build_moe`. Only headers are read, unless routers are made from
+    prompts; each tensor's bytes are read or made when they are asked for.
+
+    Raises
+    ------
+    CheckpointError, TypeError, MoeConfigError
+        As for `build_moe`.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, design_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> design = design_moe(f"{folder}/dense", MoeConfig(num_experts=4), dtype="float32")
+    >>> design.read("model.layers.0.block_sparse_moe.gate.weight").shape
+    (4, 64)
+    """
+    request = as_request(
+        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
+        max_shard_size,
+    )  # fmt: skip
+    return design_of(request.moved(collect(find_model, request.folders())))
+
+
+def as_request(
+    models: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
+    config: MoeConfig | None,
+    target: str,
+    layout: Layout | str | None,
+    dtype: Dtype | str | None,
+    base: ModelPath | None,
+    shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
+    dense_layers: Iterable[int],
+    routers: RouterMethod | RouterStart,
+    seed: int,
+    max_shard_size: int,
+) -> BuildRequest:
+    """The arguments of a build, each checked."""
     config = MoeConfig() if config is None else config
     if not isinstance(config, MoeConfig):
         raise TypeError(f"config must be a MoeConfig, got {config!r}")
@@ -216,7 +358,7 @@ def build_moe(
     experts = as_expert_sources(models)
     if not experts:
         raise CheckpointError("models must name at least one model folder")
-    request = BuildRequest(
+    return BuildRequest(
         models=experts,
         base=experts[0].model if base is None else os.fspath(base),
         config=config,
@@ -225,102 +367,9 @@ def build_moe(
         dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts),
         dense_layers=as_layers(dense_layers),
-        router_init=as_member(router_init, RouterInit, "router_init"),
-        gate_mode=None if gate_mode is None else as_member(gate_mode, GateMode, "gate_mode"),
+        routers=routers if isinstance(routers, RouterStart) else RouterStart(routers),
         seed=as_index(seed, "seed"),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
-    )
-    how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    request = request.moved(of_all(find_model, request.folders()))
-    return build_checkpoint(request, output, how, hidden_states=hidden_states)
-
-
-def build_checkpoint(
-    request: BuildRequest,
-    output: ModelPath,
-    how: Writing,
-    warnings: Sequence[str] = (),
-    hidden_states: npt.ArrayLike | None = None,
-    recipe: Path | None = None,
-) -> BuildReport:
-    """Build what a request asks for; the report has `warnings` before those of the build.
-
-    `recipe` is the file that the request was read from, which the output must not replace.
-    """
-    started = time.perf_counter()
-    output = Path(output)
-    try:
-        blueprint = prepare(request)
-    except CheckpointError as error:
-        in_the_way = obstacles(output, (), how)
-        raise CheckpointError(*error.problems, *in_the_way) from None
-    target, construction = blueprint.target, blueprint.construction
-    tensors, plan = blueprint.tensors, construction.plan
-    moe_fast_version = version("moe-fast")
-    config_json = target.config(construction)
-    metadata = file_metadata(construction, moe_fast_version)
-    shards = into_shards(tensors, request.max_shard_size, metadata)
-    texts = {
-        "config.json": json_text(config_json),
-        CARD: model_card(request, target, construction, config_json, moe_fast_version),
-        **index_json(shards),
-    }
-    contents = Contents(shards, texts, companions_of(construction.base.path))
-    source_files = construction.files()
-    mapped = hidden_states.filename if isinstance(hidden_states, np.memmap) else None
-    also_read = [Path(file) for file in (recipe, mapped) if file is not None]
-    problems = [
-        *obstacles(output, source_files, how, also_read),
-        *lack_of_space(output, contents),
-    ]
-    if problems:
-        raise CheckpointError(*problems)
-    records: Mapping[str, FileRecord] = {}
-    health = blueprint.health(request, hidden_states)
-    if not how.dry_run:
-
-        def manifest(files: dict[str, FileRecord]) -> str:
-            return Manifest(
-                moe_fast=moe_fast_version,
-                request=replace(request, target=target.name),  # "auto" may choose otherwise one day
-                target=target.name,
-                source_model=plan.source_model.tolist(),
-                source_layer=plan.source_layer.tolist(),
-                source_files=tuple(SourceRecord.of(file) for file in source_files),
-                files=files,
-                gate_sha256=construction.digests_to_keep(),
-            ).text()
-
-        records = write_checkpoint(output, contents, manifest, how)
-
-    sizes = construction.base.sizes
-    report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
-    return BuildReport(
-        output=output,
-        target=target.name,
-        num_experts=plan.num_experts,
-        num_experts_per_tok=request.config.num_experts_per_tok,
-        num_layers=plan.num_layers,
-        dense_layers=request.dense_layers,
-        num_parameters=sum(t.weight.num_parameters for t in tensors),
-        load_balance=report.load_balance,
-        unused_models=report.unused_models,
-        num_bytes=contents.nbytes,
-        num_files=len(shards),
-        seconds=time.perf_counter() - started,
-        experts=models_of_experts(request.models, plan),
-        files={shard.file_name: shard.nbytes for shard in shards},
-        dry_run=how.dry_run,
-        warnings=(
-            *warnings,
-            *construction.warnings(),
-            *target.warnings(construction),
-            *warnings_for(request, report.unused_models),
-            *overflow_warnings(records),
-            *health.warnings,
-        ),
-        routers=health,
-        rejected_targets=blueprint.rejected_targets,
     )
 
 
@@ -338,6 +387,197 @@ def as_layers(layers: Any) -> tuple[int, ...]:
     return tuple(sorted({as_index(layer, "dense_layers") for layer in layers}))
 
 
+def build(
+    request: BuildRequest,
+    output: ModelPath,
+    writing: Writing,
+    warnings: Sequence[str] = (),
+    hidden_states: npt.ArrayLike | None = None,
+    recipe: Path | None = None,
+) -> BuildReport:
+    """Write what a request asks for; the report has `warnings` before those of the build.
+
+    `recipe` is the file that the request was read from, which the output must not replace.
+    """
+    started = time.perf_counter()
+    mapped = hidden_states.filename if isinstance(hidden_states, np.memmap) else None
+    also_read = [Path(file) for file in (recipe, mapped) if file is not None]
+    design = make_design(request, output, writing)
+    assert isinstance(design, BuildDesign)
+    design = replace(design, warnings=(*warnings, *design.warnings), also_read=also_read)
+    health = design.predict_health(hidden_states)
+    records = design.write(output, writing)
+    seconds = time.perf_counter() - started
+    return describe_build(design, Path(output), health, records, writing, seconds)
+
+
+@design_of.register
+def design_build(request: BuildRequest, decisions: Facts | None = None) -> BuildDesign:
+    """From headers alone, unless routers are to be made from prompts."""
+    construction = construct(request, (decisions or {}).get("router_sha256", ()))
+    problems = construction.problems()
+    try:
+        family, rejected = choose(request.target, construction, request.layout)
+    except CheckpointError as error:
+        problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    layout = request.layout or family.layouts[0]
+    plan, config = construction.plan, family.config(construction)
+    sizes = construction.base.sizes
+    plan_report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
+    request = replace(request, target=family.name)  # "auto" may choose otherwise one day
+    weights = dict(family.tensors(construction, layout))
+    return BuildDesign(
+        weights=weights,
+        config=config,
+        companions=find_companions(construction.base.path),
+        sources=[model.tensors for model in construction.opened_models()],
+        family=family.name,
+        num_experts=len(construction.moe_layers) * plan.num_experts,
+        manifest=Manifest(
+            request=request,
+            family=family.name,
+            facts={
+                "source_model": plan.source_model.tolist(),
+                "source_layer": plan.source_layer.tolist(),
+            },
+            decisions=digest_routers(construction.routers),
+        ),
+        reference=construction.base.path,
+        reason_to_differ=find_reason_to_differ(request, construction.base),
+        card=model_card(request_values(request), family, layout, construction, config),
+        warnings=(
+            *construction.warnings(),
+            *family.warnings(construction),
+            *warn_of_unused_models(request.models, plan_report),
+        ),
+        metadata=file_metadata(construction),
+        max_shard_size=request.max_shard_size,
+        construction=construction,
+        router_names=[family.router_name(layer, layout) for layer in construction.moe_layers],
+        plan_report=plan_report,
+        rejected_targets=rejected,
+    )
+
+
+def construct(request: BuildRequest, digests: Any) -> Construction:
+    """Open the sources of a request, and say where everything comes from."""
+    asked = (*request.models, *request.shared_experts)
+    sources, base = open_sources([source.model for source in asked], request.base)
+    num_layers = base.sizes.num_hidden_layers
+    plan = plan_experts(
+        request.models, request.shared_experts, request.dense_layers, request.config, num_layers
+    )
+    dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
+    dense = frozenset(request.dense_layers)
+    context = RouterContext(
+        base=base,
+        experts=[request.models[model] for model in plan.source_model[0]],
+        shared_experts=request.shared_experts,
+        layers=[layer for layer in range(num_layers) if layer not in dense],
+        dtype=dtype or base.expert_dtype,
+        seed=request.seed,
+    )
+    return Construction(
+        base=base,
+        sources=sources[: len(request.models)],
+        models=request.models,
+        plan=plan,
+        config=request.config,
+        routers=make_routers(request.routers, context, as_digests(digests)),
+        seed=request.seed,
+        shared_sources=sources[len(request.models) :],
+        shared_experts=request.shared_experts,
+        dense_layers=request.dense_layers,
+        converted_to=dtype,
+    )
+
+
+def as_digests(digests: Any) -> tuple[str, ...]:
+    """The digests of a manifest, which may hold anything."""
+    try:
+        found: tuple[str, ...] = typed(list(digests), tuple[str, ...], "router_sha256")
+    except (TypeError, MoeConfigError):
+        raise CheckpointError("router_sha256 must list digests") from None
+    return found
+
+
+def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None:
+    """Why an output need not compute what its base does.
+
+    `None` where it must: experts that are all the same FFN add up to that FFN, whatever the router
+    says, because a token's weights add up to 1.
+    """
+    if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
+        return rounded
+    if request.shared_experts:
+        return "shared experts add their output"
+    for source in request.models:
+        same_layers = source.source_layers in (None, tuple(range(len(source.source_layers or ()))))
+        if source.model != request.base or not same_layers:
+            return "experts come from elsewhere than the base's own layers"
+        if source.noise_scale != 0 or source.residual_scale != 1:
+            return "experts have noise or a scale"
+    return None
+
+
+def request_values(request: BuildRequest) -> dict[str, Any]:
+    """The keys of the recipe that asks for the same."""
+    return {
+        "base_model": request.base,
+        "models": request.models,
+        "num_experts": request.config.num_experts,
+        "experts_per_token": request.config.num_experts_per_tok,
+        "shared_experts": request.shared_experts,
+        "dense_layers": list(request.dense_layers),
+        "target": request.target,
+        "layout": request.layout,
+        "dtype": request.dtype,
+        "routers": request.routers.method,
+        "seed": request.seed,
+    }
+
+
+def warn_of_unused_models(models: Sequence[ExpertSource], report: MoeReport) -> list[str]:
+    return [
+        f"{models[model].model}: gives no expert; there are more models than experts"
+        for model in report.unused_models
+    ]
+
+
+def describe_build(
+    design: BuildDesign,
+    output: Path,
+    health: RouterHealth,
+    records: Mapping[str, FileRecord],
+    writing: Writing,
+    seconds: float,
+) -> BuildReport:
+    construction = design.construction
+    plan, report = construction.plan, design.plan_report
+    return BuildReport(
+        output=output,
+        target=design.family,
+        num_experts=plan.num_experts,
+        num_experts_per_tok=construction.config.num_experts_per_tok,
+        num_layers=plan.num_layers,
+        dense_layers=tuple(construction.dense_layers),
+        num_parameters=design.num_parameters,
+        load_balance=report.load_balance,
+        unused_models=report.unused_models,
+        num_bytes=design.num_bytes,
+        num_files=len(design.shards),
+        seconds=seconds,
+        experts=models_of_experts(construction.models, plan),
+        files={shard.file_name: shard.nbytes for shard in design.shards},
+        dry_run=writing.dry_run,
+        warnings=(*design.warnings, *warn_of_overflow(records), *health.warnings),
+        routers=health,
+        rejected_targets=design.rejected_targets,
+    )
+
+
 def models_of_experts(
     models: Sequence[ExpertSource], plan: MoeConstructionPlan
 ) -> tuple[tuple[str, ...], ...]:
@@ -345,10 +585,3 @@ def models_of_experts(
         tuple(models[model].model for model in sorted({*plan.source_model[:, expert].tolist()}))
         for expert in range(plan.num_experts)
     )
-
-
-def warnings_for(request: BuildRequest, unused_models: Sequence[int]) -> list[str]:
-    return [
-        f"{request.models[model].model}: gives no expert; there are more models than experts"
-        for model in unused_models
-    ]

@@ -12,32 +12,29 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.checkpoint.copies import equal_groups
-from moe_fast.checkpoint.expected import (
-    Expected,
-    expect,
-    network_shares,
-    places,
-    reason_to_differ,
-    reference_of,
-)
-from moe_fast.checkpoint.files import is_plain_name, read_exactly
-from moe_fast.checkpoint.header import Tensor, check_is_folder
-from moe_fast.checkpoint.inspection import router_reports
-from moe_fast.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_manifest
-from moe_fast.checkpoint.moe import PARTS, MoeModel, open_moe_model, part_of
-from moe_fast.checkpoint.output import Progress, companions_of
-from moe_fast.checkpoint.parity import compare_models, installed_transformers, tokens_of
-from moe_fast.checkpoint.pieces import FileRange, Piece, Remembered
-from moe_fast.checkpoint.provenance import CARD
-from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
-from moe_fast.checkpoint.request import ModelPath
-from moe_fast.checkpoint.source import FFN, DenseModel, open_dense_model
-from moe_fast.checkpoint.structure import structure_problems
-from moe_fast.checkpoint.targets import TARGETS
-from moe_fast.checkpoint.writer import sha256_of
+from moe_fast.calibration.parity import compare_models, installed_transformers, tokens_of
+from moe_fast.checkpoint.card import CARD
+from moe_fast.checkpoint.design import Design, design_of
+from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_fast.checkpoint.output import Progress
 from moe_fast.errors import CheckpointError
+from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.families.readers import find_readers
+from moe_fast.families.registry import moe_families
+from moe_fast.families.rules import Reader
+from moe_fast.models.dense import open_dense_model
+from moe_fast.models.folder import check_is_folder
+from moe_fast.models.inspection import router_reports
+from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
+from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
+from moe_fast.request import ModelPath
+from moe_fast.storage.companions import find_companions, has_tokenizer
+from moe_fast.storage.copies import equal_groups
+from moe_fast.storage.files import is_plain_name, read_exactly
+from moe_fast.storage.pieces import FileRange, Piece, Remembered
+from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.writer import FileRecord, sha256_of
 from moe_fast.wording import counted, spread
 
 if TYPE_CHECKING:
@@ -113,7 +110,7 @@ class CheckReport(Report):
         return frame_of(self.findings, Finding)
 
     def _repr_html_(self) -> str:
-        from moe_fast.html import table
+        from moe_fast.drawing.html import table
 
         rows = [
             (finding.status, finding.check, "; ".join((finding.summary, *finding.problems)))
@@ -192,19 +189,20 @@ def check_moe(
     where = "one file" if files == 1 else f"{files} files"
     headers = finding("headers", f"{len(model.tensors)} tensors in {where}, without holes")
     manifest, manifest_finding = check_manifest(model)
+    design = repeat_design(model, manifest, sources)
     findings = [
         headers,
         manifest_finding,
-        *check_sources(model, manifest, sources, progress),
+        *check_sources(model, design, sources, progress),
         check_structure(model),
         check_routing(model),
     ]
-    readers = readers_of(
+    readers = find_readers(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
     findings.append(check_readers(model, readers))
     if text is not None:
-        findings.append(check_logits(model, manifest, sources, readers, text))
+        findings.append(check_logits(model, design, sources, readers, text))
     passed = not any(finding.status is Status.FAILED for finding in findings)
     return CheckReport(folder, passed, tuple(findings), readers)
 
@@ -249,64 +247,106 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
         yield f"{file}: its SHA-256 is not {record.sha256}"
 
 
+def repeat_design(
+    model: MoeModel, manifest: Manifest | None, against: Sequence[ModelPath]
+) -> Design | Finding | None:
+    """What would be written today for the request of a manifest, or why nobody can tell.
+
+    `None` without a manifest.
+
+    Raises
+    ------
+    CheckpointError
+        For `against` that does not fit the manifest.
+    """
+    if manifest is None:
+        return None
+    request = manifest.request
+    num_experts = request.num_experts
+    if num_experts not in (None, model.num_experts):
+        # Said before planning for a number from a file.
+        problem = (
+            f"{model.path / MANIFEST}: request is for {num_experts} experts, "
+            f"{model.num_experts} are here"
+        )
+        return finding(PARTS[0], "", [problem], "the manifest is another checkpoint's")
+    shares = [path for path in request.folders() if path.startswith(("//", "\\\\"))]
+    if shares and not against:
+        # Opening one would send the user's credentials to whoever wrote the manifest.
+        listed = ", ".join(shares)
+        reason = f"the manifest names network shares ({listed}): name them by --against"
+        return not_possible("sources", reason)
+    try:
+        return design_of(request.moved(locate(request.folders(), against)), manifest.decisions)
+    except CheckpointError as error:
+        reason = "; ".join(error.problems) + " (--against names where the sources are now)"
+        return not_possible("sources", reason)
+
+
+def locate(recorded: Sequence[str], against: Sequence[ModelPath]) -> dict[str, str]:
+    """Where each folder of a manifest is now: as it says, or among `against`.
+
+    Raises
+    ------
+    CheckpointError
+        If names do not tell them apart, and their numbers differ.
+    """
+    given = [str(Path(path).absolute()) for path in against]
+    by_name = {Path(path).name: path for path in given or recorded}
+    if len(by_name) == len(given) and all(Path(path).name in by_name for path in recorded):
+        return {path: by_name[Path(path).name] for path in recorded}
+    if len(given) in (0, len(recorded)):
+        return dict(zip(recorded, given or recorded, strict=True))
+    raise CheckpointError(
+        f"against: {counted(len(given), 'folder')} for the {len(recorded)} that the manifest "
+        f"names: {', '.join(recorded)}"
+    )
+
+
 def check_sources(
     model: MoeModel,
-    manifest: Manifest | None,
+    design: Design | Finding | None,
     against: Sequence[ModelPath],
     progress: Progress | None,
 ) -> list[Finding]:
-    """Compare with the sources: those of the manifest's request, or those that were given."""
+    """Compare with the design made again, or without a manifest with the sources given."""
     names = (*PARTS, "configuration", "tokenizer")
-    if manifest is None and against:
+    if isinstance(design, Design):
+        return [
+            *compare_weights(model, design, progress),
+            compare_config(model, design.config),
+            compare_companions(model, design.reference),
+        ]
+    if design is None and against:
         return check_origins(model, against)
-    if manifest is None:
+    if design is None:
         reason = "neither a manifest nor sources to compare with (--against) are there"
         return [not_possible(name, reason) for name in names]
-    request = manifest.request
-    if request is not None and request.config.num_experts != model.num_experts:
-        # Said before planning for a number from a file.
-        where = f"{model.path / MANIFEST}: request"
-        problem = (
-            f"{where} is for {request.config.num_experts} experts, {model.num_experts} are here"
-        )
-        return [finding(names[0], "", [problem], "the manifest is another checkpoint's")]
-    if (shares := network_shares(manifest, against)) is not None:
-        return [not_possible(name, shares) for name in names]
-    now = places(manifest, against)
-    try:
-        expected = expect(manifest, now)
-    except CheckpointError as error:
-        reason = "; ".join(error.problems) + " (--against names where the sources are now)"
-        return [not_possible(name, reason) for name in names]
-    return [
-        *compare_weights(model, expected, progress),
-        compare_config(model, expected.config),
-        compare_companions(model, expected.companions),
-    ]
+    if design.status is Status.FAILED:
+        return [design]
+    return [not_possible(name, design.summary) for name in names]
 
 
-def compare_weights(
-    model: MoeModel, expected: Expected, progress: Progress | None
-) -> list[Finding]:
+def compare_weights(model: MoeModel, design: Design, progress: Progress | None) -> list[Finding]:
     """Every tensor against the pieces that it should have been written from."""
     problems: dict[str, list[str]] = {part: [] for part in PARTS}
     total = sum(tensor.nbytes for tensor in model.tensors.values())
     done = 0
-    for name in expected.tensors:
+    for name in design.weights:
         if name not in model.tensors:
             problems[part_of(name)].append(f"{model.path}: tensor {name!r} is missing")
     for name, tensor in model.tensors.items():
         where = f"{tensor.file.path}: tensor {name!r}"
-        if name not in expected.tensors:
-            problems[part_of(name)].append(f"{where} is none that was asked for")
-        elif (difference := first_difference(tensor, expected, name)) is not None:
+        if name not in design.weights:
+            problems[part_of(name)].append(f"{where} was not asked for")
+        elif (difference := first_difference(tensor, design, name)) is not None:
             problems[part_of(name)].append(f"{where} {difference}")
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    counts = {part: sum(part_of(name) == part for name in expected.tensors) for part in PARTS}
+    counts = {part: sum(part_of(name) == part for name in design.weights) for part in PARTS}
     summaries = {
-        "experts": f"{expected.num_experts} experts equal their sources",
+        "experts": f"{design.num_experts} experts equal their sources",
         "routers": f"{counts['routers']} routers equal what was asked for",
         "other weights": f"{counts['other weights']} tensors equal their sources",
     }
@@ -333,9 +373,9 @@ def origin_of(piece: Piece, sources: Sequence[Mapping[str, Tensor]]) -> str:
     return piece.file.path
 
 
-def first_difference(tensor: Tensor, expected: Expected, name: str) -> str | None:
+def first_difference(tensor: Tensor, design: Design, name: str) -> str | None:
     """How a written tensor differs from the pieces it was made of; `None` where it does not."""
-    weight = expected.tensors[name]
+    weight = design.weights[name]
     if (tensor.dtype, tensor.shape) != (weight.dtype, weight.shape):
         return (
             f"is {tensor.dtype} of shape {list(tensor.shape)} where "
@@ -356,7 +396,7 @@ def first_difference(tensor: Tensor, expected: Expected, name: str) -> str | Non
                 if written != chunk:  # a bytearray on the left compares with anything by memcmp
                     pairs = enumerate(zip(written, chunk, strict=True), start=position)
                     byte = next(i for i, (left, right) in pairs if left != right)
-                    origin = origin_of(piece, expected.sources)
+                    origin = origin_of(piece, design.sources)
                     return f"differs from {origin} at byte {byte} of {tensor.nbytes}"
                 position += len(chunk)
     return None
@@ -377,7 +417,7 @@ def compare_config(model: MoeModel, config: Mapping[str, Any]) -> Finding:
 
 def compare_companions(model: MoeModel, base: Path) -> Finding:
     """Tokenizer and generation settings against the base model's."""
-    names = sorted(file.name for file in companions_of(base))
+    names = sorted(file.name for file in find_companions(base))
     problems = []
     for name in names:
         if not (model.path / name).is_file():
@@ -440,8 +480,8 @@ def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Findi
 def check_structure(model: MoeModel) -> Finding:
     """Names and shapes against what config.json says and the family asks for."""
     problems = model.problems()
-    if model.model_type not in TARGETS:
-        known = ", ".join(TARGETS)
+    if model.model_type not in moe_families():
+        known = ", ".join(moe_families())
         reason = f"no rules for model_type {model.model_type!r}; there are some for {known}"
         if problems:
             return finding("structure", "", problems, reason)
@@ -451,7 +491,7 @@ def check_structure(model: MoeModel) -> Finding:
             problems = structure_problems(model)
         except CheckpointError as error:
             problems = list(error.problems)
-    title = TARGETS[model.model_type].title
+    title = moe_families()[model.model_type].title
     return finding("structure", f"names, shapes and config.json are those of {title}", problems)
 
 
@@ -493,23 +533,27 @@ def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
 
 def check_logits(
     model: MoeModel,
-    manifest: Manifest | None,
+    design: Design | Finding | None,
     against: Sequence[ModelPath],
     readers: Sequence[Reader],
     text: str,
 ) -> Finding:
     """What the checkpoint makes of a text, beside what its dense model makes of it."""
-    if manifest is None and not against:
+    if design is None and not against:
         return not_possible("logits", "needs the dense model to compare with (--against)")
-    if manifest is not None and (shares := network_shares(manifest, against)) is not None:
-        return not_possible("logits", shares)
+    if isinstance(design, Finding):
+        return not_possible("logits", design.summary)
+    if design is None:
+        reference = Path(against[0])
+        reason: str | None = "there is no manifest that says how it was made"
+    else:
+        reference, reason = design.reference, design.reason_to_differ
     try:
         installed = installed_transformers()
         for reader in readers:
             if reader.name == installed and not reader.loads:
                 return not_possible("logits", f"{installed} {'; '.join(reader.reasons)}")
-        reference = Path(against[0]) if manifest is None else reference_of(manifest, against)
-        dense = open_moe_model(reference)  # whatever reads it next, it has been checked
+        open_moe_model(reference)  # whatever reads it next, it has been checked
         tokens = tokens_of(text, model.path, reference)
     except (CheckpointError, ModuleNotFoundError) as error:
         return not_possible("logits", str(error))
@@ -517,7 +561,6 @@ def check_logits(
         difference = compare_models(reference, model.path, tokens)
     except CheckpointError as error:
         return finding("logits", "", error.problems, "cannot be compared")
-    reason = reason_to_differ(manifest, dense)
     if reason is not None:
         return finding("logits", f"{difference}; need not be equal: {reason}")
     problems = []

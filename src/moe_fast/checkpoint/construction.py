@@ -5,31 +5,24 @@ Whatever happens to a weight on its way happens here, so that a target only give
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_fast.checkpoint.files import SourceFile
-from moe_fast.checkpoint.header import DTYPE_NAMES, ITEM_SIZES, Tensor
-from moe_fast.checkpoint.noise import Perturbed, RandomRouter, noise_stream
-from moe_fast.checkpoint.pieces import (
-    FileRange,
-    Given,
-    Piece,
-    Remembered,
-    Router,
-    SideBySide,
-)
-from moe_fast.checkpoint.request import ExpertSource
-from moe_fast.checkpoint.source import FFN, DenseModel
-from moe_fast.checkpoint.table import OutputTensor, Weight
-from moe_fast.config import PROMPT_MODES, GateMode, MoeConfig, RouterInit
-from moe_fast.gates import as_dtype
-from moe_fast.plan import MoeConstructionPlan
+from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
+from moe_fast.checkpoint.routers import Routers
+from moe_fast.checks import collect
+from moe_fast.config import MoeConfig
+from moe_fast.errors import CheckpointError
+from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.models.dense import open_dense_model
+from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
+from moe_fast.request import ExpertSource
+from moe_fast.storage.pieces import FileRange, SideBySide
+from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.tensors import OutputTensor, Weight
+from moe_fast.wording import ranges
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,9 @@ class Construction:
     """What was asked of each of the sources."""
     plan: MoeConstructionPlan
     config: MoeConfig
-    router_init: RouterInit
-    gate_mode: GateMode | None
+    routers: Routers
     seed: int
+    """Of the noise."""
     shared_sources: Sequence[DenseModel] = ()
     shared_experts: Sequence[ExpertSource] = ()
     """What was asked of each of the shared sources."""
@@ -52,12 +45,14 @@ class Construction:
     """Layers that keep the base's FFN; the plan's rows for them mean nothing."""
     converted_to: str | None = None
     """The dtype of every output tensor; `None` keeps those of the sources."""
-    gates: npt.NDArray[np.float32] | None = None
-    """Routers made from prompts, `(num_layers, num_experts, hidden_size)`."""
-    shared_gates: npt.NDArray[np.float32] | None = None
-    """What weighs the shared experts, made from their prompts, `(num_layers, 1, hidden_size)`."""
-    gate_digests: Sequence[str] = ()
-    """In place of both, what SHA-256 makes of each: those of `drawn_from_prompts`."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.plan.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.plan.num_experts
 
     @property
     def dtype(self) -> str:
@@ -70,116 +65,68 @@ class Construction:
         dense = frozenset(self.dense_layers)
         return tuple(layer for layer in range(self.plan.num_layers) if layer not in dense)
 
-    def files(self) -> tuple[SourceFile, ...]:
-        """Every safetensors file of the base and the sources."""
-        models = {
-            model.path: model for model in (self.base, *self.sources, *self.shared_sources)
-        }.values()
-        return tuple(dict.fromkeys(t.file for model in models for t in model.tensors.values()))
+    def opened_models(self) -> list[DenseModel]:
+        """The base and the sources, each folder once."""
+        models = (self.base, *self.sources, *self.shared_sources)
+        return list({model.path: model for model in models}.values())
 
-    def carried(self, tensor: Tensor) -> Weight:
+    def keep(self, tensor: Tensor) -> Weight:
         """A tensor of a source as the output holds it."""
-        return self.converted(Weight.of(tensor))
+        return self.convert(Weight.of(tensor))
 
-    def converted(self, weight: Weight) -> Weight:
+    def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
 
-    def perturbed(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
+    def perturb(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
         """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
         weight = Weight.of(tensor)
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
         if model.noise_scale != 0 or scale != 1:
             (source,) = weight.pieces
             assert isinstance(source, FileRange)
-            stream = noise_stream(self.seed, name)
+            stream = choose_stream(self.seed, name)
             piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
             weight = Weight(weight.dtype, weight.shape, (piece,))
-        return self.converted(weight)
+        return self.convert(weight)
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""
         for tensor in self.base.before_layers():
-            yield OutputTensor(tensor.name, self.carried(tensor))
+            yield OutputTensor(tensor.name, self.keep(tensor))
 
     def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
         """Attention and norms of a layer, under the base's names inside the layer."""
         for name, tensor in self.base.layer(layer):
-            yield name, self.carried(tensor)
+            yield name, self.keep(tensor)
 
     def after_layers(self) -> Iterator[OutputTensor]:
         """The last norm and the head."""
         for tensor in self.base.after_layers():
-            yield OutputTensor(tensor.name, self.carried(tensor))
+            yield OutputTensor(tensor.name, self.keep(tensor))
 
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
         tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
-        return self.perturbed(tensor, self.models[model], f"{layer} {expert} {role}")
+        return self.perturb(tensor, self.models[model], f"{layer} {expert} {role}")
 
     def router(self, layer: int) -> Weight:
         """The router of a layer, `(num_experts, hidden_size)`."""
-        shape = (self.plan.num_experts, self.base.sizes.hidden_size)
-        router: Piece
-        if self.gate_digests:
-            router = self.remembered(self.moe_layers.index(layer), shape)
-        elif self.gates is not None:
-            router = self.given(self.gates[layer])
-        elif self.gate_mode is None:
-            router = Router(shape[1], shape[0], layer, self.router_init, self.dtype)
-        else:
-            stream = noise_stream(self.seed, f"{layer} router")
-            router = RandomRouter(*shape, self.dtype, self.gate_mode, stream)
-        return Weight(self.dtype, shape, (router,))
-
-    def given(self, gate: npt.NDArray[np.float32]) -> Given:
-        return Given(gate.astype(as_dtype(DTYPE_NAMES[self.dtype])).tobytes())
-
-    def remembered(self, index: int, shape: tuple[int, ...]) -> Remembered:
-        return Remembered(math.prod(shape) * ITEM_SIZES[self.dtype], self.gate_digests[index])
-
-    def routers(self) -> Iterator[npt.NDArray[np.float32]]:
-        """The router of each layer that has one as it will be written, as float32."""
-        dtype = as_dtype(DTYPE_NAMES[self.dtype])
-        for layer in self.moe_layers:
-            weight = self.router(layer)
-            values = np.frombuffer(b"".join(weight.pieces[0].chunks()), dtype)
-            yield values.reshape(weight.shape).astype(np.float32)
-
-    def digests_to_keep(self) -> tuple[str, ...]:
-        """Those of routers that took a run of a model, which may not give the same bytes again."""
-        if self.gate_mode is not GateMode.HIDDEN:
-            return ()
-        return tuple(
-            sha256(b"".join(weight.pieces[0].chunks())).hexdigest()
-            for weight in self.drawn_from_prompts()
-        )
-
-    def drawn_from_prompts(self) -> Iterator[Weight]:
-        """The routers, then what weighs the shared experts where prompts made that too."""
-        for layer in self.moe_layers:
-            yield self.router(layer)
-        if self.prompts_of_shared():
-            for layer in self.moe_layers:
-                yield self.shared_gate(layer)
-
-    def prompts_of_shared(self) -> bool:
-        """Whether prompts make what weighs the shared experts."""
-        prompted = any(expert.positive_prompts for expert in self.shared_experts)
-        return prompted and self.gate_mode in PROMPT_MODES
+        shape = (self.num_experts, self.base.sizes.hidden_size)
+        return Weight(self.dtype, shape, (self.routers.router(layer),))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of a layer without experts."""
-        return self.carried(self.base.ffn(layer, role))
+        return self.keep(self.base.ffn(layer, role))
 
     def shared_expert(self, layer: int, index: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
         tensor = self.shared_sources[index].ffn(source_layer, role)
-        return self.perturbed(tensor, model, f"{layer} shared {index} {role}")
+        return self.perturb(tensor, model, f"{layer} shared {index} {role}")
 
-    def shared(self, layer: int, role: str) -> Weight:
+    def shared_ffn(self, layer: int, role: str) -> Weight:
         """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
         weights = [self.shared_expert(layer, i, role) for i in range(len(self.shared_sources))]
         rows, columns = weights[0].shape
@@ -190,7 +137,7 @@ class Construction:
         wide = SideBySide(rows, tuple(weight.pieces for weight in weights))
         return Weight(weights[0].dtype, (rows, columns * len(weights)), (wide,))
 
-    def silent(self, layer: int, width: int, role: str) -> Weight:
+    def silent_ffn(self, layer: int, width: int, role: str) -> Weight:
         """A shared expert that adds nothing, for targets that must have one.
 
         Its down projection is zero. Gate and up are the first rows of the base's, so that training
@@ -198,39 +145,27 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.carried(self.base.ffn(layer, role).first_rows(width))
+        return self.keep(self.base.ffn(layer, role).first_rows(width))
 
     def shared_gate(self, layer: int) -> Weight:
-        """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`.
-
-        Where no prompts make it, it is small, so that the sigmoid is about one half, and not zero:
-        llama.cpp computes it as `silu(x) / x`.
-        """
+        """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
         shape = (1, self.base.sizes.hidden_size)
-        gate: Piece
-        if self.gate_digests and self.prompts_of_shared():
-            moe_layers = self.moe_layers
-            gate = self.remembered(len(moe_layers) + moe_layers.index(layer), shape)
-        elif self.shared_gates is not None:
-            gate = self.given(self.shared_gates[layer])
-        else:
-            gate = Router(shape[1], 1, layer, RouterInit.BALANCED, self.dtype, remove_base=True)
-        return Weight(self.dtype, shape, (gate,))
+        return Weight(self.dtype, shape, (self.routers.shared_gate(layer),))
 
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = []
         for source, model in self.all_sources():
-            problems += misfits(source, self.base, model.source_layers)
+            problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
-                problems += foreign_dtypes(source, self.dtype)
+                problems += find_foreign_dtypes(source, self.dtype)
         return list(dict.fromkeys(problems))
 
     def warnings(self) -> list[str]:
         """What can be built, and may not be meant."""
         warnings: list[str] = []
         for source, _ in self.all_sources():
-            warnings += drifts(source, self.base)
+            warnings += find_drifts(source, self.base)
         return list(dict.fromkeys(warnings))
 
     def all_sources(self) -> Iterator[tuple[DenseModel, ExpertSource]]:
@@ -250,7 +185,7 @@ SEEN_IN = {
 }
 
 
-def misfits(
+def find_misfits(
     source: DenseModel, base: DenseModel, source_layers: Sequence[int] | None
 ) -> Iterator[str]:
     """Why experts of `source` cannot stand in `base`."""
@@ -283,7 +218,7 @@ def misfits(
             yield f"{config}: {what}: {in_words(its)}, the base model has {in_words(bases)}"
 
 
-def foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
+def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
     """The FFN weights of `source` that have another dtype than the experts are to have."""
     layers = range(source.sizes.num_hidden_layers)
     tensors = [source.ffn(layer, role) for layer in layers for role in FFN]
@@ -296,7 +231,7 @@ def foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
         )
 
 
-def drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
+def find_drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
     """What `source` was trained with otherwise, and the output takes from the base.
 
     None of it is seen by an FFN, and fine-tuning changes it (rope to read longer texts, the
@@ -330,3 +265,40 @@ def in_words(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
     return "none" if value is None or value is False else str(value)
+
+
+def plan_experts(
+    models: Sequence[ExpertSource],
+    shared_experts: Sequence[ExpertSource],
+    dense_layers: Sequence[int],
+    config: MoeConfig,
+    num_layers: int,
+) -> MoeConstructionPlan:
+    """Round robin over the models, each from its own source layers."""
+    absent = [layer for layer in dense_layers if not 0 <= layer < num_layers]
+    problems = [
+        f"dense_layers: there is no layer {ranges(absent)}, the base model has {num_layers}"
+    ] * bool(absent)
+    if len({*dense_layers}) == num_layers and not problems:
+        problems.append("dense_layers: lists every layer; an MoE has experts in one at least")
+    problems += [
+        f"source_layers of {m.model}: lists {len(m.source_layers)} layers, the output has "
+        f"{num_layers}; list one for each"
+        for m in (*models, *shared_experts)
+        if m.source_layers is not None and len(m.source_layers) != num_layers
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+    plan = plan_moe_construction(len(models), num_layers, config)
+    if all(model.source_layers is None for model in models):
+        return plan
+    layers = np.array([m.source_layers or range(num_layers) for m in models])
+    return MoeConstructionPlan(
+        plan.source_model, layers[plan.source_model[0]].T, num_models=plan.num_models
+    )
+
+
+def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
+    """The source models and the base, each folder opened once; all their problems at once."""
+    opened = collect(open_dense_model, (*models, base))
+    return [opened[model] for model in models], opened[base]

@@ -5,45 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from moe_fast.checkpoint.files import OpenFiles, SourceFile
-from moe_fast.checkpoint.header import (
-    DTYPE_CODES,
-    WEIGHT_DTYPES,
-    Tensor,
-    json_text,
-    read_header_and_metadata,
-)
-from moe_fast.checkpoint.inspection import as_floats, read_floats
-from moe_fast.checkpoint.manifest import FileRecord, Manifest, SourceRecord
-from moe_fast.checkpoint.moe import NUM_EXPERTS_KEYS, MoeLayer, MoeModel, first_size, open_moe_model
-from moe_fast.checkpoint.output import (
-    Contents,
-    Progress,
-    Writing,
-    companions_of,
-    lack_of_space,
-    obstacles,
-    overflow_warnings,
-    write_checkpoint,
-)
-from moe_fast.checkpoint.provenance import CARD, updated_card
-from moe_fast.checkpoint.readers import Reader, has_tokenizer, readers_of
-from moe_fast.checkpoint.request import ConvertRequest, ModelPath
-from moe_fast.checkpoint.source import read_rope
-from moe_fast.checkpoint.structure import structure_problems
-from moe_fast.checkpoint.table import FORMAT, OutputTensor, Weight, index_json, into_shards
-from moe_fast.checkpoint.targets import TARGETS, Target, joined
-from moe_fast.config import Dtype, Layout, as_member
-from moe_fast.errors import CheckpointError, as_index
-from moe_fast.health import complaint_on_random_tokens
+from moe_fast.checkpoint.card import CARD, updated_card
+from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
+from moe_fast.checkpoint.manifest import Manifest
+from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checks import as_index, as_member
+from moe_fast.config import Dtype, Layout
+from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES
+from moe_fast.errors import CheckpointError
+from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, read_rope
+from moe_fast.families.moe import MoeFamily, joined
+from moe_fast.families.readers import find_readers
+from moe_fast.families.registry import moe_families
+from moe_fast.families.rules import Reader
+from moe_fast.models.inspection import read_floats
+from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
+from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
+from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+from moe_fast.routing.health import complaint_on_random_tokens
+from moe_fast.storage.companions import find_companions, has_tokenizer
+from moe_fast.storage.files import OpenFiles
+from moe_fast.storage.floats import decode_any
+from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
+from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import numbered
 
 if TYPE_CHECKING:
@@ -85,14 +76,30 @@ class ConvertReport(Report):
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What a request to convert comes to: every tensor of the output, nothing written."""
+class ConvertRequest(Request):
+    """One MoE to write in another layout or dtype; `model` is a folder."""
 
-    model: MoeModel
-    target: Target
-    layout: Layout
-    tensors: tuple[OutputTensor, ...]
-    config: Mapping[str, Any]
+    operation: ClassVar[str] = "convert"
+
+    model: str
+    layout: Layout | None = None
+    dtype: Dtype | None = None
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    def folders(self) -> list[str]:
+        return [self.model]
+
+    def moved(self, now: Mapping[str, str]) -> ConvertRequest:
+        return replace(self, model=now[self.model])
+
+
+@dataclass(frozen=True)
+class ConvertDesign(Design):
+    """A design with what the report of a conversion tells."""
+
+    model: MoeModel = field(kw_only=True, repr=False)
+    layout: Layout = field(kw_only=True)
+    readers: tuple[Reader, ...] = field(kw_only=True, repr=False)
 
 
 def convert_moe(
@@ -162,100 +169,90 @@ def convert_moe(
         dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
-    how = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     started = time.perf_counter()
-    output = Path(output)
-    try:
-        conversion = prepare_conversion(request)
-    except CheckpointError as error:
-        raise CheckpointError(*error.problems, *obstacles(output, (), how)) from None
-    source = conversion.model
-    files = sorted({tensor.file for tensor in source.tensors.values()})
-    shards = into_shards(conversion.tensors, request.max_shard_size, metadata_of(files))
-    readers = readers_of(
-        conversion.config,
-        conversion.layout,
-        source.num_experts,
-        has_tokenizer=has_tokenizer(source.path),
-    )
-    texts = {"config.json": json_text(conversion.config), **index_json(shards)}
-    companions = companions_of(source.path)
-    card = source.path / CARD
-    if (text := updated_card(card, readers)) is not None:
-        texts[CARD] = text
-    elif card.is_file():
-        companions.append(card)
-    contents = Contents(shards, texts, companions)
-    problems = [*obstacles(output, files, how), *lack_of_space(output, contents)]
-    if problems:
-        raise CheckpointError(*problems)
-    written: Mapping[str, FileRecord] = {}
-    if not how.dry_run:
-
-        def manifest(records: dict[str, FileRecord]) -> str:
-            return Manifest(
-                moe_fast=version("moe-fast"),
-                conversion=request,
-                target=conversion.target.name,
-                source_files=tuple(SourceRecord.of(file) for file in files),
-                files=records,
-            ).text()
-
-        written = write_checkpoint(output, contents, manifest, how)
+    design = make_design(request, output, writing)
+    assert isinstance(design, ConvertDesign)
+    records = design.write(output, writing)
     return ConvertReport(
-        output=output,
-        model_type=source.model_type,
-        layout_before=source.layout,
-        layout=str(conversion.layout),
-        dtypes_before=distinct(tensor.dtype for tensor in source.tensors.values()),
-        dtypes=distinct(tensor.weight.dtype for tensor in conversion.tensors),
-        num_tensors=len(conversion.tensors),
-        num_bytes=contents.nbytes,
-        num_files=len(shards),
+        output=Path(output),
+        model_type=design.family,
+        layout_before=design.model.layout,
+        layout=str(design.layout),
+        dtypes_before=distinct(tensor.dtype for tensor in design.model.tensors.values()),
+        dtypes=distinct(weight.dtype for weight in design.weights.values()),
+        num_tensors=len(design.weights),
+        num_bytes=design.num_bytes,
+        num_files=len(design.shards),
         seconds=time.perf_counter() - started,
-        readers=readers,
-        dry_run=how.dry_run,
-        warnings=(*rounding_warnings(conversion, request.dtype), *overflow_warnings(written)),
+        readers=design.readers,
+        dry_run=writing.dry_run,
+        warnings=(*design.warnings, *warn_of_overflow(records)),
     )
 
 
-def prepare_conversion(request: ConvertRequest) -> Conversion:
-    """Open the model of a request and lay out its output, from headers alone."""
+@design_of.register
+def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -> ConvertDesign:
+    """From headers and routers alone."""
     model = open_moe_model(request.model)
     if not model.layers:
         raise CheckpointError(f"{model.path}: holds no experts; it is not an MoE")
-    target = TARGETS.get(model.model_type)
-    if target is None:
+    family = moe_families().get(model.model_type)
+    if family is None:
         raise CheckpointError(
             f"{model.path / 'config.json'}: model_type {model.model_type!r} cannot be converted; "
-            f"{', '.join(TARGETS)} can"
+            f"{', '.join(moe_families())} can"
         )
     problems = model.problems() or structure_problems(model)
     if problems:
         raise CheckpointError(*problems)
     layout = request.layout or Layout(model.layout)
-    if layout not in target.layouts:
+    if layout not in family.layouts:
         raise CheckpointError(
-            f"layout {str(layout)!r}: {target.title} has {str(target.layouts[0])!r} alone"
+            f"layout {str(layout)!r}: {family.title} has {str(family.layouts[0])!r} alone"
         )
-    to = None if request.dtype is None else DTYPE_CODES[request.dtype]
-    tensors = tuple(converted_tensors(model, target, layout, to))
-    return Conversion(model, target, layout, tensors, converted_config(model, request.dtype))
+    weights = dict(converted_tensors(model, family, layout, request.dtype))
+    config = converted_config(model, request.dtype)
+    tokenizer = has_tokenizer(model.path)
+    readers = find_readers(config, layout, model.num_experts, has_tokenizer=tokenizer)
+    companions = find_companions(model.path)
+    card = updated_card(model.path / CARD, readers)
+    if card is None and (model.path / CARD).is_file():
+        companions.append(model.path / CARD)
+    return ConvertDesign(
+        weights=weights,
+        config=config,
+        companions=companions,
+        sources=[model.tensors],
+        family=family.name,
+        num_experts=model.num_experts * len(model.layers),
+        manifest=Manifest(request=request, family=family.name),
+        reference=model.path,
+        reason_to_differ=find_rounding(request.dtype, model.tensors),
+        card=card,
+        warnings=tuple(warn_of_rounding(model, family, layout, weights, request.dtype)),
+        metadata=metadata_of(model.tensors.values()),
+        max_shard_size=request.max_shard_size,
+        model=model,
+        layout=layout,
+        readers=readers,
+    )
 
 
 def converted_tensors(
-    model: MoeModel, target: Target, layout: Layout, to: str | None
+    model: MoeModel, family: MoeFamily, layout: Layout, dtype: Dtype | None
 ) -> Iterator[OutputTensor]:
     """The model's tensors in their order, each layer's experts where its first one stood."""
+    to = None if dtype is None else DTYPE_CODES[dtype]
     before = Layout(model.layout)
     layer_of: dict[str, MoeLayer] = {}
     routers: dict[str, str] = {}
     for layer in model.layers:
-        for old in target.expert_tensors(layer.number, model.num_experts, before):
+        for old in family.expert_tensors(layer.number, model.num_experts, before):
             layer_of[old.name] = layer
-        routers[target.router_name(layer.number, before)] = target.router_name(layer.number, layout)
+        routers[family.router_name(layer.number, before)] = family.router_name(layer.number, layout)
 
-    def carried(tensor: Tensor) -> Weight:
+    def keep(tensor: Tensor) -> Weight:
         return Weight.of(tensor) if to is None else Weight.of(tensor).converted(to)
 
     if to is not None:
@@ -263,15 +260,15 @@ def converted_tensors(
     done = set()
     for name, tensor in model.tensors.items():
         if name not in layer_of:
-            yield OutputTensor(routers.get(name, name), carried(tensor))
+            yield OutputTensor(routers.get(name, name), keep(tensor))
         elif layer_of[name].number not in done:
             layer = layer_of[name]
             done.add(layer.number)
-            for new in target.expert_tensors(layer.number, model.num_experts, layout):
-                parts = [layer.experts[expert][role] for expert, role in new.parts]
+            for new in family.expert_tensors(layer.number, model.num_experts, layout):
+                parts = [layer.experts[expert][role] for expert, role in new.slices]
                 if to is None:
                     check_dtypes(parts)
-                weights = [carried(part) for part in parts]
+                weights = [keep(part) for part in parts]
                 yield OutputTensor(new.name, joined(weights, new, model.num_experts))
 
 
@@ -298,21 +295,25 @@ def refuse_other_dtypes(model: MoeModel) -> None:
         raise CheckpointError(*problems)
 
 
-def rounding_warnings(conversion: Conversion, dtype: Dtype | None) -> list[str]:
+def warn_of_rounding(
+    model: MoeModel,
+    family: MoeFamily,
+    layout: Layout,
+    weights: Mapping[str, Weight],
+    dtype: Dtype | None,
+) -> list[str]:
     """Where routers tell experts apart, and no longer would once they are rounded to `dtype`."""
     if dtype is None:
         return []
-    model = conversion.model
     top_k = min(model.num_experts_per_tok or 2, model.num_experts)
-    rounded = {tensor.name: tensor.weight for tensor in conversion.tensors}
     found: dict[str, list[int]] = {}
     with OpenFiles() as files:
         for layer in model.layers:
             assert layer.router is not None
-            weight = rounded[conversion.target.router_name(layer.number, conversion.layout)]
-            data = b"".join(bytes(chunk) for piece in weight.pieces for chunk in piece.chunks())
+            weight = weights[family.router_name(layer.number, layout)]
+            data = b"".join(weight.read(0, weight.nbytes))
             before = read_floats(layer.router, files)
-            after = as_floats(data, weight.dtype, weight.shape)
+            after = decode_any(data, weight.dtype, weight.shape)
             if after is None or before is None or not np.isfinite(after).all():
                 continue  # what became infinite is a warning of its own
             text = complaint_on_random_tokens(after, top_k)
@@ -344,6 +345,7 @@ def converted_config(model: MoeModel, to: Dtype | None) -> dict[str, Any]:
     return config
 
 
-def metadata_of(files: list[SourceFile]) -> dict[str, str]:
+def metadata_of(tensors: Iterable[Tensor]) -> dict[str, str]:
     """The metadata of the model's first file, which every new file gets."""
-    return FORMAT | read_header_and_metadata(Path(files[0].path))[1]
+    first = min(Path(tensor.file.path) for tensor in tensors)
+    return FORMAT | read_header_and_metadata(first)[1]

@@ -5,31 +5,24 @@ Whoever reads it trusts nothing: every type in it is checked, and it names files
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from moe_fast.checkpoint.files import SourceFile
-from moe_fast.checkpoint.header import LONGEST_INDEX, json_text, read_json
-from moe_fast.checkpoint.request import BuildRequest, ConvertRequest
+from moe_fast import checkpoint
 from moe_fast.errors import CheckpointError, MoeConfigError
-from moe_fast.plain import typed
+from moe_fast.plain import plain, typed
+from moe_fast.request import Request
+from moe_fast.storage.files import SourceFile
+from moe_fast.storage.strict_json import LONGEST_INDEX, brief, json_text, read_json
+from moe_fast.storage.writer import FileRecord
+from moe_fast.version import VERSION
 
 MANIFEST = "moe_fast.json"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of the output: its bytes, and SHA-256 digests in hexadecimal.
-
-    `header_sha256` is that of a safetensors file up to its data; `sha256`, of the whole file, is
-    there where the build was asked for checksums. `overflow` counts by tensor the finite weights
-    that became infinite in the output's dtype; where none did, it is not there.
-    """
-
-    size: int
-    header_sha256: str | None = None
-    sha256: str | None = None
-    overflow: dict[str, int] | None = None
+MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -48,38 +41,52 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the writer knew: the request to build, or to convert, and what came of it.
+    """What the writer knew: the request, and what came of it.
 
-    `source_model` and `source_layer` are the plan's, per layer. `gate_sha256` has a digest for the
-    router of each layer that has one, and then for each gate of shared experts, where running a
-    model made them: nobody can make the same bytes again with certainty.
+    `facts` tell people more than the request does. `decisions` are what `design_of` cannot decide
+    again in the same way with certainty, and takes from here.
     """
 
-    moe_fast: str
-    target: str
-    source_files: tuple[SourceRecord, ...]
-    files: dict[str, FileRecord]
-    request: BuildRequest | None = None
-    conversion: ConvertRequest | None = None
-    source_model: tuple[tuple[int, ...], ...] = ()
-    source_layer: tuple[tuple[int, ...], ...] = ()
-    gate_sha256: tuple[str, ...] = ()
-
-    @property
-    def asked(self) -> BuildRequest | ConvertRequest:
-        """The one of `request` and `conversion` that is there."""
-        asked = self.request or self.conversion
-        assert asked is not None
-        return asked
+    request: Request
+    family: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    decisions: Mapping[str, Any] = field(default_factory=dict)
+    source_files: tuple[SourceRecord, ...] = ()
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    moe_fast: str = VERSION
 
     def text(self) -> str:
         """The manifest as JSON; digests that were not computed are left out."""
-        value = {key: item for key, item in asdict(self).items() if item not in (None, ())}
-        value["files"] = {
-            name: {key: item for key, item in record.items() if item is not None}
-            for name, record in value["files"].items()
+        request = plain(self.request)
+        value = {
+            "manifest_version": MANIFEST_VERSION,
+            "moe_fast": self.moe_fast,
+            "operation": self.request.operation,
+            "request": {key: item for key, item in request.items() if item not in (None, [])},
+            "family": self.family,
+            "facts": plain(self.facts),
+            "decisions": plain(self.decisions),
+            "source_files": plain(self.source_files),
+            "files": {
+                name: {key: item for key, item in asdict(record).items() if item is not None}
+                for name, record in self.files.items()
+            },
         }
-        return json_text(value)
+        return json_text({key: item for key, item in value.items() if item != {}})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The keys of a manifest apart from its request, as the file has them."""
+
+    manifest_version: int
+    moe_fast: str
+    operation: str
+    family: str
+    source_files: tuple[SourceRecord, ...]
+    files: dict[str, FileRecord]
+    facts: dict[str, Any] = field(default_factory=dict)
+    decisions: dict[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -88,21 +95,40 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     CheckpointError
-        Where there is none, or a value in it is not of its kind: with its key.
+        If there is none, if it is of another version, or if a value is not of its kind.
     """
     path = folder / MANIFEST
     value = read_json(path, limit=LONGEST_INDEX)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
+    version = value.get("manifest_version")
+    if version != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path}: manifest_version is {brief(version)}, this version of moe_fast reads "
+            f"{MANIFEST_VERSION}; build the output again, or check it without the file"
+        )
+    rest = {key: item for key, item in value.items() if key != "request"}
     try:
-        manifest: Manifest = typed(value, Manifest, str(path))
+        stored: Stored = typed(rest, Stored, str(path))
+        request: Request = typed(
+            value.get("request"), request_type(stored.operation, path), f"{path}.request"
+        )
+        request.validate()
     except MoeConfigError as error:
-        raise CheckpointError(str(error)) from None
-    if (manifest.request is None) == (manifest.conversion is None):
-        raise CheckpointError(f"{path}: must have one of the keys 'request' and 'conversion'")
-    if manifest.request is not None:
-        try:
-            manifest.request.config.validate()
-        except MoeConfigError as error:
-            raise CheckpointError(f"{path}.request.config: {error}") from None
-    return manifest
+        where = "" if str(error).startswith(str(path)) else f"{path}.request: "
+        raise CheckpointError(f"{where}{error}") from None
+    return Manifest(
+        request, stored.family, stored.facts, stored.decisions, stored.source_files, stored.files,
+        stored.moe_fast,
+    )  # fmt: skip
+
+
+def request_type(operation: str, path: Path) -> type[Request]:
+    """The class of an operation's requests: that of the file of this package named like it."""
+    known = {module.name for module in pkgutil.iter_modules(checkpoint.__path__)}
+    if operation in known:
+        importlib.import_module(f"{checkpoint.__name__}.{operation}")
+    for kind in Request.__subclasses__():
+        if kind.operation == operation:
+            return kind
+    raise CheckpointError(f"{path}: the operation {brief(operation)} is not known here")

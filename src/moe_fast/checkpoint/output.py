@@ -10,43 +10,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_fast.checkpoint.files import SourceFile, open_regular
-from moe_fast.checkpoint.manifest import MANIFEST, FileRecord
-from moe_fast.checkpoint.staging import is_around, staged, unfinished, why_not
-from moe_fast.checkpoint.table import Shard
-from moe_fast.checkpoint.writer import copy_file, key_of, write_shards, write_text
-from moe_fast.errors import of_all
+from moe_fast.checkpoint.manifest import MANIFEST
+from moe_fast.storage.files import SourceFile
+from moe_fast.storage.staging import is_around, staged, unfinished, why_not
+from moe_fast.storage.tensors import Shard
+from moe_fast.storage.writer import FileRecord, copy_file, key_of, write_shards, write_text
 from moe_fast.threads import as_threads
 
 Progress = Callable[[int, int], None]
-
-# What belongs to the base model besides its weights and is copied as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template.*",
-    "generation_config.json",
-)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The files of a checkpoint: weights, texts by name, and files to copy as they are."""
-
-    shards: Sequence[Shard]
-    texts: Mapping[str, str]
-    companions: Sequence[Path]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the weights and their headers."""
-        return sum(shard.nbytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -89,15 +60,11 @@ class Writing:
             )
 
 
-def companions_of(model: Path) -> list[Path]:
-    """The tokenizer files and generation settings of a model folder, each one readable."""
-    files = [file for pattern in COMPANIONS for file in sorted(model.glob(pattern))]
-    files = [file for file in files if not file.is_dir()]
-    return list(of_all(lambda file: open_regular(file).close(), files))
-
-
-def obstacles(
-    output: Path, sources: Collection[SourceFile], how: Writing, also_read: Collection[Path] = ()
+def find_obstacles(
+    output: Path,
+    sources: Collection[SourceFile],
+    writing: Writing,
+    also_read: Collection[Path] = (),
 ) -> Iterator[str]:
     """Why a checkpoint from `sources` cannot be written to `output`.
 
@@ -112,7 +79,7 @@ def obstacles(
         yield f"{output}: would replace {inside[0]}, which it is made from; choose another output"
     elif around:
         yield f"{output}: lies in {around[0]}, which it is made from; choose another output"
-    elif (problem := why_not(output, overwrite=how.overwrite)) is not None:
+    elif (problem := why_not(output, overwrite=writing.overwrite)) is not None:
         yield problem
     parent = existing_parent(output)
     if not parent.is_dir():
@@ -121,13 +88,13 @@ def obstacles(
         yield f"{output}: the folder {parent} is not writable"
 
 
-def lack_of_space(output: Path, contents: Contents) -> Iterator[str]:
+def find_lack_of_space(output: Path, nbytes: int) -> Iterator[str]:
     """Whether the disk is too full, beside what an unfinished build to `output` already takes."""
     output = Path(os.path.realpath(output))
     free = shutil.disk_usage(existing_parent(output)).free + unfinished(output)
-    if contents.nbytes > free:
+    if nbytes > free:
         yield (
-            f"{output}: needs {contents.nbytes:,} bytes of disk, "
+            f"{output}: needs {nbytes:,} bytes of disk, "
             f"{free:,} are free; choose another disk or make room"
         )
 
@@ -136,39 +103,43 @@ def existing_parent(output: Path) -> Path:
     return next(parent for parent in output.parents if os.path.lexists(parent))
 
 
-def write_checkpoint(
+def write_output(
     output: Path,
-    contents: Contents,
+    shards: Sequence[Shard],
+    texts: Mapping[str, str],
+    companions: Sequence[Path],
     manifest: Callable[[dict[str, FileRecord]], str],
-    how: Writing,
+    writing: Writing,
 ) -> dict[str, FileRecord]:
-    """Write all files of a checkpoint, the manifest last; `output` appears when it is complete.
+    """Write all files of an output, the manifest last; `output` appears when it is complete.
 
     `manifest` gets the records of the other files, which are returned, and gives its text.
     """
-    key = key_of(contents.shards, how.fsync)
-    written = WrittenBytes(contents.nbytes, how.progress)
-    with staged(output, key, overwrite=how.overwrite, fsync=how.fsync) as folder:
+    key = key_of(shards, writing.fsync)
+    written = WrittenBytes(sum(shard.nbytes for shard in shards), writing.progress)
+    with staged(output, key, overwrite=writing.overwrite, fsync=writing.fsync) as folder:
         records = write_shards(
-            contents.shards,
+            shards,
             folder,
-            threads=as_threads(how.threads),
-            executor=how.executor,
-            checksum=how.checksum,
-            fsync=how.fsync,
+            threads=as_threads(writing.threads),
+            executor=writing.executor,
+            checksum=writing.checksum,
+            fsync=writing.fsync,
             advance=written.add,
         )
-        for name, text in contents.texts.items():
-            records[name] = write_text(text, folder / name, checksum=how.checksum, fsync=how.fsync)
-        for source in contents.companions:
-            records[source.name] = copy_file(
-                source, folder / source.name, checksum=how.checksum, fsync=how.fsync
+        for name, text in texts.items():
+            records[name] = write_text(
+                text, folder / name, checksum=writing.checksum, fsync=writing.fsync
             )
-        write_text(manifest(records), folder / MANIFEST, fsync=how.fsync)
+        for source in companions:
+            records[source.name] = copy_file(
+                source, folder / source.name, checksum=writing.checksum, fsync=writing.fsync
+            )
+        write_text(manifest(records), folder / MANIFEST, fsync=writing.fsync)
     return records
 
 
-def overflow_warnings(records: Mapping[str, FileRecord]) -> list[str]:
+def warn_of_overflow(records: Mapping[str, FileRecord]) -> list[str]:
     """One for each file with weights that its dtype does not hold."""
     return [
         f"{name}: {sum(counts.values())} weights of {len(counts)} tensors are beyond the dtype and "

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 MULTIPLIER = 6364136223846793005
 SEEDS = {"random": 0x5DEECE66D1A4F681, "balanced": 0xCAFEBABEDEADBEEF}
-
-
 # Bits of the significand and exponent of the smallest positive number (IEEE 754, bfloat16).
 FORMATS = {
     "float64": (53, -1074),

@@ -1,0 +1,1 @@
+"""What a model makes of texts: tokens, activations, routers, logits."""

@@ -1,0 +1,301 @@
+"""Where an output came from, for people: a model card, and a line in each file's metadata.
+
+Models are named by their folder or their name on the Hub, never by a path: who reads a card has no
+business with somebody else's home directory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moe_fast.checkpoint.construction import Construction
+from moe_fast.errors import CheckpointError
+from moe_fast.families.moe import MoeFamily
+from moe_fast.families.readers import find_readers
+from moe_fast.families.rules import Reader
+from moe_fast.request import ExpertSource
+from moe_fast.storage.companions import has_tokenizer
+from moe_fast.storage.files import open_regular
+from moe_fast.storage.tensors import FORMAT
+from moe_fast.version import VERSION
+from moe_fast.wording import ranges
+
+CARD = "README.md"
+LONGEST_CARD = 1_000_000
+LONGEST_METADATA = 1000
+LONGEST_RECIPE = 20_000
+MOST_IN_TITLE = 4
+# The folder in which the Hub's cache keeps a revision of a model.
+SNAPSHOT = re.compile(r"models--(?P<name>[\w.-]+)[/\\]snapshots[/\\]\w+[/\\]?$")
+# What the Hub takes for the name of a model; other folder names stay out of its metadata.
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+LICENSE_KEYS = ("license", "license_name", "license_link")
+SIMPLE_VALUE = re.compile(r"""(['"]?)(?P<value>[\w.+:/-]+)\1""", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Experts that were made alike: their numbers, and what they were made of."""
+
+    experts: tuple[int, ...]
+    models: str
+    layers: str
+    changes: str
+
+
+def origins(construction: Construction) -> list[Origin]:
+    """Which experts come from where, alike ones together."""
+    names = names_of(construction)
+    plan, rows = construction.plan, list(construction.moe_layers)
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for expert in range(plan.num_experts):
+        models = tuple(plan.source_model[rows, expert].tolist())
+        layers = tuple(plan.source_layer[rows, expert].tolist())
+        groups.setdefault((models, layers), []).append(expert)
+    found = []
+    for (models, layers), experts in groups.items():
+        used = [construction.models[model] for model in dict.fromkeys(models)]
+        found.append(
+            Origin(
+                tuple(experts),
+                ", ".join(dict.fromkeys(names[source.model] for source in used)),
+                "the same" if list(layers) == rows else ranges(layers),
+                ", ".join(dict.fromkeys(changes(source) for source in used)),
+            )
+        )
+    return found
+
+
+def changes(source: ExpertSource) -> str:
+    """What happened to the weights of a source on their way."""
+    noise = f"noise of {source.noise_scale:g}" if source.noise_scale else ""
+    scale = f"output times {source.residual_scale:g}" if source.residual_scale != 1 else ""
+    return " and ".join(filter(None, (noise, scale))) or "none"
+
+
+def names_of(construction: Construction) -> dict[str, str]:
+    """A name for each source folder."""
+    sources = [source.model for source in (*construction.models, *construction.shared_experts)]
+    return distinct_names([*sources, str(construction.base.path)])
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """A name for each folder; equal names of different folders are numbered."""
+    names: dict[str, str] = {}
+    for path in dict.fromkeys(paths):
+        name = model_name(path)
+        taken = sum(model_name(other) == name for other in names)
+        names[path] = f"{name} ({taken + 1})" if taken else name
+    return names
+
+
+def model_name(path: str) -> str:
+    """The name on the Hub where the folder is of its cache, else the folder's own."""
+    cached = SNAPSHOT.search(path)
+    if cached:
+        return cached["name"].replace("--", "/", 1)
+    return Path(path).name or "model"
+
+
+def file_metadata(construction: Construction) -> dict[str, str]:
+    """What every safetensors file of the output says of itself; short, and strings alone."""
+    experts = "; ".join(f"{ranges(o.experts)}: {o.models}" for o in origins(construction))
+    if len(experts) > LONGEST_METADATA:
+        experts = experts[:LONGEST_METADATA] + " ..."
+    return FORMAT | {"moe_fast": VERSION, "experts": printable(experts)}
+
+
+def model_card(
+    recipe: Mapping[str, Any],
+    family: MoeFamily,
+    layout: str,
+    construction: Construction,
+    config_json: Mapping[str, Any],
+) -> str:
+    """The README.md of an output, with the metadata that the Hub shows.
+
+    `recipe` holds the keys of the recipe that builds the same.
+    """
+    names = names_of(construction)
+    base = names[str(construction.base.path)]
+    plan, config = construction.plan, construction.config
+    sources = list(dict.fromkeys(names[source.model] for source in construction.models))
+    listed = ", ".join(sources[:MOST_IN_TITLE]) + ", ..." * (len(sources) > MOST_IN_TITLE)
+    moe_layers = len(construction.moe_layers)
+    parts = "one dense model" if len(sources) == 1 else f"{len(sources)} dense models"
+    lines = [
+        *front_matter(family, [base, *sources], license_of(construction.base.path)),
+        "",
+        f"# {family.title} of {plan.num_experts} experts from {escaped(listed)}",
+        "",
+        f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {moe_layers} "
+        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {VERSION} "
+        f"made it from {parts}; nothing in it has been trained since. Its routers start by the "
+        f"method `{construction.routers.start.method}`.",
+        "",
+        "## Experts",
+        "",
+        "| experts | from | layers | changes |",
+        "|---|---|---|---|",
+    ]
+    for origin in origins(construction):
+        cells = (ranges(origin.experts), escaped(origin.models), origin.layers, origin.changes)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Everything else comes from {escaped(base)}."]
+    if construction.dense_layers:
+        listed = ranges(construction.dense_layers)
+        lines[-1] += f" So do the FFNs of the layers that have no experts: {listed}."
+    shared = [names[source.model] for source in construction.shared_experts]
+    if shared:
+        lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."
+    remote = ", trust_remote_code=True" if "auto_map" in config_json else ""
+    lines += [
+        *recipe_lines(recipe, names),
+        "",
+        "## Loading it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "."  # the folder of this file, or the name on the Hub',
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "```",
+        "",
+    ]
+    tokenizer = has_tokenizer(construction.base.path)
+    readers = find_readers(config_json, layout, plan.num_experts, has_tokenizer=tokenizer)
+    return "\n".join(lines) + reader_lines(readers)
+
+
+def recipe_lines(recipe: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    """The recipe that builds the same again, from models of these names."""
+    keys = {
+        **recipe,
+        "base_model": names[recipe["base_model"]],
+        "models": [source_keys(source, names) for source in recipe["models"]],
+        "shared_experts": [source_keys(source, names) for source in recipe["shared_experts"]],
+    }
+    lines = []
+    for key, value in keys.items():
+        if key in ("models", "shared_experts") and value:
+            lines += [f"{key}:", *(f"- {as_yaml(item)}" for item in value)]
+        elif value not in (None, [], 0):
+            lines.append(f"{key}: {as_yaml(value)}")
+    yield from ("", "## Recipe", "")
+    if sum(map(len, lines)) > LONGEST_RECIPE:
+        yield "It is in the manifest, `moe_fast.json`."
+    else:
+        yield f"`moe-fast build recipe.yml -o OUTPUT` {AGAIN}, with models of these names:"
+        yield from ("", "```yaml", *lines, "```")
+
+
+def source_keys(source: ExpertSource, names: Mapping[str, str]) -> dict[str, Any]:
+    """An entry of a recipe's models: what is not the default."""
+    given = {"source_model": names[source.model]}
+    for each in fields(source):
+        value = getattr(source, each.name)
+        if each.name != "model" and value != each.default:
+            given[each.name] = value
+    return given
+
+
+def as_yaml(value: Any) -> str:
+    """A value in one line of YAML."""
+    if isinstance(value, str):
+        return quoted(value) if type(value) is str else str(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_yaml(item)}' for key, item in value.items())}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return repr(value)
+
+
+# What a recipe does: before and after its output is converted.
+AGAIN, BEFORE_CONVERSION = "makes it again", "made what this was converted from"
+READERS = "\nReaders: "
+
+
+def reader_lines(readers: Sequence[Reader]) -> str:
+    """The end of a card: who loads the checkpoint, and why others do not."""
+    able = ", ".join(reader.name for reader in readers if reader.loads)
+    lines = [f"{READERS}{able or 'none known'}."]
+    for reader in readers:
+        if not reader.loads:
+            lines.append(f"{reader.name} does not load it: {'; '.join(reader.reasons)}.")
+    return "\n".join(lines) + "\n"
+
+
+def updated_card(card: Path, readers: Sequence[Reader]) -> str | None:
+    """The text of a card that `model_card` wrote, for a conversion; `None` for other cards."""
+    text = read_card(card)
+    if text is None or "\n- moe_fast\n" not in text or READERS not in text:
+        return None
+    kept = text[: text.index(READERS)].replace(AGAIN, BEFORE_CONVERSION, 1)
+    return kept + reader_lines(readers)
+
+
+def front_matter(
+    family: MoeFamily, models: Iterable[str], license_values: Mapping[str, str]
+) -> list[str]:
+    """The YAML block that the Hub reads; every value is a quoted string."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"{key}: {quoted(value)}" for key, value in license_values.items()]
+    named = [model for model in dict.fromkeys(models) if HUB_NAME.fullmatch(model)]
+    if named:
+        lines += ["base_model:", *(f"- {quoted(model)}" for model in named)]
+    tags = ("moe", "merge", "moe_fast", family.name)
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---"]
+
+
+def license_of(model: Path) -> dict[str, str]:
+    """The license that a model's own card names, where it has a card that names one plainly."""
+    lines = (read_card(model / CARD) or "").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    found: dict[str, str] = {}
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return found
+        key, _, value = line.partition(":")
+        match = SIMPLE_VALUE.fullmatch(value.strip())
+        if key in LICENSE_KEYS and match:
+            found[key] = match["value"]
+    return {}
+
+
+def read_card(card: Path) -> str | None:
+    """The text of a card; `None` where there is none that can be read."""
+    try:
+        with open_regular(card) as stream:
+            return bytes(stream.read(LONGEST_CARD)).decode()
+    except (CheckpointError, UnicodeDecodeError):
+        return None
+
+
+def quoted(text: str) -> str:
+    """`text` as a YAML string in double quotes."""
+    return '"' + "".join(map(escape, text)) + '"'
+
+
+def escape(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    surrogate = 0xD800 <= ord(character) <= 0xDFFF  # no character, in no encoding
+    return "?" if surrogate else f"\\U{ord(character):08x}"
+
+
+def escaped(text: str) -> str:
+    """`text` as Markdown shows it, whatever is in it."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~&])", r"\\\1", printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with a question mark for each character that is none to look at."""
+    return "".join(c if c.isprintable() else "?" for c in text)

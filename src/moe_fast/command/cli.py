@@ -1,0 +1,600 @@
+"""The command: parses, calls, prints. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, cast
+
+import typer
+
+import moe_fast
+from moe_fast.command.console import (
+    complain,
+    progress_bar,
+    say,
+    show_build,
+    show_check,
+    show_conversion,
+    show_diagnosis,
+    show_model,
+    show_plan,
+    show_routing,
+)
+from moe_fast.command.doctor import diagnose
+from moe_fast.command.options import in_options
+from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.drawing.plotting import save_load_picture
+from moe_fast.errors import CheckpointError, MoeFastError
+from moe_fast.families.registry import moe_families
+from moe_fast.plan import plan_moe_construction
+from moe_fast.reports import Report
+from moe_fast.request import ROUTER_METHODS, RouterMethod
+from moe_fast.routing.logits_file import statistics_of_file
+from moe_fast.routing.weights import compute_router_weights
+from moe_fast.routing.weights_file import write_router_weights
+from moe_fast.storage.npy import map_npy
+
+app = typer.Typer(
+    name="moe-fast",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check "
+    "it, look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
+    "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
+)
+RECIPE_ENDINGS = (".yml", ".yaml")
+LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
+SAID_BY_RECIPES = (
+    "experts",
+    "experts_per_token",
+    "target",
+    "layout",
+    "dtype",
+    "base",
+    "dense_layers",
+    "routers",
+)
+CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
+MaxShardSize = Annotated[
+    int,
+    typer.Option(
+        parser=lambda text: parse_size(str(text)),
+        metavar="SIZE",
+        help="Bytes of weights per file, such as 500MB or 5GB.",
+        show_default="5GB",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+]
+Checksum = Annotated[
+    bool, typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest.")
+]
+Fsync = Annotated[
+    bool, typer.Option("--fsync", help="Wait until the output would last through a power cut.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
+]
+RouterStart = Annotated[
+    RouterInit,
+    typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+]
+HiddenStates = Annotated[
+    Path | None,
+    typer.Option(
+        "--hidden-states",
+        metavar="FILE.npy",
+        help="What the routers read, [T, H] or [L, T, H], to predict the load from.",
+        show_default="random tokens",
+    ),
+]
+AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moe-fast {version('moe-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def commands(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL",
+            help="Dense models, folders or names on the Hub; or one recipe (.yml or .yaml).",
+        ),
+    ],
+    output: OutputFolder,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="FAMILY",
+            help=f"auto, {', '.join(moe_families())}.",
+            autocompletion=lambda: ["auto", *moe_families()],
+        ),
+    ] = "auto",
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="How experts are stored.", show_default="per-expert where there is one"),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="the sources'"),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Gives attention, embeddings, norms and tokenizer.", show_default="the first model"
+        ),
+    ] = None,
+    dense_layers: Annotated[
+        str,
+        typer.Option(metavar="LAYERS", help="Layers without experts, such as 0,5 or 0-3."),
+    ] = "",
+    routers: Annotated[
+        str,
+        typer.Option(
+            metavar="START",
+            help=f"How routers start: {', '.join(ROUTER_METHODS)}.",
+            autocompletion=lambda: list(ROUTER_METHODS),
+        ),
+    ] = "balanced",
+    hidden_states: HiddenStates = None,
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
+    from_recipe = any(model.suffix in RECIPE_ENDINGS for model in models)
+    said_elsewhere = SAID_BY_RECIPES if from_recipe else ()
+    with reported_errors(context, said_elsewhere), progress_bar() as progress:
+        how: dict[str, Any] = {
+            "hidden_states": states_of(hidden_states),
+            "max_shard_size": max_shard_size,
+            "overwrite": overwrite,
+            "threads": threads,
+            "checksum": checksum,
+            "fsync": fsync,
+            "dry_run": dry_run,
+            "progress": progress,
+        }
+        if from_recipe:
+            refuse_beside_a_recipe(context, models)
+            report = moe_fast.build_recipe(models[0], output, **how)
+        else:
+            report = moe_fast.build_moe(
+                models,
+                output,
+                MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
+                target=target,
+                layout=layout,
+                dtype=dtype,
+                base=base,
+                dense_layers=parse_layers(dense_layers),
+                routers=cast(RouterMethod, routers),
+                **how,
+            )
+    show(report, show_build, as_json)
+
+
+def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
+    """A recipe says which models and what of them: nothing on the command line does as well."""
+    if len(models) > 1:
+        raise typer.BadParameter("a recipe stands alone, without models or other recipes")
+    for name in SAID_BY_RECIPES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            raise typer.BadParameter(f"{option} is for models; write it into the recipe")
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, whoever made it.")
+    ],
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A source model, once for each: where the manifest is missing or they have moved."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE or TEXT",
+            help="Run it through the MoE and its dense model, and compare their logits.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
+    with reported_errors(context), progress_bar("comparing") as progress:
+        report = moe_fast.check_moe(
+            output, against=against or (), text=text_of(text), progress=progress
+        )
+    show(report, show_check, as_json)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    ],
+    output: OutputFolder,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="How experts are stored.", show_default="as they are"),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="as they are"),
+    ] = None,
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."""
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.convert_moe(
+            model,
+            output,
+            layout=layout,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_conversion, as_json)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
+    ] = None,
+    with_check: Annotated[
+        bool, typer.Option("--check", help="Check the model first; reads it and its sources.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a model: experts, sources, sizes, routers, readers."""
+    with reported_errors(context):
+        checked = None
+        if with_check:
+            with progress_bar("comparing") as progress:
+                checked = moe_fast.check_moe(model, progress=progress)
+        file = moe_fast.write_report(model, output, check=checked)
+    say(f"{file}")
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
+    ],
+    copies: Annotated[
+        bool,
+        typer.Option(help="Find experts that are copies of each other; reads them where alike."),
+    ] = True,
+    hidden_states: HiddenStates = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a model: experts, sizes, dtypes, routers, copies."""
+    with reported_errors(context):
+        report = moe_fast.inspect_model(
+            model, copies=copies, hidden_states=states_of(hidden_states)
+        )
+    show(report, show_model, as_json)
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
+    layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
+    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show which model every expert would come from, by numbers alone."""
+    with reported_errors(context):
+        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
+        made = plan_moe_construction(models, layers, config)
+        report = made.report(hidden_size, intermediate_size, experts)
+    if as_json:
+        typer.echo(json.dumps({"plan": made.to_dict(), "report": report.to_dict()}, indent=2))
+    else:
+        show_plan(made, report)
+
+
+@app.command()
+def gates(
+    context: typer.Context,
+    hidden_size: Annotated[
+        int, typer.Argument(metavar="HIDDEN_SIZE", min=1, help="Width of the router's input.")
+    ],
+    experts: Annotated[int, typer.Argument(metavar="EXPERTS", min=1, help="Experts per layer.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to create: .npy or .safetensors.")
+    ],
+    layers: Annotated[int, typer.Option(min=1, help="Number of routers.")] = 1,
+    init: RouterStart = RouterInit.BALANCED,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="float64, float32, float16 or bfloat16.",
+            autocompletion=lambda: ["float64", "float32", "float16", "bfloat16"],
+        ),
+    ] = "float32",
+    transpose: Annotated[
+        bool, typer.Option(help="One row an expert, as checkpoints have it.")
+    ] = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the weights of new routers to a file."""
+    with reported_errors(context):
+        weights = compute_router_weights(
+            layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
+        )
+        nbytes = write_router_weights(output, weights, overwrite=overwrite)
+    say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
+
+
+@app.command()
+def route(
+    context: typer.Context,
+    logits: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LOGITS",
+            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors, a tensor a "
+            "layer.",
+        ),
+    ],
+    method: Annotated[
+        RoutingMethod,
+        typer.Option(
+            metavar="METHOD", help="Who chooses: top_k, switch_transformer or expert_choice."
+        ),
+    ] = RoutingMethod.TOP_K,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="Experts per token.", show_default="2, for Switch 1")
+    ] = None,
+    scores: Annotated[
+        str,
+        typer.Option(
+            help="What a logit becomes: softmax or sigmoid.",
+            autocompletion=lambda: ["softmax", "sigmoid"],
+        ),
+    ] = "softmax",
+    norm: Annotated[
+        bool | None,
+        typer.Option(help="Weights of a token sum to 1.", show_default="for top-k"),
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
+    groups_per_token: Annotated[
+        int | None, typer.Option(help="Groups that a token chooses from.", show_default="all")
+    ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="Limits the tokens of an expert.",
+            show_default="no limit for top-k, 1.25 for Switch, 1 for expert choice",
+        ),
+    ] = None,
+    drop_policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Who stays in a full expert: position or probs.",
+            autocompletion=lambda: ["position", "probs"],
+            show_default="probs, for Switch position",
+        ),
+    ] = None,
+    capacity_factors: Annotated[
+        str, typer.Option(help="Show what each of these factors would drop.")
+    ] = "1,1.25,1.5,2",
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(help="Tokens that share a capacity.", show_default="all of a layer"),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that route.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the load per layer and expert into this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what routers do with saved logits: load, losses, collapse, drops."""
+    with reported_errors(context):
+        stats = statistics_of_file(
+            logits,
+            method,
+            experts_per_token,
+            capacity_factors=parse_factors(capacity_factors, method),
+            tokens_per_batch=tokens_per_batch,
+            threads=threads,
+            scores=cast(Any, scores),
+            norm_topk_prob=norm,
+            n_group=groups,
+            topk_group=groups_per_token,
+            capacity_factor=capacity_factor,
+            drop_policy=cast(Any, drop_policy),
+        )
+        if plot is not None:
+            save_load_picture(stats.counts, plot)
+    if as_json:
+        typer.echo(json.dumps(stats.to_dict() | {"layers": stats.summary()}, indent=2))
+    else:
+        show_routing(stats)
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show what is installed, which kernels run, and what is missing for what."""
+    with reported_errors(context):
+        diagnosis = diagnose()
+    show(diagnosis, show_diagnosis, as_json)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to make them in.")
+    ] = Path("demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo in FOLDER.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make two small dense models, dense-a and dense-b, build moe from them, check it."""
+    from moe_fast.demo import make_demo  # loads builder and check, which other commands do without
+
+    with reported_errors(context):
+        built, checked = make_demo(folder, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps({"build": built.to_dict(), "check": checked.to_dict()}, indent=2))
+    else:
+        show_build(built)
+        show_check(checked)
+    if not checked.passed:
+        raise typer.Exit(1)
+
+
+def text_of(text: str | None) -> str | None:
+    """The text of a file of that name, else the text itself."""
+    if text is None:
+        return None
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a character that none can have
+        is_file = False
+    if is_file:
+        try:
+            return Path(text).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{text}: is no text in UTF-8") from None
+    if LIKE_A_FILE.fullmatch(text):
+        raise CheckpointError(f"{text}: there is no such file; a text to run has several words")
+    return text
+
+
+def states_of(file: Path | None) -> Any:
+    return None if file is None else map_npy(file)
+
+
+def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        as_table(report)
+
+
+@contextmanager
+def reported_errors(context: typer.Context, said_elsewhere: Sequence[str] = ()) -> Iterator[None]:
+    """An error of this package or of the system: its message and exit code 1, no traceback.
+
+    Messages name the command's options, those `said_elsewhere` apart.
+    """
+    try:
+        yield
+    except (MoeFastError, TypeError, ImportError, MemoryError, OSError) as error:
+        complain(f"error: {in_options(str(error), context.command.params, said_elsewhere)}")
+        fail(error, 1)
+    except KeyboardInterrupt as error:
+        complain("interrupted")
+        fail(error, 130)  # as shells do: 128 and the number of the signal
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    for note in getattr(error, "__notes__", ()):
+        complain(note)
+    raise typer.Exit(code) from None
+
+
+def parse_factors(text: str, method: RoutingMethod) -> list[float]:
+    """Numbers between commas; none for expert choice, which drops nothing."""
+    if method is RoutingMethod.EXPERT_CHOICE:
+        return []
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} are no numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        ) from None
+
+
+def parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 500MB or 5GB")
+    number, unit = match.groups()
+    return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0,5` or `0-3,7` as the layers that it names."""
+    layers: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
+        first, last = match.groups(match[1]) if match else ("1", "0")
+        if int(first) > int(last):
+            raise typer.BadParameter(
+                f"{text!r} names no layers; write 0,5 or 0-3", param_hint="--dense-layers"
+            )
+        layers += range(int(first), int(last) + 1)
+    return layers

@@ -1,0 +1,359 @@
+"""Reports for the eye: tables on standard output, warnings and problems on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moe_fast.wording import compact, counted, ranges, spread
+
+if TYPE_CHECKING:
+    from moe_fast.checkpoint.build import BuildReport
+    from moe_fast.checkpoint.check import CheckReport
+    from moe_fast.checkpoint.convert import ConvertReport
+    from moe_fast.command.doctor import Diagnosis
+    from moe_fast.families.rules import Reader
+    from moe_fast.models.inspection import ModelReport, Place
+    from moe_fast.plan import MoeConstructionPlan, MoeReport
+    from moe_fast.routing.health import RouterHealth
+    from moe_fast.routing.statistics import RoutingStats
+
+
+MOST_PROBLEMS = 10
+MOST_LINES = 100
+MOST_FILES = 12
+STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
+output_console = Console()
+error_console = Console(stderr=True)
+
+
+for console in (output_console, error_console):
+    if not console.is_terminal:
+        console.width = 10_000  # nothing is wrapped in a file or a pipe
+
+
+def say(text: str) -> None:
+    output_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    tell(f"warning: {text}", "yellow")
+
+
+def complain(text: str) -> None:
+    tell(text, "red")
+
+
+def tell(text: str, style: str) -> None:
+    error_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_build(report: BuildReport) -> None:
+    show_pairs(
+        {
+            "output": f"{report.output} ({report.target})",
+            "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
+            "layers": f"{report.num_layers}{dense(report.dense_layers)}",
+            "parameters": f"{report.num_parameters:,}",
+            "load balance": f"{report.load_balance:.4f} (0 is even)",
+            "router load": f"{predicted(report.routers)}",
+            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "seconds": f"{report.seconds:.2f}",
+        }
+    )
+    if report.dry_run:
+        for target, reasons in report.rejected_targets.items():
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            say(f"not {target}: {reasons[0]}{more}")
+        show_layout(report)
+        say("\ndry run: nothing is written")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def dense(layers: Sequence[int]) -> str:
+    return f", dense: {ranges(layers)}" if layers else ""
+
+
+def show_layout(report: BuildReport) -> None:
+    """Where the experts come from, and what files there will be."""
+    same: dict[tuple[str, ...], list[int]] = {}
+    for expert, models in enumerate(report.experts):
+        same.setdefault(models, []).append(expert)
+    say("\nexperts of each layer")
+    for models, experts in same.items():
+        say(f"  {ranges(experts)}  {', '.join(models)}")
+    say("\nfiles")
+    lines = [f"  {name}  {compact(nbytes, 'B')}" for name, nbytes in report.files.items()]
+    if len(lines) > MOST_FILES:
+        lines[MOST_FILES - 2 : -1] = [f"  and {len(lines) - MOST_FILES + 1} more"]
+    for line in lines:
+        say(line)
+
+
+def predicted(health: RouterHealth) -> str:
+    return (
+        f"{spread(health.coefficient_of_variation, 4)} (0 is even), "
+        f"predicted on {health.num_tokens:,} {health.hidden_states}"
+    )
+
+
+def show_check(report: CheckReport) -> None:
+    width = max(len(finding.check) for finding in report.findings)
+    impossible = [f for f in report.findings if f.status == "not possible"]
+    for (status, summary), same in groupby(report.findings, lambda f: (f.status, f.summary)):
+        findings = list(same)
+        names = ", ".join(finding.check for finding in findings)
+        line = Text.assemble(
+            Text(f"{status:<12}", style=STATUS_STYLES[status]),
+            f"  {names:<{width}}{': ' if len(findings) > 1 else '  '}{summary}",
+        )
+        output_console.print(line, soft_wrap=True)
+        problems = [problem for finding in findings for problem in finding.problems]
+        for problem in problems[:MOST_PROBLEMS]:
+            output_console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
+        if len(problems) > MOST_PROBLEMS:
+            say(f"  and {len(problems) - MOST_PROBLEMS} more, which --json lists")
+    show_readers(reader for reader in report.readers if not reader.loads)
+    failed = sum(finding.status == "failed" for finding in report.findings)
+    verdict = f"{counted(failed, 'check')} failed" if failed else "passed"
+    if impossible:
+        verdict += f"; {len(impossible)} of {len(report.findings)} checks were not possible"
+    say(f"{report.path}: {verdict}")
+
+
+def show_conversion(report: ConvertReport) -> None:
+    dtypes = [", ".join(found) for found in (report.dtypes_before, report.dtypes)]
+    show_pairs(
+        {
+            "output": f"{report.output} ({report.model_type})",
+            "layout": " to ".join(dict.fromkeys((report.layout_before, report.layout))),
+            "dtype": " to ".join(dict.fromkeys(dtypes)),
+            "tensors": f"{report.num_tensors:,}",
+            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "seconds": f"{report.seconds:.2f}",
+        }
+    )
+    show_readers(report.readers)
+    if report.dry_run:
+        say("\ndry run: nothing is written")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def show_readers(readers: Iterable[Reader]) -> None:
+    for reader in readers:
+        why = "" if reader.loads else f" does not load it: {'; '.join(reader.reasons)}"
+        say(f"{reader.name}{why or ' loads it'}")
+
+
+def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
+    pairs = {
+        "layers": f"{plan.num_layers:,}",
+        "experts": f"{plan.num_experts:,} per layer",
+        "models": f"{plan.num_models:,}",
+        "load balance": f"{report.load_balance:.4f} (0 is even)",
+    }
+    if report.total_params_estimate:
+        pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
+    if report.unused_models:
+        pairs["no expert"] = f"comes from {counted(len(report.unused_models), 'model')}"
+    show_pairs(pairs)
+    say("\nexperts of each layer, each from the same layer of its model")
+    experts = plan.source_model[0]
+    for model in range(min(plan.num_models, plan.num_experts, MOST_LINES)):
+        numbers = np.flatnonzero(experts == model).tolist()
+        say(f"  model {model}: {ranges(numbers)}")
+    if min(plan.num_models, plan.num_experts) > MOST_LINES:
+        say("  ...")
+
+
+def show_model(report: ModelReport) -> None:
+    pairs = {
+        "model": f"{report.path}",
+        "family": f"{report.model_type} ({report.architecture or 'no architecture named'})",
+        "parameters": f"{report.num_parameters:,}",
+        "dtypes": ", ".join(f"{d} {compact(n, 'B')}" for d, n in report.bytes_by_dtype.items()),
+        "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+        "layers": f"{report.num_layers}",
+    }
+    if report.num_moe_layers:
+        active = report.active_parameters
+        per_token = report.num_experts_per_tok
+        pairs |= {
+            "active": "unknown" if active is None else f"{active:,} per token",
+            "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
+            "experts": f"{report.num_experts} per layer, "
+            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+            f"{report.parameters_per_expert:,} parameters each",
+            "layout": report.layout,
+        }
+    else:
+        pairs["experts"] = "none: a dense model"
+    show_pairs(pairs)
+    if report.routers:
+        show_routers(report)
+    if report.copies is not None:
+        show_copies(report.copies)
+    for problem in report.problems:
+        complain(problem)
+
+
+def show_routers(report: ModelReport) -> None:
+    table = new_table(
+        "layer", "smallest row", "greatest row", "most alike", "tied experts", "load cv", "entropy"
+    )
+    for router in report.routers:
+        if router.finite:
+            values = (router.smallest_norm, router.greatest_norm, router.most_alike)
+            cells = ["-" if value is None else f"{value:.6g}" for value in values]
+        else:
+            cells = ["not finite"] * 3
+        predicted = [
+            "-" if value is None else f"{value:.4f}"
+            for value in (router.coefficient_of_variation, router.mean_entropy)
+        ]
+        table.add_row(str(router.layer), *cells, str(router.tied_experts), *predicted)
+    say("\nrouters (norms of the experts' rows; the greatest cosine between two;")
+    say(f"load and entropy of a token's choice, predicted on {report.hidden_states})")
+    output_console.print(table)
+
+
+def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+    """Groups of equal experts, those that look the same in every layer in one line."""
+    lines: dict[str, list[int]] = {}
+    for group in copies:
+        layers = {layer for layer, _ in group}
+        if len(layers) == 1:
+            experts = ", ".join(str(expert) for _, expert in group)
+            lines.setdefault(f"experts {experts}", []).append(layers.pop())
+        else:
+            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            lines.setdefault(f"experts {places}", [])
+    say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
+    for experts, where in lines.items():
+        say(f"  {experts}" + (f" in layers {ranges(where)}" if where else ""))
+
+
+def show_routing(stats: RoutingStats) -> None:
+    config = stats.config
+    show_pairs(
+        {
+            "method": f"{config.routing_method}",
+            "experts": f"{config.num_experts} per layer, {config.num_experts_per_tok} per token",
+            "layers": f"{stats.num_layers}",
+            "tokens": f"{int(stats.num_tokens.sum()):,}",
+            "loss": f"{stats.huggingface_load_balancing_loss():.4f}, of all layers as transformers "
+            f"computes it ({config.num_experts_per_tok} is even)",
+        }
+    )
+    table = new_table(
+        "layer", "tokens", "load cv", "like experts", "entropy", "Switch loss", "z-loss",
+        "importance", "dropped", "no expert",
+        *(f"at {factor:g}" for factor in stats.capacity_factors),
+    )  # fmt: skip
+    rows = stats.summary()
+    for row in rows:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['num_tokens']:,}",
+            *(
+                "-" if row[name] is None else f"{row[name]:.4g}"
+                for name in (
+                    "coefficient_of_variation", "effective_num_experts", "mean_entropy",
+                    "load_balancing_loss", "z_loss", "importance_loss",
+                )
+            ),
+            *map(percent, (row["share_dropped"], row["share_unrouted"])),
+            *map(percent, row["share_dropped_by_capacity_factor"].values()),
+        )  # fmt: skip
+    say("\nlayers (load cv and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
+    if stats.capacity_factors:
+        factors = ", ".join(f"{factor:g}" for factor in stats.capacity_factors)
+        say(f"dropped: of the choices, now and at a capacity factor of {factors}")
+    output_console.print(table)
+    say("")
+    for row in rows:
+        say(f"layer {row['layer']}: {row['description']}")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    show_pairs(
+        {
+            "moe_fast": diagnosis.moe_fast,
+            "python": diagnosis.python,
+            "numpy": diagnosis.numpy,
+            "platform": diagnosis.platform,
+            "kernels": f"{diagnosis.level} (built in: {', '.join(diagnosis.levels_built)}; "
+            f"this processor runs: {', '.join(diagnosis.levels_available)})",
+            "threads": f"{diagnosis.threads}",
+        }
+    )
+    table = new_table("extra", "for", "installed", "missing")
+    for extra in diagnosis.extras:
+        there = [f"{p.name} {p.installed}" for p in extra.packages if p.fits]
+        absent = [
+            f"{p.name}>={p.minimum}" if p.minimum else p.name for p in extra.packages if not p.fits
+        ]
+        table.add_row(extra.name, extra.purpose, ", ".join(there), ", ".join(absent))
+    say("")
+    output_console.print(table)
+    for extra in diagnosis.extras:
+        if not extra.complete:
+            say(f"for {extra.purpose or extra.name}: {extra.install_command}")
+    for problem in diagnosis.problems:
+        warn(problem)
+
+
+def show_pairs(pairs: Mapping[str, str]) -> None:
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        line = Text.assemble((f"{name:<{width}}", "bold"), "  ", value)
+        output_console.print(line, soft_wrap=True)
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+@contextmanager
+def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on a terminal, nothing in a pipe."""
+    if not error_console.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=error_console,
+        transient=True,
+    )
+    with bar:
+        number = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(number, completed=done, total=total)

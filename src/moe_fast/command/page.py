@@ -1,0 +1,346 @@
+"""A finished checkpoint as one HTML page: what it is, where it came from, how its routers stand.
+
+The page needs nothing beside itself: no script, no network, no picture file. It names models by
+their folders, never by a path: who is shown a report has no business with somebody else's home.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from moe_fast.checkpoint.build import BuildRequest
+from moe_fast.checkpoint.card import changes, distinct_names
+from moe_fast.checkpoint.check import CheckReport, Status
+from moe_fast.checkpoint.convert import ConvertRequest
+from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_fast.drawing.html import plan_picture, shares_picture, table
+from moe_fast.errors import CheckpointError
+from moe_fast.families.readers import find_readers
+from moe_fast.models.inspection import ModelReport, inspect_model
+from moe_fast.models.moe import MoeModel, open_moe_model, part_of
+from moe_fast.plan import MoeConstructionPlan
+from moe_fast.storage.companions import has_tokenizer
+from moe_fast.wording import compact, numbered, ranges, spread
+
+__all__ = ["write_report"]
+MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
+# The other weights by the names of their tensors; the first that fits.
+OTHER_PARTS = (
+    ("shared experts", re.compile(r"shared_(?:expert|mlp)", re.ASCII)),
+    ("attention", re.compile(r"\bself_attn\b", re.ASCII)),
+    ("embeddings and head", re.compile(r"\b(?:embed_tokens|lm_head)\b", re.ASCII)),
+    ("dense FFN", re.compile(r"\bmlp\b", re.ASCII)),
+)
+STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
+  --soft: color-mix(in srgb, CanvasText 6%, Canvas) }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 58rem;
+  background: Canvas; color: CanvasText }
+h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere } h2 { margin: 2.2rem 0 .6rem }
+p { margin: .5rem 0 } .lead { font-size: 1.1rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem;
+  margin: 1.2rem 0; padding: 0 }
+.facts div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
+.facts dt { font-size: .85rem } .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600 }
+.wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
+th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
+  border-bottom: 1px solid var(--line) }
+td:first-child, .number { white-space: nowrap }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+.failed { border-left: .3rem solid #d55e00; padding-left: .8rem }
+.passed { border-left: .3rem solid #009e73; padding-left: .8rem }
+summary { cursor: pointer } code { overflow-wrap: anywhere }
+footer { margin-top: 3rem; font-size: .85rem }
+"""
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    check: CheckReport | None = None,
+) -> Path:
+    """Write one HTML page about an MoE checkpoint, whoever made it.
+
+    Headers and routers are read, no expert is.
+
+    Parameters
+    ----------
+    path : path
+        The folder of the checkpoint.
+    output : path, optional
+        The file to write. By default beside the folder and named after it: `moe-report.html`. An
+        earlier report is replaced, another file is not.
+    check : CheckReport, optional
+        What `check_moe` found, to be part of the page.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    CheckpointError
+        For a folder without a model, and for an `output` that is something else than a report.
+
+    Examples
+    --------
+    >>> from moe_fast import build_moe, write_report
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe")
+    >>> write_report(f"{folder}/moe").name
+    'moe-report.html'
+    """
+    folder = Path(path)
+    file = default_file(folder) if output is None else Path(output)
+    page = report_page(folder, check).encode()
+    if os.path.lexists(file) and not is_report(file):
+        raise CheckpointError(f"{file}: exists and is no report; choose another --output")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(page)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return file
+
+
+def default_file(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}-report.html"
+
+
+def is_report(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(MARK)) == MARK
+
+
+def report_page(folder: Path, check: CheckReport | None) -> str:
+    """The whole page."""
+    model = open_moe_model(folder)
+    found = inspect_model(folder, copies=False)
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    name = folder.resolve().name
+    body = [
+        f"<h1>{escape(name)}</h1>",
+        *heading(found, manifest),
+        *section("Problems", problem_list(found.problems, "failed")),
+        *section("Check", check_part(check)),
+        *section("Where the experts come from", origin_part(folder, manifest)),
+        *section("What takes the space", space_part(model)),
+        *section("Routers", router_part(found)),
+        *section("Who loads it", reader_part(model)),
+        *section("Files", file_part(model, manifest)),
+    ]
+    made = f"moe_fast {manifest.moe_fast}" if manifest else "another tool than moe_fast"
+    body.append(f"<footer>Made by {escape(made)}. This page by moe_fast.</footer>")
+    return (
+        MARK.decode() + '<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)}</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
+    )
+
+
+def section(title: str, content: Iterable[str]) -> Iterator[str]:
+    """A heading and what is under it; nothing where there is nothing."""
+    lines = list(content)
+    if lines:
+        yield f"<h2>{escape(title)}</h2>"
+        yield from lines
+
+
+def heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
+    family = found.architecture or found.model_type
+    if found.num_moe_layers:
+        per_token = f", {found.num_experts_per_tok} per token" if found.num_experts_per_tok else ""
+        text = f"{family}: {found.num_experts} experts per layer{per_token}"
+        if manifest and isinstance(manifest.request, BuildRequest):
+            count = len({source.model for source in manifest.request.models})
+            text += f", from {'one dense model' if count == 1 else f'{count} dense models'}"
+        elif manifest and isinstance(manifest.request, ConvertRequest):
+            (name,) = distinct_names([manifest.request.model]).values()
+            text += f", converted from {name}"
+    else:
+        text = f"{family}: a dense model, without experts"
+    yield f'<p class="lead">{escape(text)}.</p>'
+    facts = {
+        "parameters": compact(found.num_parameters),
+        "active per token": "–"
+        if found.active_parameters is None
+        else compact(found.active_parameters),
+        "on disk": compact(found.num_bytes, "B"),
+        "layers": str(found.num_layers)
+        if found.num_moe_layers in (0, found.num_layers)
+        else f"{found.num_layers}, {found.num_moe_layers} with experts",
+        "dtype": ", ".join(found.bytes_by_dtype),
+        "layout": found.layout,
+    }
+    cards = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    yield f'<dl class="facts">{cards}</dl>'
+
+
+def problem_list(problems: Sequence[str], kind: str) -> Iterator[str]:
+    if problems:
+        items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+        yield f'<ul class="{kind}">{items}</ul>'
+
+
+def check_part(check: CheckReport | None) -> Iterator[str]:
+    if check is None:
+        return
+    verdict = "passed" if check.passed else "failed"
+    text = "All that was checked has passed" if check.passed else "Not all is as it should be"
+    yield f'<p class="{verdict}">{text}.</p>'
+    marks = {Status.PASSED: "✓", Status.FAILED: "✗", Status.NOT_POSSIBLE: "–"}
+    rows = [(f"{marks[f.status]} {f.status}", f.check, f.summary) for f in check.findings]
+    yield table(("result", "check", "found"), rows)
+    yield from problem_list(check.problems, "failed")
+
+
+def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
+    if manifest is None or not isinstance(manifest.request, BuildRequest):
+        return
+    request = manifest.request
+    shared = [source.model for source in request.shared_experts]
+    names = distinct_names([*(source.model for source in request.models), *shared, request.base])
+    labels = [names[source.model] for source in request.models]
+    try:
+        plan = MoeConstructionPlan(
+            manifest.facts["source_model"],
+            manifest.facts["source_layer"],
+            num_models=len(request.models),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+    dense = frozenset(request.dense_layers)
+    rows_with_experts = [layer for layer in range(plan.num_layers) if layer not in dense]
+    plan = MoeConstructionPlan(
+        plan.source_model[rows_with_experts],
+        plan.source_layer[rows_with_experts],
+        num_models=plan.num_models,
+    )
+    yield plan_picture(plan, labels)
+    if dense:
+        yield f"<p>Without experts, and not shown here: layers {ranges(request.dense_layers)}.</p>"
+    rows = []
+    for number, source in enumerate(request.models):
+        layers, experts = (plan.source_model == number).nonzero()
+        places = ranges(sorted(set(experts.tolist()))) if len(experts) else "none"
+        rows.append((str(number), labels[number], places, f"{len(layers):,}", changes(source)))
+    yield table(("", "model", "experts", "in all", "changes on the way"), rows)
+    if shared:
+        listed = ", ".join(dict.fromkeys(names[model] for model in shared))
+        yield f"<p>Every token also goes through the FFN of {escape(listed)}.</p>"
+    yield (
+        f"<p>Everything else comes from {escape(names[request.base])}. The routers start by the "
+        f"method <code>{escape(request.routers.method)}</code>.</p>"
+    )
+
+
+def space_part(model: MoeModel) -> Iterator[str]:
+    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for name, tensor in model.tensors.items():
+        part = finer_part_of(name)
+        sizes[part] = sizes.get(part, 0) + tensor.nbytes
+        counts[part] = counts.get(part, 0) + math.prod(tensor.shape)
+    parts = sorted(sizes, key=lambda part: -sizes[part])
+    yield shares_picture({part: sizes[part] for part in parts})
+    total = max(sum(sizes.values()), 1)
+    rows = [
+        (part, f"{counts[part]:,}", f"{sizes[part]:,}", f"{100 * sizes[part] / total:.1f} %")
+        for part in parts
+    ]
+    yield table(("part", "parameters", "bytes", "share"), rows, numbers=(1, 2, 3))
+
+
+def finer_part_of(name: str) -> str:
+    """What a tensor belongs to, told by its name."""
+    part = part_of(name)
+    if part != "other weights":
+        return part
+    fitting = (part for part, pattern in OTHER_PARTS if pattern.search(name))
+    return next(fitting, "norms and the rest")
+
+
+def router_part(found: ModelReport) -> Iterator[str]:
+    if not found.routers:
+        return
+    ill = [router.layer for router in found.routers if not router.finite]
+    tied = [router.layer for router in found.routers if router.tied_experts]
+    problems = []
+    if ill:
+        problems.append(f"{numbered('layer', ill)}: the router has numbers that are not finite")
+    if tied:
+        problems.append(f"{numbered('layer', tied)}: experts with the same row always tie")
+    yield from problem_list(problems, "failed")
+    if not problems:
+        yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
+    variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
+    if variations:
+        yield (
+            "<p>Predicted on random tokens, the load’s coefficient of variation is "
+            f"{spread(variations)}, where 0 is even. Training moves it.</p>"
+        )
+    rows = [
+        (
+            str(router.layer),
+            number_text(router.smallest_norm),
+            number_text(router.greatest_norm),
+            number_text(router.most_alike, 6),
+            str(router.tied_experts),
+            number_text(router.coefficient_of_variation),
+            number_text(router.mean_entropy),
+        )
+        for router in found.routers
+    ]
+    header = (
+        "layer", "shortest row", "longest row", "most alike (cosine)", "tied experts",
+        "load’s variation", "entropy",
+    )  # fmt: skip
+    yield (
+        f"<details><summary>{len(rows)} routers, layer by layer</summary>"
+        f"{table(header, rows, numbers=range(7))}</details>"
+    )
+
+
+def number_text(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:#.{digits}g}"
+
+
+def reader_part(model: MoeModel) -> Iterator[str]:
+    if not model.layers:
+        return
+    readers = find_readers(
+        model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(model.path)
+    )
+    rows = [
+        (f"{'✓' if r.loads else '✗'} {r.name}", "loads it" if r.loads else "; ".join(r.reasons))
+        for r in readers
+    ]
+    yield table(("reader", ""), rows)
+
+
+def file_part(model: MoeModel, manifest: Manifest | None) -> Iterator[str]:
+    sizes = {Path(t.file.path).name: t.file.size for t in model.tensors.values()}
+    digests = {name: r.sha256 for name, r in manifest.files.items()} if manifest else {}
+    rows = [(name, f"{size:,}", digests.get(name) or "") for name, size in sorted(sizes.items())]
+    with_digests = any(row[2] for row in rows)
+    header = ("file", "bytes", "SHA-256") if with_digests else ("file", "bytes")
+    yield table(header, [row[: len(header)] for row in rows], numbers=(1,))

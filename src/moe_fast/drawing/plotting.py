@@ -1,0 +1,345 @@
+"""Pictures of plans, loads and routers, drawn by matplotlib: `pip install 'moe-fast[plot]'`.
+
+Every function draws into the axes it is given, or into new ones, and returns them. Colours keep
+their order in grey print and for colour-blind readers, and small grids carry their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast.checks import as_index
+from moe_fast.errors import MoeConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from moe_fast.plan import MoeConstructionPlan
+
+
+__all__ = [
+    "compute_router_similarity",
+    "plot_load",
+    "plot_plan",
+    "plot_router_similarity",
+    "save_load_picture",
+]
+# Okabe and Ito's colours for the colour-blind (2008) without the black, in an order in which the
+# first few differ in grey print too; beyond those, the numbers in the cells tell.
+MODEL_COLORS = ("#0072b2", "#e69f00", "#f0e442", "#d55e00", "#56b4e9", "#009e73", "#cc79a7")
+# Its lightness rises evenly, and red-green blindness changes little of it (Nuñez et al. 2018).
+SCALE = "cividis"
+FONT_SIZE = 7.0
+POINTS_PER_INCH = 72.0
+
+
+def plot_plan(
+    plan: MoeConstructionPlan, ax: Axes | None = None, *, labels: Sequence[str] | None = None
+) -> Axes:
+    """Which source model gives each expert of each layer.
+
+    One cell an expert, one colour and number a model. A cell whose weights come from another layer
+    than its own says which, as in `1:L3`.
+
+    Parameters
+    ----------
+    plan : MoeConstructionPlan
+        What to draw.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default new axes.
+    labels : sequence of str, optional
+        The models' names for the legend, one each; by default their numbers.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without matplotlib.
+    MoeConfigError
+        As many labels as there are models are needed, where any are given.
+
+    Examples
+    --------
+    >>> from moe_fast import plan_moe_construction
+    >>> from moe_fast.drawing.plotting import plot_plan
+    >>> ax = plot_plan(plan_moe_construction(3, 12), labels=["chat", "code", "maths"])
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('expert', 'layer')
+    """
+    if labels is not None and len(labels) != plan.num_models:
+        raise MoeConfigError(
+            f"labels must name all {plan.num_models} models of the plan, got {len(labels)}"
+        )
+    models = plan.source_model
+    moved = plan.source_layer != np.arange(plan.num_layers)[:, np.newaxis]
+    ax = axes_for(ax, models.shape, longest_label=max(map(len, labels or ()), default=0))
+    if plan.num_models > len(MODEL_COLORS):
+        image = draw_grid(ax, models, cmap=SCALE, vmin=0, vmax=plan.num_models - 1)
+        ax.figure.colorbar(image, ax=ax, label="source model")
+    else:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.patches import Patch
+
+        colors = MODEL_COLORS[: max(plan.num_models, 1)]
+        image = draw_grid(
+            ax, models, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5
+        )
+        patches = [
+            Patch(color=color, label=f"{model}: {labels[model]}" if labels else f"model {model}")
+            for model, color in enumerate(colors)
+        ]
+        ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+    def text(layer: int, expert: int) -> str:
+        model = str(models[layer, expert])
+        return f"{model}:L{plan.source_layer[layer, expert]}" if moved[layer, expert] else model
+
+    write_cells(image, text, characters=6 if moved.any() else 2)
+    ax.set(xlabel="expert", ylabel="layer", title="Source model of each expert")
+    return ax
+
+
+def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
+    """A heat map of how the tokens of each layer spread over its experts.
+
+    Each layer's counts are divided by their mean: 1 is an even load, 0 an expert without tokens,
+    and at a capacity factor of 1.25 an expert above 1.25 drops tokens. A layer without any token
+    stays blank.
+
+    Parameters
+    ----------
+    load : array_like, shape (num_layers, num_experts) or (num_experts,)
+        Tokens per expert, as counts or as shares.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default new axes.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without matplotlib.
+    TypeError, MoeConfigError
+        A `load` that is not one- or two-dimensional numbers, finite and not negative.
+
+    Examples
+    --------
+    >>> from moe_fast.drawing.plotting import plot_load
+    >>> ax = plot_load([[90, 110, 100, 100], [400, 0, 0, 0]])
+    >>> ax.images[0].get_array().tolist()
+    [[0.9, 1.1, 1.0, 1.0], [4.0, 0.0, 0.0, 0.0]]
+    """
+    counts = as_numbers(load, "load", dims=(1, 2))
+    if counts.size and counts.min() < 0:
+        raise MoeConfigError(f"load must not be negative, got {counts.min():g}")
+    counts = np.atleast_2d(counts)
+    totals = counts.sum(axis=1, keepdims=True)
+    relative = np.ma.masked_invalid(
+        np.divide(
+            counts * counts.shape[1], totals, out=np.full_like(counts, np.nan), where=totals > 0
+        )
+    )
+    ax = axes_for(ax, counts.shape)
+    highest = max(2.0, float(relative.max())) if relative.count() else 2.0
+    image = draw_grid(ax, relative, cmap=SCALE, vmin=0, vmax=highest)
+    bar = ax.figure.colorbar(image, ax=ax, label="load (1 = even)")
+    bar.ax.axhline(1.0, color="white", linewidth=2)
+    bar.ax.axhline(1.0, color="black", linewidth=0.8)
+
+    def text(layer: int, expert: int) -> str:
+        value = relative[layer, expert]
+        return "" if value is np.ma.masked else f"{value:.2f}"
+
+    write_cells(image, text, characters=4)
+    ax.set(xlabel="expert", ylabel="layer", title="Load per layer and expert")
+    return ax
+
+
+def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Draw `plot_load` into a file whose ending says the format, without a window.
+
+    Raises
+    ------
+    ModuleNotFoundError, TypeError, MoeConfigError
+        As `plot_load`; also for an ending that matplotlib does not write.
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise MoeConfigError(f"{path}: has no ending that says the format, such as .png or .svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = cast("Figure", plot_load(load).figure)
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise MoeConfigError(f"{path}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Cosines between the experts' rows of a router, in float64.
+
+    Experts whose rows point the same way get the same tokens. An expert whose row is zero has no
+    direction: its cosines are 0, with itself too.
+
+    Parameters
+    ----------
+    routers : array_like, shape (..., num_experts, hidden_dim)
+        As checkpoints store them; transpose what `compute_gate_weights` gives by default.
+
+    Returns
+    -------
+    ndarray of float64, shape (..., num_experts, num_experts)
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        Anything but finite numbers with at least two dimensions.
+
+    Examples
+    --------
+    >>> from moe_fast.drawing.plotting import compute_router_similarity
+    >>> compute_router_similarity([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]).tolist()
+    [[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]
+    """
+    rows = as_numbers(routers, "routers", dims=None)
+    # Scaled first: the squares of very large or small weights do not fit.
+    largest = np.abs(rows).max(axis=-1, keepdims=True, initial=0.0)
+    rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    rows = np.divide(rows, lengths, out=rows, where=lengths > 0)
+    cosines: npt.NDArray[np.float64] = rows @ rows.swapaxes(-1, -2)
+    return np.clip(cosines, -1.0, 1.0, out=cosines)
+
+
+def plot_router_similarity(
+    routers: npt.ArrayLike, ax: Axes | None = None, *, layer: int | None = None
+) -> Axes:
+    """A heat map of the cosines between the experts' rows of the routers.
+
+    Parameters
+    ----------
+    routers : array_like, shape (num_layers, num_experts, hidden_dim) or (num_experts, hidden_dim)
+        As checkpoints store them; transpose what `compute_gate_weights` gives by default.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default new axes.
+    layer : int, optional
+        Which layer to draw; by default the mean over the layers.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without matplotlib.
+    TypeError, MoeConfigError
+        `routers` of another shape or not finite, or a `layer` that they do not have.
+
+    Examples
+    --------
+    >>> from moe_fast import compute_router_weights
+    >>> from moe_fast.drawing.plotting import plot_router_similarity
+    >>> routers = compute_router_weights(2, 64, 8, "random", transpose=True, full_range=True)
+    >>> plot_router_similarity(routers, layer=1).get_title()
+    'Router similarity of layer 1'
+    """
+    stacked = as_numbers(routers, "routers", dims=(2, 3))
+    stacked = stacked[np.newaxis] if stacked.ndim == 2 else stacked
+    title = f"Router similarity, mean over {len(stacked)} layers"
+    if layer is not None or len(stacked) == 1:
+        layer = as_index(0 if layer is None else layer, "layer")
+        if layer >= len(stacked):
+            raise MoeConfigError(f"layer must be below {len(stacked)}, got {layer}")
+        title = f"Router similarity of layer {layer}"
+        stacked = stacked[layer : layer + 1]
+    cosines = np.zeros((stacked.shape[1],) * 2 if len(stacked) else (0, 0))
+    for router in stacked:
+        cosines += compute_router_similarity(router) / len(stacked)
+    ax = axes_for(ax, cosines.shape, square=True)
+    image = draw_grid(ax, cosines, cmap=SCALE, vmin=min(0.0, cosines.min(initial=0.0)), vmax=1.0)
+    ax.set_aspect("equal")
+    ax.figure.colorbar(image, ax=ax, label="cosine")
+    write_cells(image, lambda i, j: f"{cosines[i, j]:z.2f}", characters=4)
+    ax.set(xlabel="expert", ylabel="expert", title=title)
+    return ax
+
+
+def as_numbers(
+    values: npt.ArrayLike, name: str, dims: tuple[int, ...] | None
+) -> npt.NDArray[np.float64]:
+    """`values` as finite float64 numbers with one of the numbers of dimensions `dims`."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "OUSMmbc":
+            raise TypeError
+        array = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be an array of numbers, got {type(values).__name__}"
+        ) from None
+    if array.ndim < 2 if dims is None else array.ndim not in dims:
+        wanted = "at least 2" if dims is None else " or ".join(map(str, dims))
+        raise MoeConfigError(f"{name} must have {wanted} dimensions, got the shape {array.shape}")
+    if not np.isfinite(array).all():
+        place = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+        raise MoeConfigError(f"{name} must be finite, got {array[place]} at {list(place)}")
+    return array
+
+
+def axes_for(
+    ax: Axes | None, shape: tuple[int, ...], *, square: bool = False, longest_label: int = 0
+) -> Axes:
+    """The axes to draw into: the caller's, or new ones that suit grid and legend."""
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "pictures need matplotlib: pip install 'moe-fast[plot]'", name="matplotlib"
+        ) from None
+    if ax is not None:
+        return ax
+    rows, columns = shape
+    width = min(max(2.5 + 0.4 * columns, 4.5), 12.0) + min(max(longest_label - 8, 0) * 0.09, 8.0)
+    height = min(max(1.5 + 0.25 * rows, 2.5), 10.0)
+    size = (width, width - 1.0) if square else (width, height)
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def draw_grid(ax: Axes, values: npt.NDArray[Any], **options: Any) -> Any:
+    """One cell a value, whole numbers alone on both axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not values.size:
+        raise MoeConfigError(f"nothing to draw in a grid of the shape {values.shape}")
+
+    image = ax.imshow(values, aspect="auto", interpolation="nearest", **options)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return image
+
+
+def write_cells(image: Any, text: Callable[[int, int], str], *, characters: int) -> None:
+    """`text(row, column)` in every cell, where all of them fit; dark on light, light on dark."""
+    ax, values = image.axes, image.get_array()
+    rows, columns = values.shape
+    box = ax.get_window_extent()
+    points = POINTS_PER_INCH / ax.figure.dpi
+    if (
+        box.height * points / rows < 1.2 * FONT_SIZE
+        or box.width * points / columns < 0.6 * FONT_SIZE * characters
+    ):
+        return
+    lightness = image.cmap(image.norm(values))[..., :3] @ (0.299, 0.587, 0.114)
+    for row in range(rows):
+        for column in range(columns):
+            color = "black" if lightness[row, column] > 0.5 else "white"
+            ax.text(
+                column, row, text(row, column),
+                ha="center", va="center", color=color, fontsize=FONT_SIZE,
+            )  # fmt: skip

@@ -1,0 +1,79 @@
+"""Which MoE family a dense model becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_fast.config import Layout
+from moe_fast.errors import CheckpointError
+from moe_fast.families.moe import MoeFamily, Parts
+from moe_fast.families.registry import moe_families
+
+
+def by_mergekit(families: Mapping[str, MoeFamily]) -> list[MoeFamily]:
+    """As mergekit-moe tries them, and then what it cannot write."""
+    order = ("mixtral", "deepseek moe", "qwen moe", "qwen3 moe", None)
+    return sorted(families.values(), key=lambda family: order.index(family.mergekit_name))
+
+
+# Several targets under one name, in the order in which they are tried.
+GROUPS: dict[str, Callable[[Mapping[str, MoeFamily]], list[MoeFamily]]] = {
+    "auto": lambda families: list(families.values()),
+    "qwen": lambda families: [families["qwen2_moe"], families["qwen3_moe"]],
+    "mergekit": by_mergekit,
+}
+# What people ask for and no dense family becomes.
+IMPOSSIBLE = {
+    "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
+    "before attention and FFN; no dense family has both",
+    "deepseek_v2": "its attention is latent (MLA), which no dense source has",
+    "deepseek_v3": "its attention is latent (MLA), which no dense source has",
+    "phimoe": "its norms are LayerNorm, with a mean and a bias, which no dense source here has",
+}
+
+
+def as_target_name(name: Any) -> str:
+    """The argument `target`: "auto" or the name of a target, hyphens and case aside.
+
+    Raises
+    ------
+    TypeError, CheckpointError
+        A target that is no string, is unknown, or cannot be made from any dense model.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"target must be the name of a target, got {name!r}")
+    plain = {key.replace("_", ""): key for key in (*GROUPS, *moe_families(), *IMPOSSIBLE)}
+    plain["deepseekmoe"] = "deepseek"
+    key = plain.get(name.lower().replace("-", "").replace("_", ""))
+    if key in IMPOSSIBLE:
+        raise CheckpointError(f"target {name!r}: {IMPOSSIBLE[key]}")
+    if key is None:
+        known = ", ".join(moe_families())
+        raise CheckpointError(f"target {name!r} is not known; known are auto, {known}")
+    return key
+
+
+def choose(
+    name: str, parts: Parts, layout: Layout | None
+) -> tuple[MoeFamily, dict[str, tuple[str, ...]]]:
+    """The target of that name, or the first that fits of a group; and why others do not.
+
+    Raises
+    ------
+    CheckpointError
+        With every reason why the target, or each of all, does not fit.
+    """
+    families = moe_families()
+    wanted = GROUPS[name](families) if name in GROUPS else [families[as_target_name(name)]]
+    problems = {family.name: tuple(family.problems(parts, layout)) for family in wanted}
+    fitting = [family for family in wanted if not problems[family.name]]
+    if fitting:
+        return fitting[0], {name: reasons for name, reasons in problems.items() if reasons}
+    raise CheckpointError(
+        *(
+            reason if len(problems) == 1 else f"{target}: {reason}"
+            for target, reasons in problems.items()
+            for reason in reasons
+        )
+    )

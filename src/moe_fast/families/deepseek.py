@@ -1,0 +1,115 @@
+"""DeepSeek-MoE, whose dense twin is Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_fast.config import Layout
+from moe_fast.families.dense import FFN
+from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes
+from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
+from moe_fast.storage.tensors import Weight
+
+
+class DeepSeek(MoeFamily):
+    """DeepSeek-MoE, the first version (Dai et al. 2024): shared experts added to the routed ones.
+
+    transformers reads it with the code that DeepSeek keeps on the Hub.
+    """
+
+    name = "deepseek"
+    title = "DeepSeek-MoE"
+    architecture = "DeepseekForCausalLM"
+    mergekit_name = "deepseek moe"
+    auto_rank = 7
+    rules = Rules(
+        "n_routed_experts",
+        0,
+        1e4,
+        llama_cpp_normalises=False,
+        llama_cpp_ropes=("default",),
+        natively=(VLLM, LLAMA_CPP),
+        fused=(),
+    )
+    dense_twin = "llama"
+    layouts = (Layout.PER_EXPERT,)
+    own_head_dim = False
+    sliding_window = False
+    rope_types = ("default", "linear", "dynamic")
+    shared_experts = True
+    dense_places = (
+        "can leave the first layers dense, and of those after them all but every n-th, not these"
+    )
+
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
+        first = min(frozenset(range(num_layers)) - layers)
+        for step in range(1, num_layers + 1):
+            keys = {"first_k_dense_replace": first, "moe_layer_freq": step}
+            if self.dense_layers(keys, num_layers) == layers:
+                return keys
+        return None
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        first = as_count(config, "first_k_dense_replace", 0)
+        step = as_count(config, "moe_layer_freq", 1, minimum=1)
+        return frozenset(n for n in range(num_layers) if n < first or n % step)
+
+    def warnings(self, parts: Parts) -> list[str]:
+        if parts.config.num_experts_per_tok > 1:
+            return []
+        return [
+            "num_experts_per_tok 1: DeepSeek-MoE leaves the weight of a single expert as it is, so "
+            "that each FFN's output shrinks to that share until training makes up for it"
+        ]
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        if parts.shared_experts:
+            for role in FFN:
+                yield f"mlp.shared_experts.{role}.weight", parts.shared_ffn(layer, role)
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        if config.get("n_shared_experts") is None:
+            return {}
+        number = as_count(config, "n_shared_experts", 0)
+        width = number * as_count(config, "moe_intermediate_size")
+        return ffn_shapes("mlp.shared_experts", width, hidden)
+
+    def config(self, parts: Parts) -> dict[str, Any]:
+        config = super().config(parts)
+        if config["rope_scaling"] is not None:  # Its code takes exactly these two keys.
+            scaling = config["rope_scaling"]
+            config["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}
+        return config
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP:
+            if config.get("moe_layer_freq", 1) != 1:
+                yield "does not look at moe_layer_freq, and would look for experts in dense layers"
+            if not config.get("n_shared_experts"):
+                yield "wants a shared expert in a deepseek, here is none"
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        code = "deepseek-ai/deepseek-moe-16b-base"
+        layers = frozenset(parts.dense_layers)
+        return {
+            "n_routed_experts": parts.num_experts,
+            # DeepSeek's code makes an FFN of width 0 where it is 0, and dividing by that ends vLLM.
+            "n_shared_experts": len(parts.shared_experts) or None,
+            "moe_intermediate_size": parts.base.sizes.intermediate_size,
+            **(self.dense_keys(layers, parts.num_layers) or {}),
+            "scoring_func": "softmax",
+            "norm_topk_prob": True,
+            "aux_loss_alpha": 0.001,
+            "seq_aux": True,
+            "attention_bias": False,
+            "pretraining_tp": 1,
+            "auto_map": {
+                "AutoConfig": f"{code}--configuration_deepseek.DeepseekConfig",
+                "AutoModel": f"{code}--modeling_deepseek.DeepseekModel",
+                "AutoModelForCausalLM": f"{code}--modeling_deepseek.DeepseekForCausalLM",
+            },
+        }
+
+
+MOE = (DeepSeek(),)

@@ -1,0 +1,378 @@
+"""What every MoE family has in common: names, shapes, configuration, what fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from moe_fast.config import Layout, MoeConfig, RoutingMethod
+from moe_fast.dtypes import DTYPE_NAMES
+from moe_fast.errors import CheckpointError
+from moe_fast.families.config import ROPE_TYPES
+from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseModel
+from moe_fast.families.rules import Rules
+from moe_fast.request import ExpertSource
+from moe_fast.storage.strict_json import brief
+from moe_fast.storage.tensors import OutputTensor, Weight
+
+GATE_UP = ("gate_proj", "up_proj")
+Shapes = dict[str, tuple[int, ...]]
+SPANS = {None: "nothing", "head": "each head", "width": "the full width"}
+
+
+class ExpertTensor(NamedTuple):
+    """A tensor with weights of experts: `slices` are `(expert, role)`, one after the other.
+
+    A stacked tensor has a first axis that counts the experts.
+    """
+
+    name: str
+    slices: tuple[tuple[int, str], ...]
+    stacked: bool = False
+
+
+class Parts(Protocol):
+    """What an MoE is made of: its facts, and each weight by what it is for."""
+
+    @property
+    def base(self) -> DenseModel:
+        """The model that gives attention, norms and embeddings."""
+        ...
+
+    @property
+    def config(self) -> MoeConfig: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def shared_experts(self) -> Sequence[ExpertSource]: ...
+
+    @property
+    def dense_layers(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of experts and routers, as safetensors spells it."""
+        ...
+
+    def before_layers(self) -> Iterator[OutputTensor]:
+        """The embedding."""
+        ...
+
+    def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
+        """Attention and norms of a layer, with their names inside the layer."""
+        ...
+
+    def after_layers(self) -> Iterator[OutputTensor]:
+        """The last norm and the head."""
+        ...
+
+    def router(self, layer: int) -> Weight:
+        """The router of a layer, `(num_experts, hidden_size)`."""
+        ...
+
+    def expert(self, layer: int, expert: int, role: str) -> Weight:
+        """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
+        ...
+
+    def dense_ffn(self, layer: int, role: str) -> Weight:
+        """The same of a layer without experts."""
+        ...
+
+    def shared_ffn(self, layer: int, role: str) -> Weight:
+        """The same of all shared experts of a layer side by side."""
+        ...
+
+    def silent_ffn(self, layer: int, width: int, role: str) -> Weight:
+        """The same of a shared expert that adds nothing."""
+        ...
+
+    def shared_gate(self, layer: int) -> Weight:
+        """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
+        ...
+
+
+class MoeFamily:
+    """A Mixture-of-Experts family: what fits it, its tensors, its configuration.
+
+    What it says of attention and norms is what its blocks have a place for. Its router is a softmax
+    over all experts; each token goes to the k with the greatest weights, which are divided by their
+    sum. So experts that are copies of one FFN compute what that FFN computes.
+    """
+
+    name: str
+    title: str
+    architecture: str
+    dense_twin: str
+    """The dense family that it is outside of its experts."""
+    rules: Rules
+    auto_rank: int = 100
+    """Where `target="auto"` tries it; the more readers it has, the earlier."""
+    mergekit_name: str | None = None
+    """What mergekit-moe calls the architecture; None where it does not write it."""
+    layouts: tuple[Layout, ...] = (Layout.PER_EXPERT, Layout.FUSED)
+    norms = NORMS_BEFORE
+    qk_norm: str | None = None
+    attention_biases: tuple[tuple[str, ...], ...] = ((),)
+    own_head_dim = True
+    sliding_window = True
+    multipliers = False
+    rope_types: Sequence[str] = ROPE_TYPES
+    shared_experts = False
+    shared_gate = False
+    dense_places = "has experts in every layer"
+    expert_names: tuple[tuple[str, str], ...] = tuple((role, role) for role in FFN)
+    block = "mlp"
+
+    def problems(self, parts: Parts, layout: Layout | None = None) -> list[str]:
+        """Why this cannot become the target, all reasons; empty where it can."""
+        reasons = [*self.routing_problems(parts), *self.block_problems(parts.base)]
+        if layout not in (None, *self.layouts):
+            reasons.append(f"layout {str(layout)!r}: {self.title} has {self.layouts[0]!s} alone")
+        return reasons
+
+    def routing_problems(self, parts: Parts) -> Iterator[str]:
+        config, hidden = parts.config, parts.base.sizes.hidden_size
+        if config.routing_method is not RoutingMethod.TOP_K:
+            yield (
+                f"routing_method {str(config.routing_method)!r}: readers of {self.title} "
+                "checkpoints route by 'top_k' alone"
+            )
+        if config.gate_hidden_dim not in (None, hidden):
+            yield (
+                f"gate_hidden_dim {config.gate_hidden_dim}: {self.title}'s router reads the "
+                f"model's hidden size, {hidden}"
+            )
+        shared = parts.shared_experts
+        if shared and not self.shared_experts:
+            yield f"shared experts ({', '.join(e.model for e in shared)}): {self.title} has none"
+        elif not self.shared_gate:
+            for expert in shared:
+                if expert.positive_prompts or expert.negative_prompts:
+                    yield (
+                        f"prompts of the shared expert {expert.model}: {self.title} has no gate "
+                        "for it that prompts could make"
+                    )
+        layers = frozenset(parts.dense_layers)
+        if self.dense_keys(layers, parts.num_layers) is None:
+            listed = ", ".join(map(str, sorted(layers)))
+            yield f"dense_layers {listed}: {self.title} {self.dense_places}"
+
+    def block_problems(self, base: DenseModel) -> Iterator[str]:
+        """What the base's blocks have or lack."""
+
+        def at(name: str) -> str:
+            tensor = base.tensors[f"model.layers.0.{name}"]
+            return f"{tensor.file.path}: tensor {tensor.name!r}"
+
+        config, sizes = f"{base.path / 'config.json'}", base.sizes
+        if base.family.norms != self.norms:
+            place = "before" if self.norms == NORMS_BEFORE else "after"
+            (norm, *_) = (name for name in base.family.norms if name not in self.norms)
+            yield f"{at(f'{norm}.weight')}: {self.title} has norms {place} attention and FFN alone"
+        if base.family.qk_norm != self.qk_norm:
+            if base.family.qk_norm is None:
+                yield (
+                    f"{config}: model_type {base.family.model_type} has no norm on queries and "
+                    f"keys; {self.title} has one over {SPANS[self.qk_norm]}, which no weight undoes"
+                )
+            else:
+                yield (
+                    f"{at('self_attn.q_norm.weight')}: {self.title} has no place for a norm over "
+                    f"{SPANS[base.family.qk_norm]} of queries and keys"
+                )
+        if base.attention_biases not in self.attention_biases:
+            name = base.attention_biases[-1]
+            yield f"{at(f'self_attn.{name}.bias')}: {self.title} has no place for this bias"
+        if base.ffn_biases:
+            yield f"{at('mlp.gate_proj.bias')}: {self.title} has no place for FFN biases"
+        if not self.own_head_dim and sizes.head_dim * sizes.num_attention_heads != (
+            sizes.hidden_size
+        ):
+            yield (
+                f"{at('self_attn.q_proj.weight')}: head_dim is {sizes.head_dim}; readers of "
+                f"{self.title} take hidden_size / num_attention_heads, "
+                f"{sizes.hidden_size} / {sizes.num_attention_heads}"
+            )
+        longest = base.config["max_position_embeddings"]
+        windows = {width if width and width < longest else None for width in base.windows}
+        if len(windows) > 1:
+            yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
+        elif windows != {None} and not self.sliding_window:
+            yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
+        neutral = (1.0, sizes.head_dim**-0.5, 1.0, 1.0)
+        if not self.multipliers and base.multipliers != neutral:
+            names = zip(base.multipliers._fields, base.multipliers, neutral, strict=True)
+            found = [f"{name} {value}" for name, value, none in names if value != none]
+            yield f"{config}: {', '.join(found)}: {self.title} has no multipliers"
+        rope = "default" if base.rope.scaling is None else base.rope.scaling["rope_type"]
+        if rope not in self.rope_types:
+            yield (
+                f"{config}: rope_type is {rope!r}; "
+                f"{self.title} has {', '.join(self.rope_types)} alone"
+            )
+
+    def warnings(self, parts: Parts) -> list[str]:
+        """What fits the target and may yet surprise."""
+        return []
+
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
+        """The keys of config.json that leave exactly these layers dense; `None` if none can."""
+        return None if layers else {}
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        """The layers that a config.json of the family leaves dense.
+
+        Raises
+        ------
+        CheckpointError
+            Where a key of it has a value of another kind.
+        """
+        return frozenset()
+
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        """The tensors that hold a layer's experts, in order."""
+        experts = range(num_experts)
+        prefix = f"model.layers.{layer}.{self.block}.experts"
+        if layout is Layout.PER_EXPERT:
+            return [
+                ExpertTensor(f"{prefix}.{expert}.{name}.weight", ((expert, role),))
+                for expert in experts
+                for name, role in self.expert_names
+            ]
+        return stacks(f"{prefix}.gate_up_proj", f"{prefix}.down_proj", experts)
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return f"model.layers.{layer}.{self.block}.gate.weight"
+
+    def tensors(self, parts: Parts, layout: Layout | None = None) -> Iterator[OutputTensor]:
+        """Every tensor of the output, in the order of the model."""
+        layout = layout or self.layouts[0]
+        num_experts = parts.num_experts
+        dense = frozenset(parts.dense_layers)
+        yield from parts.before_layers()
+        for layer in range(parts.num_layers):
+            prefix = f"model.layers.{layer}"
+            for name, weight in self.attention(parts, layer):
+                yield OutputTensor(f"{prefix}.{name}", weight)
+            if layer in dense:
+                for role in FFN:
+                    name = f"{prefix}.mlp.{role}.weight"
+                    yield OutputTensor(name, parts.dense_ffn(layer, role))
+                continue
+            yield OutputTensor(self.router_name(layer, layout), parts.router(layer))
+            for tensor in self.expert_tensors(layer, num_experts, layout):
+                weights = [parts.expert(layer, e, role) for e, role in tensor.slices]
+                yield OutputTensor(tensor.name, joined(weights, tensor, num_experts))
+            for name, weight in self.shared(parts, layer):
+                yield OutputTensor(f"{prefix}.{name}", weight)
+        yield from parts.after_layers()
+
+    def attention(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        """Attention and norms of a layer, with their names inside the layer."""
+        yield from parts.layer(layer)
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        """What belongs to the shared experts of a layer, with its names inside the layer."""
+        yield from ()
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        """What a config.json of the family makes the shapes of these tensors.
+
+        Raises
+        ------
+        CheckpointError
+            Where a key of it has a value of another kind.
+        """
+        return {}
+
+    def config(self, parts: Parts) -> dict[str, Any]:
+        """The output's config.json, in the spellings of transformers 4 and 5.
+
+        Every key stands there whose default differs from reader to reader or from the source's.
+        """
+        carried = (
+            "hidden_act",
+            "max_position_embeddings",
+            "initializer_range",
+            "rms_norm_eps",
+            "attention_dropout",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        )
+        base, sizes = parts.base, parts.base.sizes
+        dtype = DTYPE_NAMES[parts.dtype]
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "vocab_size": sizes.vocab_size,
+            "hidden_size": sizes.hidden_size,
+            "intermediate_size": sizes.intermediate_size,
+            "num_hidden_layers": sizes.num_hidden_layers,
+            "num_attention_heads": sizes.num_attention_heads,
+            "num_key_value_heads": sizes.num_key_value_heads,
+            **({"head_dim": sizes.head_dim} if self.own_head_dim else {}),
+            **{key: base.config[key] for key in carried},
+            **self.own_config(parts),
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+            "output_router_logits": False,
+            **base.rope.in_every_spelling(),
+            "use_cache": True,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        """Why a reader does not load a checkpoint of this family alone."""
+        yield from ()
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        """The keys that this family alone has."""
+        raise NotImplementedError
+
+
+def stacks(gate_up: str, down: str, experts: range) -> list[ExpertTensor]:
+    """Gate over up of every expert in one tensor, down of every expert in another."""
+    pairs = tuple((expert, role) for expert in experts for role in GATE_UP)
+    downs = tuple((expert, "down_proj") for expert in experts)
+    return [ExpertTensor(gate_up, pairs, stacked=True), ExpertTensor(down, downs, stacked=True)]
+
+
+def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) -> Weight:
+    """The weights of a tensor's parts as that tensor."""
+    rows, columns = weights[0].shape
+    if not tensor.stacked:
+        return Weight.stacked(weights, (rows * len(weights), columns))
+    return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
+
+
+def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
+    down = FFN[-1]
+    return {
+        f"{prefix}.{role}.weight": (hidden, width) if role == down else (width, hidden)
+        for role in FFN
+    }
+
+
+def as_count(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, minimum: int = 0
+) -> int:
+    """An integer of a config.json."""
+    value = config.get(key, default)
+    if type(value) is not int or value < minimum:
+        raise CheckpointError(
+            f"config.json: {key} is {brief(value)}; it must be an integer of at least {minimum}"
+        )
+    return value
+
+
+def num_experts(parts: Parts) -> dict[str, int]:
+    """The number of experts in both spellings, of which each reader looks for one."""
+    number = parts.num_experts
+    return {"num_local_experts": number, "num_experts": number}

@@ -1,0 +1,56 @@
+"""OLMo2, and FlexOlmo with experts in place of its FFNs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_fast.families.dense import DEFAULTS, NORMS_AFTER, QKVO, DenseFamily
+from moe_fast.families.moe import MoeFamily, Parts, num_experts
+from moe_fast.families.rules import TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
+
+
+class FlexOlmo(MoeFamily):
+    """FlexOlmo (Shi et al. 2025): OLMo2 with experts in place of each FFN."""
+
+    name = "flex_olmo"
+    title = "FlexOlmo"
+    architecture = "FlexOlmoForCausalLM"
+    auto_rank = 5
+    rules = Rules(
+        "num_experts",
+        7,
+        5e5,
+        either_count_key=True,
+        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM),  # vLLM by transformers' classes
+        fused=(TRANSFORMERS_5, VLLM),
+    )
+    dense_twin = "olmo2"
+    norms = NORMS_AFTER
+    qk_norm = "width"
+    attention_biases = ((), QKVO)
+    sliding_window = False
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        return {
+            **num_experts(parts),
+            "attention_bias": bool(parts.base.attention_biases),
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.01,
+        }
+
+
+DENSE = (
+    DenseFamily(
+        "olmo2",
+        {
+            **DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 1,
+            "bos_token_id": None,
+            "eos_token_id": 50279,
+        },
+        norms=NORMS_AFTER,
+        qk_norm="width",
+    ),
+)
+MOE = (FlexOlmo(),)

@@ -1,0 +1,38 @@
+"""Every family there is: each file of this package lists its own as `DENSE` and `MOE`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, ModuleType
+
+from moe_fast import families
+from moe_fast.families.dense import DenseFamily
+from moe_fast.families.moe import MoeFamily
+
+
+@functools.cache
+def dense_families() -> Mapping[str, DenseFamily]:
+    """The dense families by the `model_type` of their config.json."""
+    found = [family for lineage in lineages() for family in getattr(lineage, "DENSE", ())]
+    return MappingProxyType({family.model_type: family for family in found})
+
+
+@functools.cache
+def moe_families() -> Mapping[str, MoeFamily]:
+    """The MoE families by name, in the order in which `target="auto"` tries them."""
+    found = [family for lineage in lineages() for family in getattr(lineage, "MOE", ())]
+    found.sort(key=lambda family: (family.auto_rank, family.name))
+    return MappingProxyType({family.name: family for family in found})
+
+
+def lineages() -> Iterator[ModuleType]:
+    for module in sorted(pkgutil.iter_modules(families.__path__), key=lambda each: each.name):
+        if module.name not in BASES:
+            yield importlib.import_module(f"{families.__name__}.{module.name}")
+
+
+# The files of this package that are not about one lineage.
+BASES = ("choice", "config", "dense", "moe", "readers", "registry")

@@ -1,0 +1,46 @@
+"""What a family says of the programs that load its checkpoints.
+
+transformers 4 (4.57.6) and 5 (5.23.0), vLLM (0.32.0) and llama.cpp (the converter of
+llama-cpp-python 0.3.36) were asked themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Reader"]
+
+TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
+VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
+READERS = (TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program, whether it loads the checkpoint, and if not, why."""
+
+    name: str
+    loads: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the readers know of one family.
+
+    `count_key` is where they look for the number of experts. transformers 5 knows the other
+    spelling as well where `either_count_key`. The defaults are those of transformers 4. llama.cpp
+    knows the types of rope in `llama_cpp_ropes`. Of the families with a `norm_topk_prob`, it
+    divides the chosen experts' weights by their sum in some and not in others, whatever
+    `config.json` says.
+    """
+
+    count_key: str
+    default_count: int
+    default_theta: float
+    llama_cpp_normalises: bool | None = None
+    llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    either_count_key: bool = False
+    natively: tuple[str, ...] = READERS
+    per_expert: tuple[str, ...] = READERS
+    fused: tuple[str, ...] = (TRANSFORMERS_5,)

@@ -1,0 +1,1 @@
+"""Model folders, opened and looked into."""

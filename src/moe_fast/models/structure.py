@@ -1,0 +1,121 @@
+"""What a checkpoint of a known family must hold, by its config.json: every name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_fast.config import Layout
+from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, read_rope, read_sizes
+from moe_fast.families.moe import MoeFamily, Shapes, as_count
+from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.models.moe import MoeModel
+
+
+def structure_problems(model: MoeModel) -> list[str]:
+    """Where configuration and tensors are not those of the model's family.
+
+    Raises
+    ------
+    CheckpointError
+        For a configuration whose numbers are none.
+    """
+    family = moe_families()[model.model_type]
+    file = model.path / "config.json"
+    twin = dense_families()[family.dense_twin]
+    config = {**twin.defaults, "intermediate_size": 1, **model.config}
+    sizes = read_sizes(config, file)
+    read_rope(config, file)
+    present = {name.split(".")[2] for name in model.tensors if name.startswith("model.layers.")}
+    if sizes.num_hidden_layers != len(present):  # before looping over a number from a file
+        return [
+            f"{file}: num_hidden_layers is {sizes.num_hidden_layers}, "
+            f"the safetensors hold tensors of {len(present)} layers"
+        ]
+    problems = list(config_problems(model))
+    expected = expected_shapes(family, model, config, sizes)
+    problems += [
+        f"{model.path}: tensor {name!r} is missing"
+        for name in expected
+        if name not in model.tensors
+    ]
+    for name, tensor in model.tensors.items():
+        where = f"{tensor.file.path}: tensor {name!r}"
+        if name not in expected:
+            optional = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+            if not optional:
+                problems.append(f"{where} is not part of a {family.title} model")
+        elif tensor.shape != expected[name]:
+            problems.append(
+                f"{where} has the shape {list(tensor.shape)}, "
+                f"config.json makes it {list(expected[name])}"
+            )
+    return problems
+
+
+def config_problems(model: MoeModel) -> Iterator[str]:
+    """Keys that decide how tokens are routed, and do not fit the experts that are there."""
+    file = model.path / "config.json"
+    for key in NUM_EXPERTS_KEYS:
+        value = model.config.get(key)
+        if value is not None and value != model.num_experts:
+            yield f"{file}: {key} is {value!r}, the safetensors hold {model.num_experts} experts"
+    top_k = model.config.get("num_experts_per_tok")
+    if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= model.num_experts):
+        yield (
+            f"{file}: num_experts_per_tok is {top_k!r}; "
+            f"it must be an integer from 1 to {model.num_experts}"
+        )
+    theta, parameters = model.config.get("rope_theta"), model.config.get("rope_parameters")
+    if theta is not None and isinstance(parameters, Mapping):
+        other = parameters.get("rope_theta", theta)
+        if other != theta:
+            yield (
+                f"{file}: rope_theta is {theta}, that of rope_parameters {other}; "
+                "transformers 4 takes the first, 5 the second"
+            )
+
+
+def expected_shapes(
+    family: MoeFamily, model: MoeModel, config: Mapping[str, Any], sizes: Sizes
+) -> Shapes:
+    twin = dense_families()[family.dense_twin]
+    vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
+    expected: Shapes = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        expected["lm_head.weight"] = (vocabulary, hidden)
+    dense_layers = family.dense_layers(config, sizes.num_hidden_layers)
+    for layer in range(sizes.num_hidden_layers):
+        shapes = dict(twin.layer_shapes(sizes, config))
+        if layer in dense_layers:
+            shapes |= twin.ffn_shapes(sizes, config)
+        else:
+            shapes |= family.shared_shapes(config, hidden)
+            expected |= expert_shapes(family, model, config, layer, hidden)
+        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+    return expected
+
+
+def expert_shapes(
+    family: MoeFamily, model: MoeModel, config: Mapping[str, Any], layer: int, hidden: int
+) -> Shapes:
+    """Experts and router of a layer."""
+    width = as_count(config, "moe_intermediate_size", as_count(config, "intermediate_size"))
+    matrix = {"gate_proj": (width, hidden), "up_proj": (width, hidden)}
+    matrix["down_proj"] = (hidden, width)
+    layout = Layout.FUSED if model.layout == "fused" else Layout.PER_EXPERT
+    if layout not in family.layouts:
+        layout = family.layouts[0]
+    expected: Shapes = {family.router_name(layer, layout): (model.num_experts, hidden)}
+    for tensor in family.expert_tensors(layer, model.num_experts, layout):
+        rows, columns = matrix[tensor.slices[0][1]]
+        parts = len(tensor.slices)
+        if tensor.stacked:
+            shape: tuple[int, ...] = (model.num_experts, rows * parts // model.num_experts, columns)
+        else:
+            shape = (rows * parts, columns)
+        expected[tensor.name] = shape
+    return expected

@@ -1,0 +1,142 @@
+"""What is asked for: everything that decides the bytes of an output, in plain values.
+
+The output's manifest keeps the request as JSON. Whoever reads it back makes the same design from
+it, so `check_moe` compares an output with what would be written today.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, get_args
+
+from moe_fast.checks import as_choice, as_index, as_number
+from moe_fast.errors import MoeConfigError
+
+ModelPath = str | os.PathLike[str]
+RouterMethod = Literal["balanced", "random", "uniform", "normal", "linear", "cheap_embed", "hidden"]
+ROUTER_METHODS: tuple[RouterMethod, ...] = get_args(RouterMethod)
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+class Request:
+    """Base of the frozen dataclasses that say what one operation should do.
+
+    An operation is a file of `moe_fast.checkpoint` that holds its request and registers how
+    `design_of` makes a design from it. `operation` is the name of that file.
+    """
+
+    operation: ClassVar[str]
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts in each layer of the output, if the request says how many."""
+        return None
+
+    def folders(self) -> list[str]:
+        """Every model that it names, once, in order."""
+        raise NotImplementedError
+
+    def moved(self, now: Mapping[str, str]) -> Self:
+        """The same request for models that are elsewhere `now`."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Raise `MoeConfigError` for values that cannot be together."""
+
+
+@dataclass(frozen=True)
+class RouterStart:
+    """How the routers of a build start.
+
+    Parameters
+    ----------
+    method : str
+        `"balanced"`, `"random"` and `"uniform"` are those of `RouterInit`. `"normal"` draws from
+        the standard normal distribution, as mergekit-moe's `random` does. `"linear"` draws from
+        `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear` starts.
+        `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
+        of their tokens, or from what the router will read of them, which takes a run of the base
+        model.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        A method that is no string or is unknown.
+
+    Examples
+    --------
+    >>> from moe_fast import RouterStart
+    >>> RouterStart("normal").from_prompts
+    False
+    """
+
+    method: RouterMethod = "balanced"
+
+    def __post_init__(self) -> None:
+        as_choice(self.method, ROUTER_METHODS, "routers")
+
+    @property
+    def from_prompts(self) -> bool:
+        """Whether the prompts of the experts make the rows."""
+        return self.method in ("cheap_embed", "hidden")
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """Where experts come from, and what happens to their weights on the way.
+
+    Parameters
+    ----------
+    model : path or str
+        The folder of a dense model, or the name of a repository on the Hugging Face Hub.
+    noise_scale : float
+        Standard deviation of the normal noise that is added to each weight; every expert gets noise
+        of its own.
+    residual_scale : float
+        What the expert's output is multiplied by: the factor of its `down_proj`.
+    source_layers : sequence of int, optional
+        The model's layer that each layer of the output takes its expert from; by default the same.
+    positive_prompts, negative_prompts : sequence of str
+        What the experts are for, and not for, where routers are made from prompts.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        A value of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import ExpertSource
+    >>> ExpertSource("model", noise_scale=0.01).residual_scale
+    1.0
+    """
+
+    model: str
+    noise_scale: float = 0.0
+    residual_scale: float = 1.0
+    source_layers: tuple[int, ...] | None = None
+    positive_prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("noise_scale", "residual_scale"):
+            number = as_number(getattr(self, name), name)
+            if not math.isfinite(number):
+                raise MoeConfigError(f"{name} must be finite, got {number}")
+            object.__setattr__(self, name, number)
+        if self.noise_scale < 0:
+            raise MoeConfigError(f"noise_scale must be at least 0, got {self.noise_scale}")
+        if self.source_layers is not None:
+            if not isinstance(self.source_layers, Iterable):
+                raise TypeError(f"source_layers must list layers, got {self.source_layers!r}")
+            layers = tuple(as_index(layer, "source_layers") for layer in self.source_layers)
+            object.__setattr__(self, "source_layers", layers)
+        for name in ("positive_prompts", "negative_prompts"):
+            prompts = getattr(self, name)
+            if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+                raise TypeError(f"{name} must list strings, got {prompts!r}")
+            object.__setattr__(self, name, tuple(prompts))

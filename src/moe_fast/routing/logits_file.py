@@ -1,0 +1,167 @@
+"""Router logits in files, mapped into memory, and the statistics of what they route."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast.config import MoeConfig, RoutingMethod
+from moe_fast.dtypes import DTYPE_NAMES, as_dtype
+from moe_fast.errors import CheckpointError, RoutingError
+from moe_fast.routing.router import ENCODINGS, RoutingOptions
+from moe_fast.routing.statistics import RoutingStats
+from moe_fast.storage.files import open_regular
+from moe_fast.storage.npy import map_npy
+from moe_fast.storage.safetensors_header import Tensor, read_header
+from moe_fast.storage.strict_json import brief
+
+__all__ = ["LayerLogits", "read_logits", "statistics_of_file"]
+# Far above what models have; each takes a few kilobytes of statistics.
+MOST_LAYERS = 2**16
+
+
+class LayerLogits(NamedTuple):
+    """The logits of one layer's router, `[T, E]`, and where they stand, for messages."""
+
+    where: str
+    logits: npt.NDArray[Any]
+
+
+def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
+    """Router logits of a `.npy` or `.safetensors` file, a layer each, mapped into memory.
+
+    An array of shape `[T, E]` is a layer, one of `[L, T, E]` is L layers. Tensors of a safetensors
+    file come in the order of their names, numbers in them counting as numbers.
+
+    Raises
+    ------
+    CheckpointError
+        For anything else: the message names the file and the tensor. Nothing is unpickled.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        open_regular(path).close()
+        arrays = [(str(path), map_npy(path))]
+    elif path.suffix == ".safetensors":
+        tensors = sorted(read_header(path).values(), key=lambda tensor: by_number(tensor.name))
+        arrays = [(f"{path}: tensor {brief(t.name)}", mapped(path, t)) for t in tensors]
+    else:
+        raise CheckpointError(f"{path}: must end in .npy or .safetensors")
+    if not arrays:
+        raise CheckpointError(f"{path}: holds no tensor")
+    layers = sum(len(array) if array.ndim == 3 else 1 for _, array in arrays)
+    for where, array in arrays:
+        check(where, array, arrays[0][1])
+    if layers > MOST_LAYERS:
+        raise CheckpointError(f"{path}: holds {layers} layers, at most {MOST_LAYERS} are read")
+    return [layer for where, array in arrays for layer in layers_of(where, array)]
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `layers.2` before `layers.10`."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
+def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
+    where = f"{path}: tensor {brief(tensor.name)}"
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{where}: is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}")
+    if tensor.nbytes == 0:
+        raise CheckpointError(f"{where}: is empty, its shape is {list(tensor.shape)}")
+    dtype = as_dtype(DTYPE_NAMES[tensor.dtype])
+    with open_regular(path) as stream:
+        tensor.file.check_unchanged(stream)
+        return np.memmap(stream, dtype, "r", tensor.offset, tensor.shape)
+
+
+def check(where: str, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
+    """Raise `CheckpointError` for what is no logits, or of another number of experts than `first`.
+
+    `where` is the beginning of the message.
+    """
+    if array.dtype.name not in ENCODINGS:
+        raise CheckpointError(
+            f"{where}: is {array.dtype}; logits are float32, float64, bfloat16 or float16"
+        )
+    if array.ndim not in (2, 3):
+        raise CheckpointError(
+            f"{where}: must have the shape [T, E] or [L, T, E], got {list(array.shape)}"
+        )
+    if not array.size:
+        raise CheckpointError(f"{where}: is empty, its shape is {list(array.shape)}")
+    if array.shape[-1] != first.shape[-1]:
+        raise CheckpointError(
+            f"{where}: has {array.shape[-1]} experts, the first tensor {first.shape[-1]}"
+        )
+
+
+def layers_of(where: str, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
+    if array.ndim == 2:
+        yield LayerLogits(where, array)
+    else:
+        for layer, logits in enumerate(array):
+            yield LayerLogits(f"{where}: layer {layer}", logits)
+
+
+def statistics_of_file(
+    path: str | os.PathLike[str],
+    routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+    num_experts_per_tok: int | None = None,
+    *,
+    capacity_factors: Sequence[float] = (),
+    tokens_per_batch: int | None = None,
+    threads: int | None = None,
+    **options: Unpack[RoutingOptions],
+) -> RoutingStats:
+    """Route all logits of a file and add up the statistics, a layer each.
+
+    Of top-k and Switch, a few megabytes are in memory at a time, whatever the size of the file; of
+    expert choice a batch.
+
+    Parameters
+    ----------
+    path : path
+        A file that `read_logits` takes.
+    routing_method : RoutingMethod or str
+        Who chooses.
+    num_experts_per_tok : int, optional
+        By default 1 for Switch and 2 for the others.
+    capacity_factors, tokens_per_batch, threads, **options
+        As for `RoutingStats` and its `update`.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        An argument of the wrong type, out of range, or without a meaning for the method.
+    CheckpointError
+        As for `read_logits`.
+    RoutingError
+        A NaN: the message names file, tensor and token.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from moe_fast.routing.logits_file import statistics_of_file
+    >>> file = tempfile.mkdtemp() + "/logits.npy"
+    >>> np.save(file, np.random.default_rng(0).standard_normal((3, 1000, 8)))
+    >>> statistics_of_file(file).coefficient_of_variation.round(2)
+    array([0.05, 0.04, 0.05])
+    """
+    layers = read_logits(path)
+    if num_experts_per_tok is None:
+        num_experts_per_tok = 1 if routing_method == RoutingMethod.SWITCH_TRANSFORMER else 2
+    config = MoeConfig(layers[0].logits.shape[-1], num_experts_per_tok, routing_method)
+    stats = RoutingStats(config, len(layers), capacity_factors=capacity_factors, **options)
+    for number, (where, logits) in enumerate(layers):
+        try:
+            stats.update(logits, number, tokens_per_batch=tokens_per_batch, threads=threads)
+        except RoutingError as error:
+            raise RoutingError(f"{where}: {error}") from None
+    return stats

@@ -1,0 +1,75 @@
+"""Router weights in a file of their own, for scripts that put them into a model themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast.dtypes import DTYPE_CODES
+from moe_fast.errors import CheckpointError
+from moe_fast.storage.safetensors_header import header_bytes
+from moe_fast.storage.tensors import FORMAT
+
+__all__ = ["write_router_weights"]
+
+
+def write_router_weights(
+    path: str | os.PathLike[str], weights: npt.NDArray[Any], *, overwrite: bool = False
+) -> int:
+    """Write router weights of shape `(num_layers, rows, columns)`; return the bytes of the file.
+
+    A `.npy` file holds the array, a `.safetensors` file one tensor a layer, `layers.N.gate.weight`.
+
+    Raises
+    ------
+    CheckpointError
+        For a path of another ending, one that exists, or bfloat16 in a `.npy` file, which NumPy
+        could not read back.
+
+    Examples
+    --------
+    >>> from moe_fast import compute_router_weights
+    >>> from moe_fast.routing.weights_file import write_router_weights
+    >>> import tempfile
+    >>> weights = compute_router_weights(2, 64, 8, dtype="float32", transpose=True)
+    >>> write_router_weights(tempfile.mkdtemp() + "/routers.npy", weights)
+    4224
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".safetensors"):
+        raise CheckpointError(f"{path}: must end in .npy or .safetensors")
+    if path.suffix == ".npy" and weights.dtype.name == "bfloat16":
+        raise CheckpointError(f"{path}: .npy files know no bfloat16; .safetensors files do")
+    if path.exists() and not overwrite:
+        raise CheckpointError(
+            f"{path}: exists already; choose another file, or replace it: --overwrite, "
+            "in Python overwrite=True"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            if path.suffix == ".npy":
+                np.save(stream, weights, allow_pickle=False)
+            else:
+                stream.write(header_of(weights))
+                weights.tofile(stream)
+            nbytes = stream.tell()
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return nbytes
+
+
+def header_of(weights: npt.NDArray[Any]) -> bytes:
+    dtype = DTYPE_CODES[weights.dtype.name]
+    entries = [
+        (f"layers.{layer}.gate.weight", dtype, weights.shape[1:], weights[layer].nbytes)
+        for layer in range(len(weights))
+    ]
+    return header_bytes(entries, FORMAT)

@@ -1,0 +1,161 @@
+"""Safetensors headers and indexes, trusted only after checking every number in them.
+
+The format: 8 bytes of little-endian header length, a JSON header that names each tensor's dtype,
+shape and byte range, then the tensors' bytes, without holes.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.errors import CheckpointError
+from moe_fast.storage.files import SourceFile, open_regular
+from moe_fast.storage.strict_json import BRIEFLY, brief, is_size, parse_json
+
+LONGEST_HEADER = 100_000_000  # the limit of the format's own library
+MOST_DIMENSIONS = 64
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+BRIEFLY.maxstring = BRIEFLY.maxother = 200
+
+
+class Tensor(NamedTuple):
+    """Where one tensor's bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+    def first_rows(self, number: int) -> Tensor:
+        """The first `number` rows, as a tensor of its own."""
+        shape = (number, *self.shape[1:])
+        return self._replace(shape=shape, nbytes=math.prod(shape) * ITEM_SIZES[self.dtype])
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, by name, in the order of their bytes."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one safetensors file and the free text of its `__metadata__`."""
+    with open_regular(path) as stream:
+        status = os.fstat(stream.fileno())
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= status.st_size - 8:
+            raise CheckpointError(
+                f"{path}: the header's length is {length} bytes in a file of {status.st_size} "
+                "bytes; the file is truncated or no safetensors file"
+            )
+        if length > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: the header's length is {length} bytes, more than {LONGEST_HEADER}"
+            )
+        text = stream.read(length)
+    if len(text) < length:
+        raise CheckpointError(f"{path}: ended while its header was being read")
+    file = SourceFile(
+        str(path), status.st_size, status.st_mtime_ns, sha256(prefix + text).hexdigest()
+    )
+    header = parse_json(text, path)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header must be a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    data_start = 8 + length
+    tensors = [checked_entry(name, e, file, data_start) for name, e in header.items()]
+    tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            fault = "overlaps the one before" if tensor.offset < position else "leaves a hole"
+            raise CheckpointError(
+                f"{path}: tensor {brief(tensor.name)}: starts at byte "
+                f"{tensor.offset - data_start} of the data, {fault}, which ends at "
+                f"{position - data_start}"
+            )
+        position += tensor.nbytes
+    if position != status.st_size:
+        raise CheckpointError(
+            f"{path}: the tensors end at byte {position}, the file at {status.st_size}"
+        )
+    return {t.name: t for t in tensors}, metadata
+
+
+def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: tensor {brief(name)}: {what}")
+
+    if not is_unicode(name):
+        raise wrong("the name is not Unicode")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong("must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise wrong(f"unknown dtype {brief(dtype)}; known are {', '.join(ITEM_SIZES)}")
+    if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
+        raise wrong(f"shape has {len(shape)} dimensions")
+    if not isinstance(shape, list) or not all(is_size(n) for n in shape):
+        raise wrong(f"shape must list sizes of at least 0, got {brief(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
+        raise wrong(f"data_offsets must be [begin, end], got {brief(offsets)}")
+    begin, end = offsets
+    if not begin <= end <= file.size - data_start:
+        raise wrong(
+            f"data_offsets {offsets} do not lie in the file's "
+            f"{file.size - data_start} bytes of data"
+        )
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    if nbytes != end - begin:
+        raise wrong(
+            f"shape {brief(shape)} of {dtype} takes {brief(nbytes)} bytes, "
+            f"data_offsets hold {end - begin}"
+        )
+    return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` is free of halves of surrogate pairs, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def header_bytes(
+    entries: list[tuple[str, str, tuple[int, ...], int]],
+    metadata: dict[str, str],
+    *,
+    alignment: int = 8,
+    remainder: int = 0,
+) -> bytes:
+    """The header of a file that holds `(name, dtype, shape, nbytes)` in this order.
+
+    Spaces at its end make its length, modulo `alignment`, the `remainder`, so that the data begins
+    where it is wanted; both are multiples of 8, as the format asks.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape, nbytes in entries:
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * ((remainder - 8 - len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text

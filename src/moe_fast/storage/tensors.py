@@ -1,0 +1,152 @@
+"""The output checkpoint as a table of tensors, and how the table falls into files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.storage.pieces import Converted, FileRange, Piece, Zeros, read_range
+from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, header_bytes
+from moe_fast.storage.strict_json import json_text
+
+MOST_TENSORS_IN_FILE = 250_000  # so that readers, ours too, do not refuse the header's length
+BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
+FORMAT = {"format": "pt"}  # what transformers asks of every file's metadata
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The dtype, the shape and the bytes of a tensor: its pieces, one after the other."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        if sum(piece.nbytes for piece in self.pieces) != self.nbytes:
+            raise AssertionError(f"the pieces do not fill the shape {self.shape} of {self.dtype}")
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_parameters * ITEM_SIZES[self.dtype]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Weight:
+        """A tensor of a source file, as it is."""
+        piece = FileRange(tensor.file, tensor.offset, tensor.nbytes)
+        return cls(tensor.dtype, tensor.shape, (piece,))
+
+    def converted(self, dtype: str) -> Weight:
+        """The same numbers in `dtype`."""
+        if dtype == self.dtype:
+            return self
+        pieces = tuple(Converted(piece, self.dtype, dtype) for piece in self.pieces)
+        return Weight(dtype, self.shape, pieces)
+
+    def read(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        """The bytes from `start` to `stop`, a chunk at a time; pieces outside are not touched."""
+        position = 0
+        for piece in self.pieces:
+            first, last = max(start - position, 0), min(stop - position, piece.nbytes)
+            if first < last:
+                yield from read_range(piece, first, last)
+            position += piece.nbytes
+
+    @classmethod
+    def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Weight:
+        return cls(dtype, shape, (Zeros(math.prod(shape) * ITEM_SIZES[dtype]),))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Weight], shape: tuple[int, ...]) -> Weight:
+        """The bytes of `parts`, one after the other, as one tensor of `shape`."""
+        return cls(parts[0].dtype, shape, tuple(p for part in parts for p in part.pieces))
+
+
+class OutputTensor(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output."""
+
+    file_name: str
+    tensors: tuple[OutputTensor, ...]
+    metadata: tuple[tuple[str, str], ...] = tuple(FORMAT.items())
+
+    @cached_property
+    def header(self) -> bytes:
+        entries = [(name, w.dtype, w.shape, w.nbytes) for name, w in self.tensors]
+        return header_bytes(
+            entries, dict(self.metadata), alignment=BLOCK, remainder=self.best_start()
+        )
+
+    def best_start(self) -> int:
+        """Where in a block the data best begins: so that most bytes lie in it as in their source.
+
+        Only those can be moved by whole pages, and shared by file systems that share blocks. For
+        sizes that are multiples of a block (rows of 2048 numbers in 16 bits), that is all of them.
+        """
+        votes: Counter[int] = Counter()
+        position = 0
+        for tensor in self.tensors:
+            for piece in tensor.weight.pieces:
+                if isinstance(piece, FileRange):
+                    votes[(piece.offset - position) % BLOCK] += piece.nbytes
+                position += piece.nbytes
+        aligned = {start: nbytes for start, nbytes in votes.items() if start % 8 == 0}
+        return max(aligned, key=lambda start: aligned[start], default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(t.weight.nbytes for t in self.tensors)
+
+
+def plan_shards(
+    tensors: Iterable[tuple[str, Weight]], max_shard_size: int, metadata: Mapping[str, str] = FORMAT
+) -> list[Shard]:
+    """The tensors in order, in files of at most `max_shard_size` bytes of data.
+
+    A tensor larger than that gets a file to itself.
+    """
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in itertools.starmap(OutputTensor, tensors):
+        full = size + tensor.weight.nbytes > max_shard_size
+        if groups[-1] and (full or len(groups[-1]) == MOST_TENSORS_IN_FILE):
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.weight.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]), tuple(metadata.items()))]
+    return [
+        Shard(
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group), tuple(metadata.items())
+        )
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def index_json(shards: Sequence[Shard]) -> dict[str, str]:
+    """The index file beside the shards, by name; nothing where one file holds everything."""
+    if len(shards) == 1:
+        return {}
+    index = {
+        "metadata": {"total_size": sum(t.weight.nbytes for s in shards for t in s.tensors)},
+        "weight_map": {t.name: s.file_name for s in shards for t in s.tensors},
+    }
+    return {INDEX_FILE: json_text(index)}
