@@ -30,7 +30,6 @@ from moe_fast import (
     inspect_model,
 )
 from moe_fast.checkpoint.check import Status
-from moe_fast.checkpoint.expected import reason_to_differ
 from moe_fast.checkpoint.manifest import read_manifest
 from moe_fast.demo import make_dense_model
 from moe_fast.models.moe import open_moe_model
@@ -280,16 +279,17 @@ def test_routers_are_held_to_the_digests_of_the_manifest(moe):
     manifest["request"]["routers"] = {"method": "hidden"}
     routers = load_file(moe / "model.safetensors")
     names = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
-    manifest["decisions"] = {"router_sha256": [sha256(routers[name].tobytes()).hexdigest() for name in names]
+    digests = [sha256(routers[name].tobytes()).hexdigest() for name in names]
+    manifest["decisions"] = {"router_sha256": digests}
     (moe / "moe_fast.json").write_text(json.dumps(manifest))
     report = check_moe(moe)  # without a run of the model, which has no prompts
     assert report.passed, report.problems
     edit_tensor(moe, names[1], flip(3))
     (problem,) = check_moe(moe)["routers"].problems
     assert problem.endswith("gate.weight' is not the one whose SHA-256 moe_fast.json has")
-    edit_json(moe / "moe_fast.json", gate_sha256=manifest["gate_sha256"][:1])
-    assert "1 digests for 2 gates" in check_moe(moe)["routers"].summary
-    edit_json_request(moe, gate_mode=None)  # what can be made again is
+    edit_json(moe / "moe_fast.json", decisions={"router_sha256": digests[:1]})
+    assert "1 digests for 2 routers" in check_moe(moe)["routers"].summary
+    edit_json_request(moe, routers={})  # what can be made again is
     assert "what is made for it" in check_moe(moe)["routers"].problems[0]
 
 

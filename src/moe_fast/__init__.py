@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.version import VERSION
+from moe_fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport as BuildReport

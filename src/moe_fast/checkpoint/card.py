@@ -21,7 +21,7 @@ from moe_fast.request import ExpertSource
 from moe_fast.storage.companions import has_tokenizer
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.tensors import FORMAT
-from moe_fast.version import VERSION
+from moe_fast.version import __version__
 from moe_fast.wording import ranges
 
 CARD = "README.md"
@@ -106,7 +106,7 @@ def file_metadata(construction: Construction) -> dict[str, str]:
     experts = "; ".join(f"{ranges(o.experts)}: {o.models}" for o in origins(construction))
     if len(experts) > LONGEST_METADATA:
         experts = experts[:LONGEST_METADATA] + " ..."
-    return FORMAT | {"moe_fast": VERSION, "experts": printable(experts)}
+    return FORMAT | {"moe_fast": __version__, "experts": printable(experts)}
 
 
 def model_card(
@@ -133,7 +133,7 @@ def model_card(
         f"# {family.title} of {plan.num_experts} experts from {escaped(listed)}",
         "",
         f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {moe_layers} "
-        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {VERSION} "
+        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {__version__} "
         f"made it from {parts}; nothing in it has been trained since. Its routers start by the "
         f"method `{construction.routers.start.method}`.",
         "",

@@ -19,7 +19,7 @@ from moe_fast.request import Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, json_text, read_json
 from moe_fast.storage.writer import FileRecord
-from moe_fast.version import VERSION
+from moe_fast.version import __version__
 
 MANIFEST = "moe_fast.json"
 MANIFEST_VERSION = 1
@@ -53,7 +53,7 @@ class Manifest:
     decisions: Mapping[str, Any] = field(default_factory=dict)
     source_files: tuple[SourceRecord, ...] = ()
     files: Mapping[str, FileRecord] = field(default_factory=dict)
-    moe_fast: str = VERSION
+    moe_fast: str = __version__
 
     def text(self) -> str:
         """The manifest as JSON; digests that were not computed are left out."""
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     if version != MANIFEST_VERSION:
         raise CheckpointError(
             f"{path}: manifest_version is {brief(version)}, this version of moe_fast reads "
-            f"{MANIFEST_VERSION}; build the output again, or check it without the file"
+            f"{MANIFEST___version__}; build the output again, or check it without the file"
         )
     rest = {key: item for key, item in value.items() if key != "request"}
     try:
