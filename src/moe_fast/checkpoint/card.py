@@ -133,8 +133,8 @@ def model_card(
         f"# {family.title} of {plan.num_experts} experts from {escaped(listed)}",
         "",
         f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {moe_layers} "
-        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast {__version__} "
-        f"made it from {parts}; nothing in it has been trained since. Its routers start by the "
+        f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast "
+        f"{__version__} made it from {parts}; nothing in it has been trained since. Its routers start by the "
         f"method `{construction.routers.start.method}`.",
         "",
         "## Experts",

@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     if version != MANIFEST_VERSION:
         raise CheckpointError(
             f"{path}: manifest_version is {brief(version)}, this version of moe_fast reads "
-            f"{MANIFEST___version__}; build the output again, or check it without the file"
+            f"{MANIFEST_VERSION}; build the output again, or check it without the file"
         )
     rest = {key: item for key, item in value.items() if key != "request"}
     try:
