@@ -134,8 +134,8 @@ def model_card(
         "",
         f"A Mixture-of-Experts model with {plan.num_experts} experts in each of {moe_layers} "
         f"layers, {config.num_experts_per_tok} of them at work on each token. moe_fast "
-        f"{__version__} made it from {parts}; nothing in it has been trained since. Its routers start by the "
-        f"method `{construction.routers.start.method}`.",
+        f"{__version__} made it from {parts}; nothing in it has been trained "
+        f"since. Its routers start by the method `{construction.routers.start.method}`.",
         "",
         "## Experts",
         "",

@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.drawing.plotting import MODEL_COLORS
-
-if TYPE_CHECKING:
-    from moe_fast.plan import MoeConstructionPlan
-
+from moe_fast.drawing.colours import MODEL_COLORS, ExpertOrigins, contrasting, model_color
 
 __all__ = ["pairs_table", "plan_picture", "shares_picture", "table"]
-# Points of matplotlib's colour map cividis (Nuñez et al. 2018).
-CIVIDIS = ("#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838")
 # Pictures with more cells or shapes take a browser seconds to open.
 MOST_CELLS = 1_000_000
 MOST_SHAPES = 20_000
@@ -80,7 +74,7 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def plan_picture(plan: MoeConstructionPlan, labels: Sequence[str] | None = None) -> str:
+def plan_picture(plan: ExpertOrigins, labels: Sequence[str] | None = None) -> str:
     """Which source model gives each expert of each layer: an SVG drawing and a legend.
 
     A plan that is too large to draw gives a sentence that says so.
@@ -113,7 +107,8 @@ def plan_picture(plan: MoeConstructionPlan, labels: Sequence[str] | None = None)
     if models.size <= MOST_NUMBERED_CELLS and width >= 14 and height >= 11:
         drawing += [
             f'<text x="{LEFT + (expert + 0.5) * width:.6g}" y="{(layer + 0.5) * height + 3.5:.6g}" '
-            f'font-size="10" text-anchor="middle" fill="{ink(colors[int(model)])}">{model}</text>'
+            'font-size="10" text-anchor="middle" '
+            f'fill="{contrasting(colors[int(model)])}">{model}</text>'
             for (layer, expert), model in np.ndenumerate(models)
         ]
     drawing += axes(rows, columns, width, height)
@@ -168,28 +163,6 @@ def equal_runs(models: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
     return list(zip(layers.tolist(), experts.tolist(), lengths.tolist(), strict=True))
 
 
-def model_color(model: int, num_models: int) -> str:
-    if num_models <= len(MODEL_COLORS):
-        return MODEL_COLORS[model]
-    place = model / (num_models - 1) * (len(CIVIDIS) - 1)
-    start = min(int(place), len(CIVIDIS) - 2)
-    left, right = (channels(color) for color in CIVIDIS[start : start + 2])
-    part = place - start
-    return "#" + "".join(
-        f"{round(a + (b - a) * part):02x}" for a, b in zip(left, right, strict=True)
-    )
-
-
-def channels(color: str) -> tuple[int, int, int]:
-    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
-
-
-def ink(color: str) -> str:
-    """Black or white, whichever stands out from `color`."""
-    red, green, blue = channels(color)
-    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "#fff"
-
-
 def rectangle(x: float, y: float, width: float, height: float) -> str:
     return f"M{x:.6g} {y:.6g}h{width:.6g}v{height:.6g}h{-width:.6g}z"
 
@@ -229,15 +202,15 @@ def ticks(count: int, size: float, room: float) -> range:
 
 def legend(used: Sequence[int], num_models: int, labels: Sequence[str] | None) -> str:
     """The models in use, each with its colour; beyond a dozen, the first and the last."""
-    shown = used if len(used) <= 12 else (used[0], used[-1])
+    listed = used if len(used) <= 12 else (used[0], used[-1])
     items = [
         legend_item(
             model_color(model, num_models),
             f"{model}: {labels[model]}" if labels else f"model {model}",
         )
-        for model in shown
+        for model in listed
     ]
-    return f"<div>{(' … ' if len(shown) < len(used) else '').join(items)}</div>"
+    return f"<div>{(' … ' if len(listed) < len(used) else '').join(items)}</div>"
 
 
 def legend_item(color: str, text: str) -> str:

@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checks import as_index
+from moe_fast.drawing.colours import MODEL_COLORS, SCALE, ExpertOrigins
 from moe_fast.errors import MoeConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from moe_fast.plan import MoeConstructionPlan
 
 
 __all__ = [
@@ -31,17 +30,12 @@ __all__ = [
     "plot_router_similarity",
     "save_load_picture",
 ]
-# Okabe and Ito's colours for the colour-blind (2008) without the black, in an order in which the
-# first few differ in grey print too; beyond those, the numbers in the cells tell.
-MODEL_COLORS = ("#0072b2", "#e69f00", "#f0e442", "#d55e00", "#56b4e9", "#009e73", "#cc79a7")
-# Its lightness rises evenly, and red-green blindness changes little of it (Nuñez et al. 2018).
-SCALE = "cividis"
 FONT_SIZE = 7.0
 POINTS_PER_INCH = 72.0
 
 
 def plot_plan(
-    plan: MoeConstructionPlan, ax: Axes | None = None, *, labels: Sequence[str] | None = None
+    plan: ExpertOrigins, ax: Axes | None = None, *, labels: Sequence[str] | None = None
 ) -> Axes:
     """Which source model gives each expert of each layer.
 
@@ -51,7 +45,7 @@ def plot_plan(
     Parameters
     ----------
     plan : MoeConstructionPlan
-        What to draw.
+        What to draw, or anything else with `source_model`, `source_layer` and `num_models`.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
     labels : sequence of str, optional
@@ -67,7 +61,7 @@ def plot_plan(
     Examples
     --------
     >>> from moe_fast import plan_moe_construction
-    >>> from moe_fast.drawing.plotting import plot_plan
+    >>> from moe_fast import plot_plan
     >>> ax = plot_plan(plan_moe_construction(3, 12), labels=["chat", "code", "maths"])
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('expert', 'layer')
@@ -77,7 +71,7 @@ def plot_plan(
             f"labels must name all {plan.num_models} models of the plan, got {len(labels)}"
         )
     models = plan.source_model
-    moved = plan.source_layer != np.arange(plan.num_layers)[:, np.newaxis]
+    moved = plan.source_layer != np.arange(len(models))[:, np.newaxis]
     ax = axes_for(ax, models.shape, longest_label=max(map(len, labels or ()), default=0))
     if plan.num_models > len(MODEL_COLORS):
         image = draw_grid(ax, models, cmap=SCALE, vmin=0, vmax=plan.num_models - 1)
@@ -128,7 +122,7 @@ def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> from moe_fast.drawing.plotting import plot_load
+    >>> from moe_fast import plot_load
     >>> ax = plot_load([[90, 110, 100, 100], [400, 0, 0, 0]])
     >>> ax.images[0].get_array().tolist()
     [[0.9, 1.1, 1.0, 1.0], [4.0, 0.0, 0.0, 0.0]]
@@ -190,7 +184,7 @@ def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]
 
     Parameters
     ----------
-    routers : array_like, shape (..., num_experts, hidden_dim)
+    routers : array_like, shape (..., num_experts, hidden_size)
         As checkpoints store them; transpose what `compute_gate_weights` gives by default.
 
     Returns
@@ -204,7 +198,7 @@ def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]
 
     Examples
     --------
-    >>> from moe_fast.drawing.plotting import compute_router_similarity
+    >>> from moe_fast import compute_router_similarity
     >>> compute_router_similarity([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]).tolist()
     [[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]
     """
@@ -225,7 +219,7 @@ def plot_router_similarity(
 
     Parameters
     ----------
-    routers : array_like, shape (num_layers, num_experts, hidden_dim) or (num_experts, hidden_dim)
+    routers : array_like, shape (num_layers, num_experts, hidden_size) or (num_experts, hidden_size)
         As checkpoints store them; transpose what `compute_gate_weights` gives by default.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
@@ -242,7 +236,7 @@ def plot_router_similarity(
     Examples
     --------
     >>> from moe_fast import compute_router_weights
-    >>> from moe_fast.drawing.plotting import plot_router_similarity
+    >>> from moe_fast import plot_router_similarity
     >>> routers = compute_router_weights(2, 64, 8, "random", transpose=True, full_range=True)
     >>> plot_router_similarity(routers, layer=1).get_title()
     'Router similarity of layer 1'
