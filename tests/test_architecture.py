@@ -1,8 +1,10 @@
-"""The map in CONTRIBUTING.md names every file, and imports go down it."""
+"""The rooms of docs/architecture.md: every file stands in one, and imports go down."""
 
 from __future__ import annotations
 
 import ast
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,60 +12,129 @@ import pytest
 import moe_fast
 
 SOURCE = Path(moe_fast.__file__).parent
-GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
-if not GUIDE.is_file():
-    pytest.skip("the project's files do not lie beside the tests", allow_module_level=True)
+if not PAGE.is_file():
+    pytest.skip("the project's pages do not lie beside the tests", allow_module_level=True)
 
 
-def floors() -> dict[str, int]:
-    """The line of the map on which each module stands."""
-    section = GUIDE.read_text(encoding="utf-8").partition("## The map")[2]
-    found: dict[str, int] = {}
-    folder = ""
-    for floor, line in enumerate(section.split("```")[1].strip().splitlines()):
-        names = line.strip().partition("  ")[0].split(", ")
-        if not line.startswith(" "):
-            folder = names[0].replace("/", ".") if names[0].endswith("/") else ""
-        for name in names:
-            if name.endswith(".py"):
-                found[folder + name.removesuffix(".py")] = floor
+def read_floors() -> list[list[str]]:
+    """The rooms and files of each floor of the page's map, from the ground up."""
+    section = PAGE.read_text(encoding="utf-8").partition("## The rooms")[2]
+    lines = section.split("```")[1].strip().splitlines()[1:]
+    return [line.partition("  ")[0].replace("/", "").split() for line in reversed(lines)]
+
+
+def find_modules() -> dict[str, Path]:
+    """Every module by its name in the package, the package's own roof left out."""
+    files = (file for file in SOURCE.rglob("*.py") if file.parent != SOURCE or file.stem[0] != "_")
+    found = {}
+    for file in files:
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts).removesuffix(".__init__")] = file
     return found
 
 
-def modules() -> dict[str, Path]:
-    """Every module by its name in the package; what is above the map, and folders, left out."""
-    files = (file for file in SOURCE.rglob("*.py") if not file.name.startswith("__"))
-    return {".".join(f.relative_to(SOURCE).with_suffix("").parts): f for f in files}
+MODULES = find_modules()
 
 
-def imports(file: Path) -> set[str]:
-    """What a module imports of the package, wherever it does, types alone excepted."""
+def read_imports(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever it does, types too."""
     found = set()
-    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(name.name for name in node.names)
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports by dots"
-            found.add(str(node.module))
-            found.update(f"{node.module}.{name.name}" for name in node.names)
-        waiting += ast.iter_child_nodes(node)
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            inner = {n for n in names if n.removeprefix("moe_fast.") in MODULES}
+            found |= inner
+            if len(inner) < len(names):
+                found.add(str(node.module))
     return {name.removeprefix("moe_fast.") for name in found if name.startswith("moe_fast.")}
 
 
-def test_every_file_is_on_the_map():
-    assert sorted(floors()) == sorted(modules())
+def test_every_file_stands_in_a_room():
+    rooms = [room for floor in read_floors() for room in floor]
+    assert len(rooms) == len(set(rooms))
+    assert {name.partition(".")[0] for name in MODULES} == {r.removesuffix(".py") for r in rooms}
+    for room in rooms:
+        assert (SOURCE / room).exists(), room
 
 
-def test_imports_go_down():
-    floor = floors()
+def test_imports_go_down_the_floors():
+    floor_of = {
+        room.removesuffix(".py"): number
+        for number, floor in enumerate(read_floors())
+        for room in floor
+    }
     crossings = 0
-    for name, file in modules().items():
-        for other in imports(file) & floor.keys():
-            assert floor[name] <= floor[other], f"{name} stands below {other}, which it imports"
-            crossings += floor[name] < floor[other]
-    assert crossings > 100
+    for name, file in MODULES.items():
+        here = name.partition(".")[0]
+        for other in read_imports(file):
+            there = other.partition(".")[0]
+            if there != here:
+                assert floor_of[there] < floor_of[here], f"{name} imports {other} from above"
+                crossings += 1
+    assert crossings > 200
+
+
+def test_no_circle_of_imports():
+    graph = {
+        name: {other for other in read_imports(file) if other in MODULES and other != name}
+        for name, file in MODULES.items()
+    }
+    # A file of a room may ask for the room itself, to find its other files by name.
+    graph = {
+        name: {o for o in others if not name.startswith(f"{o}.")} for name, others in graph.items()
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_nothing_private_is_used_by_another_module():
+    """Names with an underscore stay in the class, or the file, that they are made in."""
+    for name, file in MODULES.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        stored = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        stored |= {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        stored |= {
+            target.id
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in ast.walk(node)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+        }
+        stored |= {"_asdict", "_replace", "_fields"}  # public in named tuples
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                assert node.attr in stored, f"{name} uses {node.attr} of another module"
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("moe_fast"):
+                for alias in node.names:
+                    private = alias.name.startswith("_") and not alias.name.startswith("__")
+                    assert not private, f"{name} imports {alias.name}"
+
+
+def test_every_promise_names_a_test_that_exists():
+    text = PAGE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text))
+    assert len(named) > 8
+    for file, function in named:
+        source = (PAGE.parents[1] / file).read_text(encoding="utf-8")
+        assert not function or f"def {function}(" in source, f"{file} has no {function}"
+
+
+def test_every_addition_names_a_place_that_exists():
+    table = PAGE.read_text(encoding="utf-8").partition("## Where an addition goes")[2]
+    places = re.findall(r"`((?:src/moe_fast/)?[\w/]+(?:\.py|/))`", table.partition("\n## ")[0])
+    assert len(places) > 12
+    for place in places:
+        root = SOURCE if (SOURCE / place).exists() else PAGE.parents[1]
+        assert (root / place).exists(), place

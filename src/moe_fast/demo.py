@@ -75,6 +75,14 @@ def make_dense_model(
     It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes. Files of an
     earlier one in `folder` are replaced.
 
+    Examples
+    --------
+    >>> from moe_fast import inspect_model, make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(folder, seed=0)
+    >>> inspect_model(folder).num_parameters
+    90432
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,10 @@ class Design:
     >>> design.names()[:2]
     ['model.embed_tokens.weight', 'model.layers.0.self_attn.q_proj.weight']
     >>> router = "model.layers.0.block_sparse_moe.gate.weight"
-    >>> design.shape(router), design.dtype(router), design.read(router, rows=slice(0, 2)).shape
-    ((4, 64), 'bfloat16', (2, 64))
+    >>> design.shape(router), design.dtype(router)
+    ((4, 64), 'float32')
+    >>> design.read(router, rows=slice(0, 2)).shape
+    (2, 64)
     """
 
     weights: Mapping[str, Weight] = field(repr=False)

@@ -7,6 +7,7 @@ a layer in two fused tensors, `[E, 2I, H]` (gate, then up) and `[E, H, I]` (down
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.dense import FFN
+from moe_fast.families.registry import moe_families
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
 
@@ -28,7 +30,6 @@ FUSED = re.compile(
     re.ASCII,
 )
 ROUTER = re.compile(BLOCK + r"\.(?:gate|router|router\.layer)\.weight", re.ASCII)
-ROLE_OF_PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"} | {r: r for r in FFN}
 GATE_UP_PARTS = ("experts.gate_up_proj", "input_linear.weight")
 # The parts of a checkpoint that come from different places.
 PARTS = ("experts", "routers", "other weights")
@@ -133,6 +134,13 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     return MoeModel(folder, config, tensors, find_layers(tensors))
 
 
+@functools.cache
+def roles() -> Mapping[str, str]:
+    """What the parts of an expert are for, by the names that families give them."""
+    names = {name: role for family in moe_families().values() for name, role in family.expert_names}
+    return names | {role: role for role in FFN}
+
+
 def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
     """The MoE layers among the tensors, in order."""
     layers: dict[str, MoeLayer] = {}
@@ -144,9 +152,9 @@ def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
     routers = {}
     for name, tensor in tensors.items():
         if match := PER_EXPERT.fullmatch(name):
-            if match["part"] in ROLE_OF_PART and len(tensor.shape) == 2:
+            if match["part"] in roles() and len(tensor.shape) == 2:
                 expert = layer_of(match, False).experts.setdefault(int(match["expert"]), {})
-                expert[ROLE_OF_PART[match["part"]]] = tensor
+                expert[roles()[match["part"]]] = tensor
         elif (match := FUSED.fullmatch(name)) and len(tensor.shape) == 3:
             for number, expert in enumerate(slices(tensor, match["part"] in GATE_UP_PARTS)):
                 layer_of(match, True).experts.setdefault(number, {}).update(expert)
