@@ -473,3 +473,44 @@ def test_reports_as_json(dense, tmp_path):
     assert (report["num_experts"], report["unused_models"], report["warnings"]) == (4, [], [])
     report = json.loads(run("check", tmp_path / "moe", "--json").stdout)
     assert report["passed"] is True
+
+
+NUMPY_ALONE = """
+import sys
+sys.modules |= dict.fromkeys(("ml_dtypes", "safetensors", "typer", "rich", "yaml"))
+import moe_fast
+noisy = moe_fast.ExpertSource("dense", noise_scale=0.1, residual_scale=0.5)
+options = dict(config=moe_fast.MoeConfig(4), routers=sys.argv[1], dtype="bfloat16")
+moe_fast.build_moe(["dense", noisy], "moe", target="qwen2_moe", shared_experts="dense", **options)
+moe_fast.convert_moe("moe", "half", dtype="float16", layout="fused")
+assert moe_fast.check_moe("moe").passed
+assert moe_fast.check_moe("half").passed
+moe_fast.inspect_model("moe")
+"""
+
+
+@pytest.mark.parametrize("routers", ["balanced", "random", "uniform", "normal", "linear"])
+def test_bfloat16_takes_numpy_alone(tmp_path, routers):
+    make_model(tmp_path / "dense", "qwen2", dtype=ml_dtypes.bfloat16, torch_dtype="bfloat16")
+    subprocess.run([sys.executable, "-c", NUMPY_ALONE, routers], cwd=tmp_path, check=True)
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    gates = np.stack([tensors[f"model.layers.{layer}.mlp.gate.weight"] for layer in range(2)])
+    if routers in ("balanced", "random", "uniform"):
+        expected = np.stack(
+            [
+                compute_gate_weights(
+                    48, 4, routers, dtype="bfloat16", transpose=True, layer=layer,
+                    remove_base=routers == "balanced",
+                )
+                for layer in range(2)
+            ]
+        )  # fmt: skip
+        assert gates.tobytes() == expected.tobytes()
+    else:
+        assert (np.isfinite(gates.astype(np.float32))).all()
+    experts = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    source = dense["model.layers.1.mlp.down_proj.weight"]
+    assert (tensors[experts.format(0)] == source).all()
+    difference = tensors[experts.format(1)].astype(np.float32) / 0.5 - source.astype(np.float32)
+    assert 0.08 < difference.std() < 0.12

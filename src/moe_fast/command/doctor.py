@@ -17,7 +17,7 @@ from moe_fast.threads import default_threads
 __all__ = ["Diagnosis", "Extra", "Package", "diagnose", "show_config"]
 DISTRIBUTION = "moe-fast"
 PURPOSES = {
-    "checkpoint": "bfloat16 weights, and the demo's models",
+    "checkpoint": "bfloat16 and float8 weights as arrays",
     "cli": "the command moe-fast",
     "hub": "models by their name on the Hugging Face Hub",
     "plot": "pictures of plans, loads and routers",
