@@ -14,7 +14,7 @@ from folders import config_of
 from forward import Model
 from logits import compute_logits, log_softmax
 from moe_fast import check_moe
-from moe_fast.families.readers import Reader
+from moe_fast.families.rules import Reader
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 96}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
