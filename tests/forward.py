@@ -117,18 +117,33 @@ class Model:
         router = self.weights[router_name + ".weight"]
         block = ".".join(router_name.split(".")[:4]) + "."
         experts = list(self.experts(block, len(router)))
-        probabilities = softmax(x @ router.T)
+        sigmoid = self.kind == "glm4_moe"
+        logits = x @ router.T
+        probabilities = 1.0 / (1.0 + np.exp(-logits)) if sigmoid else softmax(logits)
         y = self.shared(x, prefix)
         top_k = self.config["num_experts_per_tok"]
         for token, row in enumerate(probabilities):
-            chosen = np.argsort(-row, kind="stable")[:top_k]
+            chosen = np.argsort(-self.choosable(row, block), kind="stable")[:top_k]
             shares = row[chosen]
             as_it_is = self.kind == "deepseek" and top_k == 1
             if self.config.get("norm_topk_prob", True) and not as_it_is:
                 shares = shares / shares.sum()
+            if sigmoid:
+                shares = shares * self.config["routed_scaling_factor"]
             for expert, share in zip(chosen, shares, strict=True):
                 y[token] += share * swiglu(x[token], experts[expert])
         return y
+
+    def choosable(self, scores: np.ndarray, block: str) -> np.ndarray:
+        """Scores with their bias, minus infinity in groups that are not chosen."""
+        groups = self.config.get("n_group", 1)
+        scores = scores + self.weights.get(f"{block}gate.e_score_correction_bias", 0.0)
+        if groups == 1:
+            return scores
+        grouped = scores.reshape(groups, -1)
+        best = np.argsort(-np.sort(grouped)[:, -2:].sum(axis=1), kind="stable")
+        grouped[best[self.config["topk_group"] :]] = -np.inf
+        return grouped.reshape(-1)
 
     def ffn(self, prefix: str, names: tuple[str, str, str] = FFN) -> Ffn:
         gate, up, down = (self.weights[f"{prefix}{name}.weight"] for name in names)
@@ -154,7 +169,7 @@ class Model:
         if self.kind == "qwen2_moe":
             gate = x @ self.weights[prefix + "mlp.shared_expert_gate.weight"].T
             return swiglu(x, self.ffn(prefix + "mlp.shared_expert.")) / (1.0 + np.exp(-gate))
-        if self.kind == "deepseek" and self.config["n_shared_experts"] is not None:
+        if self.kind in ("deepseek", "glm4_moe") and self.config["n_shared_experts"] is not None:
             return swiglu(x, self.ffn(prefix + "mlp.shared_experts."))
         if self.config.get("shared_intermediate_size"):
             gate, up = np.split(self.weights[prefix + "shared_mlp.input_linear.weight"], 2)

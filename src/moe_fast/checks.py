@@ -114,3 +114,18 @@ def as_choice(value: Any, choices: Sequence[str], name: str) -> str:
         allowed = ", ".join(map(repr, choices))
         raise MoeConfigError(f"{name} must be one of {allowed}, got {reprlib.repr(value)}")
     return value
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """`value`, true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {reprlib.repr(value)}")
+    return value
+
+
+def as_fraction(value: Any, name: str) -> float:
+    """`value` as a float from 0 to 1."""
+    number = as_number(value, name)
+    if not 0 <= number <= 1:
+        raise MoeConfigError(f"{name} must be from 0 to 1, got {number}")
+    return number

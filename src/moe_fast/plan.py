@@ -308,16 +308,19 @@ class MoeConstructionPlan:
         hidden_dim: SupportsIndex,
         intermediate_dim: SupportsIndex,
         num_experts: SupportsIndex,
+        *,
+        granularity: SupportsIndex = 1,
     ) -> MoeReport:
         """Summarise the plan for experts of the given sizes.
 
-        Each expert counts `3 * hidden_dim * intermediate_dim` parameters (gate, up and down
-        projections), each router `hidden_dim * num_experts`, in every layer.
+        Each expert counts `3 * hidden_dim * intermediate_dim / granularity` parameters (gate, up
+        and down projections), each router `hidden_dim * num_experts`, in every layer.
 
         Raises
         ------
         TypeError, MoeConfigError
-            An argument that is not an integer, or negative.
+            An argument that is not an integer, or negative; an `intermediate_dim` that
+            `granularity` does not divide.
 
         Examples
         --------
@@ -328,7 +331,14 @@ class MoeConstructionPlan:
         hidden_dim = as_index(hidden_dim, "hidden_dim")
         intermediate_dim = as_index(intermediate_dim, "intermediate_dim")
         num_experts = as_index(num_experts, "num_experts")
-        per_layer = num_experts * 3 * hidden_dim * intermediate_dim + hidden_dim * num_experts
+        granularity = as_index(granularity, "granularity", minimum=1)
+        if intermediate_dim % granularity:
+            raise MoeConfigError(
+                f"intermediate_dim ({intermediate_dim}) must be a multiple of granularity "
+                f"({granularity})"
+            )
+        width = intermediate_dim // granularity
+        per_layer = num_experts * 3 * hidden_dim * width + hidden_dim * num_experts
         return MoeReport(
             num_experts=num_experts,
             num_layers=self.num_layers,
@@ -516,7 +526,11 @@ def index_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
 
 
 def plan_moe_construction(
-    num_models: SupportsIndex, num_layers: SupportsIndex, config: MoeConfig | None = None
+    num_models: SupportsIndex,
+    num_layers: SupportsIndex,
+    config: MoeConfig | None = None,
+    *,
+    granularity: SupportsIndex = 1,
 ) -> MoeConstructionPlan:
     """Assign source models to experts, round robin.
 
@@ -528,13 +542,17 @@ def plan_moe_construction(
         At least 1.
     config : MoeConfig, optional
         By default `MoeConfig()`: 8 experts, 2 per token.
+    granularity : int
+        In how many experts each feed-forward network is split. Experts `c * granularity` and the
+        following are the shards of copy `c`, which comes from model `c % num_models`.
 
     Raises
     ------
     TypeError
         A number that is not an integer, or a `config` that is no `MoeConfig`.
     MoeConfigError
-        A number below 1, or a configuration that does not validate.
+        A number below 1, a configuration that does not validate, or a number of experts that
+        `granularity` does not divide.
     MemoryError
         More layers, or more experts in a layer, than a table of 1 GiB holds or memory has.
 
@@ -552,7 +570,10 @@ def plan_moe_construction(
     if not isinstance(config, MoeConfig):
         raise TypeError(f"config must be a MoeConfig, got {reprlib.repr(config)}")
     config.validate()
+    granularity = as_granularity(granularity, config.num_experts)
     models = counting_up(config.num_experts, "num_experts")
+    if granularity > 1:
+        models //= granularity
     if num_models < len(models):
         models %= num_models
     layers = counting_up(num_layers, "num_layers")[:, np.newaxis]
@@ -560,6 +581,16 @@ def plan_moe_construction(
     return MoeConstructionPlan(
         np.broadcast_to(models, shape), np.broadcast_to(layers, shape), num_models=num_models
     )
+
+
+def as_granularity(granularity: SupportsIndex, num_experts: int) -> int:
+    """The argument `granularity`, which divides the number of experts."""
+    number = as_index(granularity, "granularity", minimum=1)
+    if num_experts % number:
+        raise MoeConfigError(
+            f"num_experts ({num_experts}) must be a multiple of granularity ({number})"
+        )
+    return number
 
 
 def counting_up(length: int, name: str) -> npt.NDArray[np.int64]:

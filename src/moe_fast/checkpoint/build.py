@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,14 @@ from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, 
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
-from moe_fast.checks import as_index, as_member, collect
+from moe_fast.checks import as_choice, as_flag, as_fraction, as_index, as_member, collect
 from moe_fast.config import Dtype, Layout, MoeConfig
 from moe_fast.dtypes import DTYPE_CODES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.plain import typed
-from moe_fast.plan import MoeConstructionPlan, MoeReport
+from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
@@ -44,6 +44,8 @@ from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+ReinitSets = Literal["shared", "separate"]
 
 __all__ = ["BuildReport", "BuildRequest", "build_moe", "design_moe"]
 
@@ -69,6 +71,11 @@ class BuildRequest(Request):
     dense_layers: tuple[int, ...] = ()
     routers: RouterStart = field(default_factory=RouterStart)
     seed: int = 0
+    granularity: int = 1
+    mix_copies: bool = False
+    shuffle: bool = False
+    reinit: float = 0.0
+    reinit_sets: ReinitSets = "shared"
     max_shard_size: int = DEFAULT_SHARD_SIZE
 
     @property
@@ -89,6 +96,8 @@ class BuildRequest(Request):
 
     def validate(self) -> None:
         self.config.validate()
+        as_granularity(self.granularity, self.config.num_experts)
+        as_fraction(self.reinit, "reinit")
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,6 @@ class BuildDesign(Design):
     """A design with what the report of a build tells."""
 
     construction: Construction = field(kw_only=True, repr=False)
-    router_names: Sequence[str] = field(kw_only=True, repr=False)
-    """The tensors that hold the routers, a layer each."""
     plan_report: MoeReport = field(kw_only=True, repr=False)
     rejected_targets: Mapping[str, tuple[str, ...]] = field(kw_only=True, repr=False)
 
@@ -112,11 +119,13 @@ class BuildDesign(Design):
             hidden_size = construction.base.sizes.hidden_size
             states = as_hidden_states(hidden_states, len(layers), hidden_size)
             source = "given tokens"
-        weights = (self.weight(name) for name in self.router_names)
+        # The shards of a copy share a row: who is chosen is decided among copies.
+        shards, shape = construction.granularity, construction.routers.context.shape
+        pieces = (construction.routers.router(layer) for layer in layers)
         return router_health(
-            (decode(b"".join(w.read(0, w.nbytes)), w.dtype).reshape(w.shape) for w in weights),
+            (decode(b"".join(p.chunks()), construction.dtype).reshape(shape) for p in pieces),
             states,
-            construction.config.num_experts_per_tok,
+            max(1, construction.config.num_experts_per_tok // shards),
             layers=layers,
             source=source,
             remedy=construction.routers.remedy,
@@ -176,6 +185,11 @@ def build_moe(
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
     seed: int = 0,
+    granularity: int = 1,
+    mix_copies: bool = False,
+    shuffle: bool = False,
+    reinit: float = 0.0,
+    reinit_sets: ReinitSets = "shared",
     hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -235,7 +249,26 @@ def build_moe(
         a run of the base model. In a 16-bit dtype the balanced start leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
     seed : int
-        Of these draws, and of the noise that an `ExpertSource` asks for.
+        Of these draws, of the noise that an `ExpertSource` asks for, of `shuffle` and `reinit`.
+    granularity : int
+        In how many experts each feed-forward network is split (He et al. 2024, arXiv 2410.07524).
+        `num_experts` counts the split ones: expert `e` is a shard of copy `e // granularity`,
+        which comes from model `e // granularity % len(models)`; the shards of a copy share its row
+        of the router. The model's function is kept where `num_experts_per_tok` is a multiple of it:
+        up and down projections are scaled, by powers of two where `granularity` is one, or in
+        families with a `routed_scaling_factor` that factor. By default a token takes one copy.
+    mix_copies : bool
+        In families that choose groups of experts first, whether a token may be sent to shards of
+        several copies. By default whole copies are chosen, whatever ties in 16 bits.
+    shuffle : bool
+        Whether the neurons of each copy are put into an order of their own before they are split.
+    reinit : float
+        The part of each expert's neurons that is drawn anew, 0 to 1, as in Drop-Upcycling (Nakamura
+        et al. 2025, arXiv 2502.19261): from the normal distribution that has the mean and the
+        standard deviation of the weights replaced. 0.5 was the best of the paper.
+    reinit_sets : str
+        `"shared"`: the same neurons in gate, up and down projections, as the paper has it;
+        `"separate"`: others in each, as the authors' code does.
     hidden_states : array_like, shape (T, hidden_size) or (L, T, hidden_size), optional
         What the routers of the L layers with experts will read, to predict the load from, as
         `predict_load` does; no byte of the output depends on it. By default the tokens of the
@@ -288,7 +321,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        max_shard_size,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, max_shard_size,
     )  # fmt: skip
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     request = request.moved(collect(find_model, request.folders()))
@@ -307,6 +340,11 @@ def design_moe(
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
     seed: int = 0,
+    granularity: int = 1,
+    mix_copies: bool = False,
+    shuffle: bool = False,
+    reinit: float = 0.0,
+    reinit_sets: ReinitSets = "shared",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
 ) -> Design:
     """The checkpoint that `build_moe` would write, as tensors to list and to read; none is written.
@@ -332,7 +370,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        max_shard_size,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, max_shard_size,
     )  # fmt: skip
     return design_of(request.moved(collect(find_model, request.folders())))
 
@@ -348,10 +386,17 @@ def as_request(
     dense_layers: Iterable[int],
     routers: RouterMethod | RouterStart,
     seed: int,
+    granularity: int,
+    mix_copies: bool,
+    shuffle: bool,
+    reinit: float,
+    reinit_sets: ReinitSets,
     max_shard_size: int,
 ) -> BuildRequest:
     """The arguments of a build, each checked."""
-    config = MoeConfig() if config is None else config
+    granularity = as_index(granularity, "granularity", minimum=1)
+    if config is None:
+        config = MoeConfig() if granularity == 1 else MoeConfig(8 * granularity, granularity)
     if not isinstance(config, MoeConfig):
         raise TypeError(f"config must be a MoeConfig, got {config!r}")
     config.validate()
@@ -369,6 +414,11 @@ def as_request(
         dense_layers=as_layers(dense_layers),
         routers=routers if isinstance(routers, RouterStart) else RouterStart(routers),
         seed=as_index(seed, "seed"),
+        granularity=as_granularity(granularity, config.num_experts),
+        mix_copies=as_flag(mix_copies, "mix_copies"),
+        shuffle=as_flag(shuffle, "shuffle"),
+        reinit=as_fraction(reinit, "reinit"),
+        reinit_sets=cast(ReinitSets, as_choice(reinit_sets, get_args(ReinitSets), "reinit_sets")),
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
 
@@ -423,9 +473,15 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     if problems:
         raise CheckpointError(*problems)
     layout = request.layout or family.layouts[0]
+    construction = replace(construction, scale_shards=family.scaling_key is None)
     plan, config = construction.plan, family.config(construction)
     sizes = construction.base.sizes
-    plan_report = plan.report(sizes.hidden_size, sizes.intermediate_size, plan.num_experts)
+    plan_report = plan.report(
+        sizes.hidden_size,
+        sizes.intermediate_size,
+        plan.num_experts,
+        granularity=request.granularity,
+    )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
     weights = dict(family.tensors(construction, layout))
     return BuildDesign(
@@ -455,7 +511,6 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         metadata=file_metadata(construction),
         max_shard_size=request.max_shard_size,
         construction=construction,
-        router_names=[family.router_name(layer, layout) for layer in construction.moe_layers],
         plan_report=plan_report,
         rejected_targets=rejected,
     )
@@ -467,13 +522,18 @@ def construct(request: BuildRequest, digests: Any) -> Construction:
     sources, base = open_sources([source.model for source in asked], request.base)
     num_layers = base.sizes.num_hidden_layers
     plan = plan_experts(
-        request.models, request.shared_experts, request.dense_layers, request.config, num_layers
+        request.models,
+        request.shared_experts,
+        request.dense_layers,
+        request.config,
+        num_layers,
+        request.granularity,
     )
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
     dense = frozenset(request.dense_layers)
     context = RouterContext(
         base=base,
-        experts=[request.models[model] for model in plan.source_model[0]],
+        experts=[request.models[model] for model in plan.source_model[0][:: request.granularity]],
         shared_experts=request.shared_experts,
         layers=[layer for layer in range(num_layers) if layer not in dense],
         dtype=dtype or base.expert_dtype,
@@ -491,6 +551,11 @@ def construct(request: BuildRequest, digests: Any) -> Construction:
         shared_experts=request.shared_experts,
         dense_layers=request.dense_layers,
         converted_to=dtype,
+        granularity=request.granularity,
+        mix_copies=request.mix_copies,
+        shuffled=request.shuffle,
+        reinit=request.reinit,
+        separate_sets=request.reinit_sets == "separate",
     )
 
 
@@ -519,6 +584,10 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
             return "experts come from elsewhere than the base's own layers"
         if source.noise_scale != 0 or source.residual_scale != 1:
             return "experts have noise or a scale"
+    if request.reinit:
+        return "neurons of the experts were drawn anew"
+    if request.config.num_experts_per_tok % request.granularity:
+        return "tokens take some shards of a copy and not the others"
     return None
 
 
@@ -536,6 +605,11 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "dtype": request.dtype,
         "routers": request.routers.method,
         "seed": request.seed,
+        **({"granularity": request.granularity} if request.granularity > 1 else {}),
+        **({"mix_copies": True} if request.mix_copies else {}),
+        **({"shuffle": True} if request.shuffle else {}),
+        **({"reinit": request.reinit} if request.reinit else {}),
+        **({"reinit_sets": request.reinit_sets} if request.reinit_sets != "shared" else {}),
     }
 
 

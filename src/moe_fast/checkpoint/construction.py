@@ -10,16 +10,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_fast.checkpoint.neurons import (
+    NeuronColumns,
+    NeuronRows,
+    Neurons,
+    Redrawn,
+    RepeatedRows,
+    Scaled,
+)
 from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
 from moe_fast.checkpoint.routers import Routers
 from moe_fast.checks import collect
 from moe_fast.config import MoeConfig
+from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
-from moe_fast.storage.pieces import FileRange, SideBySide
+from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import ranges
@@ -45,6 +54,22 @@ class Construction:
     """Layers that keep the base's FFN; the plan's rows for them mean nothing."""
     converted_to: str | None = None
     """The dtype of every output tensor; `None` keeps those of the sources."""
+
+    granularity: int = 1
+    """In how many experts each FFN is split."""
+    mix_copies: bool = False
+    shuffled: bool = False
+    """Whether the neurons of each copy are put into another order before they are split."""
+    reinit: float = 0.0
+    """The part of each expert's neurons that is drawn anew."""
+    separate_sets: bool = False
+    """Whether each matrix of an expert draws other neurons anew."""
+    scale_shards: bool = True
+    """Whether weights make up for the shares of the shards; else a key of config.json does."""
+
+    @property
+    def expert_width(self) -> int:
+        return self.base.sizes.intermediate_size // self.granularity
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +112,7 @@ class Construction:
             stream = choose_stream(self.seed, name)
             piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
             weight = Weight(weight.dtype, weight.shape, (piece,))
-        return self.convert(weight)
+        return weight
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""
@@ -108,12 +133,42 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
         tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
-        return self.perturb(tensor, self.models[model], f"{layer} {expert} {role}")
+        copy, shard = divmod(expert, self.granularity)
+        weight = self.perturb(tensor, self.models[model], f"{layer} {copy} {role}")
+        columns = role == "down_proj"
+        if self.granularity > 1 or self.shuffled:
+            width = self.expert_width
+            stream = choose_stream(self.seed, f"{layer} {copy} neurons") if self.shuffled else None
+            start, whole = shard * width, self.base.sizes.intermediate_size
+            neurons = Neurons(whole, start, start + width, stream)
+            weight = take_neurons(weight, neurons, columns)
+        if self.reinit:
+            number = int(self.reinit * self.expert_width)
+            weight = self.redraw(weight, number, layer, expert, role)
+        if self.granularity > 1 and self.scale_shards:
+            weight = scale_weight(weight, shard_factor(self.granularity, role))
+        return self.convert(weight)
+
+    def redraw(self, weight: Weight, number: int, layer: int, expert: int, role: str) -> Weight:
+        """An expert's matrix with `number` of its neurons drawn anew."""
+        name = f"{layer} {expert} redrawn"
+        chosen_by = choose_stream(
+            self.seed, f"{name} {role} neurons" if self.separate_sets else name
+        )
+        stream = choose_stream(self.seed, f"{name} {role}")
+        (source,) = weight.pieces
+        columns = role == "down_proj"
+        count = weight.shape[1] if columns else weight.shape[0]
+        piece = Redrawn(source, weight.dtype, count, number, columns, chosen_by, stream)
+        return Weight(weight.dtype, weight.shape, (piece,))
 
     def router(self, layer: int) -> Weight:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.num_experts, self.base.sizes.hidden_size)
-        return Weight(self.dtype, shape, (self.routers.router(layer),))
+        rows: Piece = self.routers.router(layer)
+        if self.granularity > 1:  # the shards of a copy are chosen together
+            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.granularity)
+        return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of a layer without experts."""
@@ -124,7 +179,7 @@ class Construction:
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
         tensor = self.shared_sources[index].ffn(source_layer, role)
-        return self.perturb(tensor, model, f"{layer} shared {index} {role}")
+        return self.convert(self.perturb(tensor, model, f"{layer} shared {index} {role}"))
 
     def shared_ffn(self, layer: int, role: str) -> Weight:
         """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
@@ -154,7 +209,7 @@ class Construction:
 
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
-        problems: list[str] = []
+        problems = list(self.width_problems())
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -163,10 +218,39 @@ class Construction:
 
     def warnings(self) -> list[str]:
         """What can be built, and may not be meant."""
-        warnings: list[str] = []
+        warnings = list(self.granularity_warnings())
         for source, _ in self.all_sources():
             warnings += find_drifts(source, self.base)
         return list(dict.fromkeys(warnings))
+
+    def width_problems(self) -> Iterator[str]:
+        width = self.base.sizes.intermediate_size
+        if width % self.granularity:
+            tensor = self.base.ffn(0, "gate_proj")
+            yield (
+                f"{tensor.file.path}: tensor {tensor.name!r} {list(tensor.shape)}: "
+                f"intermediate_size {width} is no multiple of granularity {self.granularity}"
+            )
+
+    def granularity_warnings(self) -> Iterator[str]:
+        """What a split into these experts loses, or makes hard for readers."""
+        if self.granularity == 1:
+            return
+        chosen, shards = self.config.num_experts_per_tok, self.granularity
+        if chosen % shards:
+            yield (
+                f"num_experts_per_tok {chosen} is no multiple of granularity {shards}: a token "
+                "takes some shards of a copy and not the others, so that the output does not "
+                "compute what the dense model computes"
+            )
+        unsuited = [
+            f"{width} ({reader})" for width, reader in QUANTISED_WIDTHS if self.expert_width % width
+        ]
+        if unsuited:
+            yield (
+                f"experts are {self.expert_width} wide, no multiple of {', '.join(unsuited)}: "
+                "these store the experts of such a width otherwise or not at all"
+            )
 
     def all_sources(self) -> Iterator[tuple[DenseModel, ExpertSource]]:
         """The models that give experts, with what was asked of each."""
@@ -174,6 +258,47 @@ class Construction:
         yield from zip(self.shared_sources, self.shared_experts, strict=True)
 
 
+def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
+    """Some neurons of a matrix: of its rows, or of its `columns`."""
+    (source,) = weight.pieces
+    rows, width = weight.shape
+    if columns:
+        piece: Piece = NeuronColumns(source, weight.dtype, neurons)
+        return Weight(weight.dtype, (rows, neurons.count), (piece,))
+    if neurons.stream is None and isinstance(source, FileRange):
+        size = width * ITEM_SIZES[weight.dtype]
+        start = source.offset + neurons.start * size
+        piece = FileRange(source.file, start, neurons.count * size)
+    else:
+        piece = NeuronRows(source, neurons)
+    return Weight(weight.dtype, (neurons.count, width), (piece,))
+
+
+def scale_weight(weight: Weight, factor: float) -> Weight:
+    if factor == 1:
+        return weight
+    pieces = tuple(Scaled(piece, weight.dtype, factor) for piece in weight.pieces)
+    return Weight(weight.dtype, weight.shape, pieces)
+
+
+def shard_factor(granularity: int, role: str) -> float:
+    """What makes `granularity` shards, each weighted by its share, add up to the whole FFN.
+
+    The gate is left as it is: it goes through a function that is not linear. A power of two falls
+    into two of them, so that no bit of a mantissa changes; another number goes to `down_proj`.
+    """
+    if role == "gate_proj":
+        return 1.0
+    up = 1 << (granularity.bit_length() - 1) // 2 if granularity.bit_count() == 1 else 1
+    return float(up) if role == "up_proj" else granularity / up
+
+
+# Of which expert widths must be multiples in quantised files.
+QUANTISED_WIDTHS = (
+    (32, "llama.cpp's Q4_0 and Q8_0"),
+    (128, "blocks of FP8"),
+    (256, "llama.cpp's K-quants"),
+)
 # Where each size shows: the tensor of a dense model whose shape it decides.
 SEEN_IN = {
     "vocab_size": "model.embed_tokens.weight",
@@ -273,6 +398,7 @@ def plan_experts(
     dense_layers: Sequence[int],
     config: MoeConfig,
     num_layers: int,
+    granularity: int = 1,
 ) -> MoeConstructionPlan:
     """Round robin over the models, each from its own source layers."""
     absent = [layer for layer in dense_layers if not 0 <= layer < num_layers]
@@ -289,7 +415,7 @@ def plan_experts(
     ]
     if problems:
         raise CheckpointError(*problems)
-    plan = plan_moe_construction(len(models), num_layers, config)
+    plan = plan_moe_construction(len(models), num_layers, config, granularity=granularity)
     if all(model.source_layers is None for model in models):
         return plan
     layers = np.array([m.source_layers or range(num_layers) for m in models])

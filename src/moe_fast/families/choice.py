@@ -14,12 +14,13 @@ from moe_fast.families.registry import moe_families
 def by_mergekit(families: Mapping[str, MoeFamily]) -> list[MoeFamily]:
     """As mergekit-moe tries them, and then what it cannot write."""
     order = ("mixtral", "deepseek moe", "qwen moe", "qwen3 moe", None)
-    return sorted(families.values(), key=lambda family: order.index(family.mergekit_name))
+    automatic = [family for family in families.values() if family.auto_rank is not None]
+    return sorted(automatic, key=lambda family: order.index(family.mergekit_name))
 
 
 # Several targets under one name, in the order in which they are tried.
 GROUPS: dict[str, Callable[[Mapping[str, MoeFamily]], list[MoeFamily]]] = {
-    "auto": lambda families: list(families.values()),
+    "auto": lambda families: [f for f in families.values() if f.auto_rank is not None],
     "qwen": lambda families: [families["qwen2_moe"], families["qwen3_moe"]],
     "mergekit": by_mergekit,
 }

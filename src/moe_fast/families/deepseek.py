@@ -96,7 +96,7 @@ class DeepSeek(MoeFamily):
             "n_routed_experts": parts.num_experts,
             # DeepSeek's code makes an FFN of width 0 where it is 0, and dividing by that ends vLLM.
             "n_shared_experts": len(parts.shared_experts) or None,
-            "moe_intermediate_size": parts.base.sizes.intermediate_size,
+            "moe_intermediate_size": parts.expert_width,
             **(self.dense_keys(layers, parts.num_layers) or {}),
             "scoring_func": "softmax",
             "norm_topk_prob": True,

@@ -36,6 +36,7 @@ class GraniteMoe(MoeFamily):
     sliding_window = False
     multipliers = True
     block = "block_sparse_moe"
+    own_expert_width = False
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         prefix = f"model.layers.{layer}.{self.block}"

@@ -26,6 +26,7 @@ class Mixtral(MoeFamily):
         either_count_key=True,
     )
     dense_twin = "mistral"
+    own_expert_width = False
     expert_names = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:

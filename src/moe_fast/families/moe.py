@@ -49,6 +49,21 @@ class Parts(Protocol):
     def num_experts(self) -> int: ...
 
     @property
+    def granularity(self) -> int:
+        """In how many experts each feed-forward network is split."""
+        ...
+
+    @property
+    def expert_width(self) -> int:
+        """The `intermediate_size` of one expert."""
+        ...
+
+    @property
+    def mix_copies(self) -> bool:
+        """Whether a token may be sent to shards of several copies."""
+        ...
+
+    @property
     def shared_experts(self) -> Sequence[ExpertSource]: ...
 
     @property
@@ -110,13 +125,13 @@ class MoeFamily:
     dense_twin: str
     """The dense family that it is outside of its experts."""
     rules: Rules
-    auto_rank: int = 100
-    """Where `target="auto"` tries it; the more readers it has, the earlier."""
+    auto_rank: int | None = None
+    """Where `target="auto"` tries it, the more readers the earlier; `None` where it does not."""
     mergekit_name: str | None = None
     """What mergekit-moe calls the architecture; None where it does not write it."""
     layouts: tuple[Layout, ...] = (Layout.PER_EXPERT, Layout.FUSED)
     norms = NORMS_BEFORE
-    qk_norm: str | None = None
+    qk_norms: tuple[str | None, ...] = (None,)
     attention_biases: tuple[tuple[str, ...], ...] = ((),)
     own_head_dim = True
     sliding_window = True
@@ -127,6 +142,12 @@ class MoeFamily:
     dense_places = "has experts in every layer"
     expert_names: tuple[tuple[str, str], ...] = tuple((role, role) for role in FFN)
     block = "mlp"
+    own_expert_width = True
+    """Whether the width of experts has a key beside `intermediate_size`."""
+    scaling_key: str | None = None
+    """What the family multiplies the experts' output with, if it has a key for that."""
+    has_groups = False
+    """Whether a token chooses groups of experts before it chooses experts."""
 
     def problems(self, parts: Parts, layout: Layout | None = None) -> list[str]:
         """Why this cannot become the target, all reasons; empty where it can."""
@@ -174,11 +195,12 @@ class MoeFamily:
             place = "before" if self.norms == NORMS_BEFORE else "after"
             (norm, *_) = (name for name in base.family.norms if name not in self.norms)
             yield f"{at(f'{norm}.weight')}: {self.title} has norms {place} attention and FFN alone"
-        if base.family.qk_norm != self.qk_norm:
+        if base.family.qk_norm not in self.qk_norms:
             if base.family.qk_norm is None:
                 yield (
                     f"{config}: model_type {base.family.model_type} has no norm on queries and "
-                    f"keys; {self.title} has one over {SPANS[self.qk_norm]}, which no weight undoes"
+                    f"keys; {self.title} has one over {SPANS[self.qk_norms[0]]}, which no weight "
+                    "undoes"
                 )
             else:
                 yield (
@@ -215,6 +237,10 @@ class MoeFamily:
                 f"{config}: rope_type is {rope!r}; "
                 f"{self.title} has {', '.join(self.rope_types)} alone"
             )
+
+    def twin_name(self, config: Mapping[str, Any]) -> str:
+        """The dense family that a checkpoint of this config.json is outside of its experts."""
+        return self.dense_twin
 
     def warnings(self, parts: Parts) -> list[str]:
         """What fits the target and may yet surprise."""
@@ -313,7 +339,9 @@ class MoeFamily:
             "model_type": self.name,
             "vocab_size": sizes.vocab_size,
             "hidden_size": sizes.hidden_size,
-            "intermediate_size": sizes.intermediate_size,
+            "intermediate_size": sizes.intermediate_size
+            if self.own_expert_width
+            else parts.expert_width,
             "num_hidden_layers": sizes.num_hidden_layers,
             "num_attention_heads": sizes.num_attention_heads,
             "num_key_value_heads": sizes.num_key_value_heads,

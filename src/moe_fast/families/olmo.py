@@ -26,9 +26,10 @@ class FlexOlmo(MoeFamily):
     )
     dense_twin = "olmo2"
     norms = NORMS_AFTER
-    qk_norm = "width"
+    qk_norms = ("width",)
     attention_biases = ((), QKVO)
     sliding_window = False
+    own_expert_width = False
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {

@@ -35,7 +35,7 @@ class Qwen(MoeFamily):
         sizes, window = parts.base.sizes, parts.base.windows[0]
         return {
             **num_experts(parts),
-            "moe_intermediate_size": sizes.intermediate_size,
+            "moe_intermediate_size": parts.expert_width,
             **self.dense_keys(frozenset(parts.dense_layers), sizes.num_hidden_layers),
             "norm_topk_prob": True,
             "router_aux_loss_coef": 0.001,
@@ -62,7 +62,7 @@ class Qwen3Moe(Qwen):
         fused=QWEN_FUSED,
     )
     dense_twin = "qwen3"
-    qk_norm = "head"
+    qk_norms = ("head",)
     attention_biases = ((), QKVO)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:

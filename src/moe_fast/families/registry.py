@@ -24,7 +24,7 @@ def dense_families() -> Mapping[str, DenseFamily]:
 def moe_families() -> Mapping[str, MoeFamily]:
     """The MoE families by name, in the order in which `target="auto"` tries them."""
     found = [family for lineage in lineages() for family in getattr(lineage, "MOE", ())]
-    found.sort(key=lambda family: (family.auto_rank, family.name))
+    found.sort(key=lambda family: (family.auto_rank is None, family.auto_rank, family.name))
     return MappingProxyType({family.name: family for family in found})
 
 

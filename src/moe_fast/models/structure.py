@@ -22,7 +22,7 @@ def structure_problems(model: MoeModel) -> list[str]:
     """
     family = moe_families()[model.model_type]
     file = model.path / "config.json"
-    twin = dense_families()[family.dense_twin]
+    twin = dense_families()[family.twin_name(model.config)]
     config = {**twin.defaults, "intermediate_size": 1, **model.config}
     sizes = read_sizes(config, file)
     read_rope(config, file)
@@ -79,7 +79,7 @@ def config_problems(model: MoeModel) -> Iterator[str]:
 def expected_shapes(
     family: MoeFamily, model: MoeModel, config: Mapping[str, Any], sizes: Sizes
 ) -> Shapes:
-    twin = dense_families()[family.dense_twin]
+    twin = dense_families()[family.twin_name(model.config)]
     vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
     expected: Shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),

@@ -128,7 +128,7 @@ class SideBySide:
         widths = [sum(piece.nbytes for piece in matrix) // self.rows for matrix in self.matrices]
         rows = max(1, CHUNK // max(1, sum(widths)))
         blocks = [
-            in_blocks(matrix, rows * width)
+            read_in_blocks(matrix, rows * width)
             for matrix, width in zip(self.matrices, widths, strict=True)
         ]
         for block in zip(*blocks, strict=True):
@@ -139,7 +139,7 @@ class SideBySide:
             yield np.concatenate(columns, axis=1).reshape(-1).data
 
 
-def in_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray]:
+def read_in_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray]:
     """The bytes of `pieces` in blocks of `size` bytes, the last one as long as what is left."""
     block = bytearray()
     for piece in pieces:

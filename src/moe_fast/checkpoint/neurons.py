@@ -1,0 +1,227 @@
+"""Some neurons of a feed-forward network: a shard of it, in another order, or drawn anew.
+
+A neuron is a row of `gate_proj` and of `up_proj`, and a column of `down_proj`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast import kernels
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.storage.floats import UNSIGNED, decode, encode
+from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range
+
+Indices = npt.NDArray[np.intp]
+# Of rows in another order, so much of the result is collected in one pass over the source.
+WINDOW = 16 * CHUNK
+# Sums go row by row into so many columns, in the same order on every processor.
+LANES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Neurons:
+    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into."""
+
+    width: int
+    start: int
+    stop: int
+    stream: int | None = None
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def indices(self) -> Indices:
+        """Their numbers in the whole network."""
+        if self.stream is None:
+            return np.arange(self.start, self.stop)
+        return shuffle(self.width, self.stream)[self.start : self.stop]
+
+
+def shuffle(count: int, stream: int) -> Indices:
+    """The numbers below `count` in the order of random keys, the same on every machine.
+
+    The keys are those of SplitMix64 (Steele, Lea and Flood 2014) with the seed `stream`.
+    """
+    keys = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys += np.uint64(stream)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys ^= keys >> np.uint64(31)
+    return np.argsort(keys, kind="stable")
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronRows:
+    """The rows of some neurons, of the `gate_proj` or `up_proj` that `source` holds."""
+
+    source: Piece
+    neurons: Neurons
+
+    @property
+    def nbytes(self) -> int:
+        return self.neurons.count * self.row_nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.source.nbytes // self.neurons.width
+
+    def chunks(self) -> Iterator[memoryview]:
+        size = self.row_nbytes
+        if self.neurons.stream is None:
+            start, stop = self.neurons.start * size, self.neurons.stop * size
+            yield from read_range(self.source, start, stop)
+            return
+        indices = self.neurons.indices()
+        step = max(1, WINDOW // size)
+        for first in range(0, len(indices), step):
+            yield self.collect(indices[first : first + step])
+
+    def collect(self, indices: Indices) -> memoryview:
+        """These rows, in this order, from one pass over the source."""
+        size = self.row_nbytes
+        found = np.empty((len(indices), size), np.uint8)
+        order = np.argsort(indices)
+        in_order = indices[order]
+        first = 0
+        for block in read_in_blocks((self.source,), max(1, CHUNK // size) * size):
+            rows = np.frombuffer(block, np.uint8).reshape(-1, size)
+            begin, end = np.searchsorted(in_order, (first, first + len(rows)))
+            found[order[begin:end]] = rows[in_order[begin:end] - first]
+            first += len(rows)
+        return found.reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronColumns:
+    """The columns of some neurons, of the `down_proj` that `source` holds in this dtype."""
+
+    source: Piece
+    dtype: str
+    neurons: Neurons
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes // self.neurons.width * self.neurons.count
+
+    def chunks(self) -> Iterator[memoryview]:
+        neurons, size = self.neurons, ITEM_SIZES[self.dtype]
+        in_order = slice(neurons.start, neurons.stop)
+        columns = in_order if neurons.stream is None else neurons.indices()
+        row = neurons.width * size
+        for block in read_in_blocks((self.source,), max(1, CHUNK // row) * row):
+            matrix = np.frombuffer(block, UNSIGNED[size]).reshape(-1, neurons.width)
+            yield np.ascontiguousarray(matrix[:, columns]).view(np.uint8).reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The weights of a piece times a factor, rounded once; exact for powers of two."""
+
+    source: Piece
+    dtype: str
+    factor: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        for chunk in self.source.chunks():
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = decode(chunk, self.dtype) * np.float32(self.factor)
+            yield encode(values, self.dtype).data
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedRows:
+    """Each row of a matrix `times` times, one after the other."""
+
+    source: Piece
+    row_nbytes: int
+    times: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes * self.times
+
+    def chunks(self) -> Iterator[memoryview]:
+        for block in read_in_blocks((self.source,), self.row_nbytes):
+            yield memoryview(bytes(block) * self.times)
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawn:
+    """A matrix of an expert with some of its neurons drawn anew (Drop-Upcycling, arXiv 2502.19261).
+
+    The weights of the neurons are replaced by draws from the normal distribution that has the mean
+    and the standard deviation of exactly these weights. `number` neurons of `count` are chosen by
+    `chosen_by`; a neuron is a row, or where `columns`, a column.
+    """
+
+    source: Piece
+    dtype: str
+    count: int
+    number: int
+    columns: bool
+    chosen_by: int
+    """The stream that chooses the neurons; the same for the three matrices of an expert."""
+    stream: int
+    """The stream of the draws."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        mask = np.zeros(self.count, bool)
+        mask[shuffle(self.count, self.chosen_by)[: self.number]] = True
+        mean, deviation = self.measure(mask)
+        drawn = 0
+        for matrix, redraw in self.blocks(mask):
+            values = np.empty(int(redraw.sum()), np.float32)
+            kernels.compiled.fill_normal(values, 0, values.size, self.stream, drawn, deviation)
+            drawn += values.size
+            matrix[redraw] = values + np.float32(mean)
+            yield encode(matrix, self.dtype).data
+
+    def blocks(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[npt.NDArray[np.float32], ...]]:
+        """The matrix in blocks of rows, each with what is to be drawn anew in it."""
+        size = ITEM_SIZES[self.dtype]
+        numbers = self.source.nbytes // size
+        width = self.count if self.columns else numbers // self.count
+        first = 0
+        for block in read_in_blocks((self.source,), max(1, CHUNK // (width * size)) * width * size):
+            matrix = decode(block, self.dtype).reshape(-1, width)
+            rows = mask if self.columns else mask[first : first + len(matrix), np.newaxis]
+            first += len(matrix)
+            yield matrix, np.broadcast_to(rows, matrix.shape)
+
+    def measure(self, mask: npt.NDArray[np.bool_]) -> tuple[float, float]:
+        """The mean and the standard deviation of the weights to be replaced, in float64."""
+        count, total = 0, 0.0
+        for matrix, redraw in self.blocks(mask):
+            values = matrix[redraw]
+            count, total = count + values.size, total + add_up(values.astype(np.float64))
+        mean = total / max(count, 1)
+        squares = 0.0
+        for matrix, redraw in self.blocks(mask):
+            squares += add_up((matrix[redraw].astype(np.float64) - mean) ** 2)
+        return mean, math.sqrt(squares / max(count, 1))
+
+
+def add_up(values: npt.NDArray[np.float64]) -> float:
+    """The sum, added up in an order that no processor and no library changes."""
+    padded = np.zeros(-(-values.size // LANES) * LANES)
+    padded[: values.size] = values
+    lanes = np.add.accumulate(padded.reshape(-1, LANES), axis=0)[-1] if padded.size else padded
+    total = 0.0
+    for lane in lanes.tolist():
+        total += lane
+    return total
