@@ -244,12 +244,12 @@ class Construction:
                 "compute what the dense model computes"
             )
         unsuited = [
-            f"{width} ({reader})" for width, reader in QUANTISED_WIDTHS if self.expert_width % width
+            f"{width} ({reader})" for width, reader in SUITABLE_WIDTHS if self.expert_width % width
         ]
         if unsuited:
             yield (
                 f"experts are {self.expert_width} wide, no multiple of {', '.join(unsuited)}: "
-                "these store the experts of such a width otherwise or not at all"
+                "such readers run or store experts of this width slowly or not at all"
             )
 
     def all_sources(self) -> Iterator[tuple[DenseModel, ExpertSource]]:
@@ -293,8 +293,9 @@ def shard_factor(granularity: int, role: str) -> float:
     return float(up) if role == "up_proj" else granularity / up
 
 
-# Of which expert widths must be multiples in quantised files.
-QUANTISED_WIDTHS = (
+# Of which expert widths must be multiples: to be run by grouped products, and to be quantised.
+SUITABLE_WIDTHS = (
+    (8, "transformers 5 in 16 bits"),
     (32, "llama.cpp's Q4_0 and Q8_0"),
     (128, "blocks of FP8"),
     (256, "llama.cpp's K-quants"),
