@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,15 @@ from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, 
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
-from moe_fast.checks import as_choice, as_flag, as_fraction, as_index, as_member, collect
+from moe_fast.checks import (
+    as_choice,
+    as_flag,
+    as_fraction,
+    as_index,
+    as_member,
+    as_number,
+    collect,
+)
 from moe_fast.config import Dtype, Layout, MoeConfig
 from moe_fast.dtypes import DTYPE_CODES
 from moe_fast.errors import CheckpointError, MoeConfigError
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ReinitSets = Literal["shared", "separate"]
+Backbone = Literal["base", "mean"]
 
 __all__ = ["BuildReport", "BuildRequest", "build_moe", "design_moe"]
 
@@ -76,6 +86,9 @@ class BuildRequest(Request):
     shuffle: bool = False
     reinit: float = 0.0
     reinit_sets: ReinitSets = "shared"
+    backbone: Backbone = "base"
+    backbone_weights: tuple[float, ...] = ()
+    """Of the models in their mean, one each; none: all count the same."""
     max_shard_size: int = DEFAULT_SHARD_SIZE
 
     @property
@@ -190,6 +203,7 @@ def build_moe(
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    backbone: Backbone | Sequence[float] = "base",
     hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -266,6 +280,11 @@ def build_moe(
         The part of each expert's neurons that is drawn anew, 0 to 1, as in Drop-Upcycling (Nakamura
         et al. 2025, arXiv 2502.19261): from the normal distribution that has the mean and the
         standard deviation of the weights replaced. 0.5 was the best of the paper.
+    backbone : str or sequence of float
+        Where everything but the experts comes from: `"base"`, or `"mean"`, the mean over `models`
+        in float32, rounded once, as in Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816).
+        A sequence gives each of them a weight in this mean. Tokenizer and config.json are the
+        base's.
     reinit_sets : str
         `"shared"`: the same neurons in gate, up and down projections, as the paper has it;
         `"separate"`: others in each, as the authors' code does.
@@ -321,7 +340,8 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, max_shard_size,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        max_shard_size,
     )  # fmt: skip
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     request = request.moved(collect(find_model, request.folders()))
@@ -345,6 +365,7 @@ def design_moe(
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    backbone: Backbone | Sequence[float] = "base",
     max_shard_size: int = DEFAULT_SHARD_SIZE,
 ) -> Design:
     """The checkpoint that `build_moe` would write, as tensors to list and to read; none is written.
@@ -370,7 +391,8 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, max_shard_size,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        max_shard_size,
     )  # fmt: skip
     return design_of(request.moved(collect(find_model, request.folders())))
 
@@ -391,6 +413,7 @@ def as_request(
     shuffle: bool,
     reinit: float,
     reinit_sets: ReinitSets,
+    backbone: Backbone | Sequence[float],
     max_shard_size: int,
 ) -> BuildRequest:
     """The arguments of a build, each checked."""
@@ -403,6 +426,7 @@ def as_request(
     experts = as_expert_sources(models)
     if not experts:
         raise CheckpointError("models must name at least one model folder")
+    backbone, backbone_weights = as_backbone(backbone, len(experts))
     return BuildRequest(
         models=experts,
         base=experts[0].model if base is None else os.fspath(base),
@@ -419,6 +443,8 @@ def as_request(
         shuffle=as_flag(shuffle, "shuffle"),
         reinit=as_fraction(reinit, "reinit"),
         reinit_sets=cast(ReinitSets, as_choice(reinit_sets, get_args(ReinitSets), "reinit_sets")),
+        backbone=backbone,
+        backbone_weights=backbone_weights,
         max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
     )
 
@@ -435,6 +461,23 @@ def as_layers(layers: Any) -> tuple[int, ...]:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"dense_layers must list layers, got {layers!r}")
     return tuple(sorted({as_index(layer, "dense_layers") for layer in layers}))
+
+
+def as_backbone(backbone: Any, num_models: int) -> tuple[Backbone, tuple[float, ...]]:
+    """The argument `backbone`: whose it is, and the weights of the models if they have some."""
+    if isinstance(backbone, str) or not isinstance(backbone, Iterable):
+        return cast(Backbone, as_choice(backbone, get_args(Backbone), "backbone")), ()
+    weights = tuple(as_number(weight, "backbone") for weight in backbone)
+    if (
+        len(weights) != num_models
+        or not all(0 <= w < math.inf for w in weights)
+        or not any(weights)
+    ):
+        raise MoeConfigError(
+            f"backbone must be 'base', 'mean' or a weight of at least 0 for each of the "
+            f"{num_models} models, got {list(weights)}"
+        )
+    return "mean", weights
 
 
 def build(
@@ -556,7 +599,24 @@ def construct(request: BuildRequest, digests: Any) -> Construction:
         shuffled=request.shuffle,
         reinit=request.reinit,
         separate_sets=request.reinit_sets == "separate",
+        backbone=weigh_models(request, sources),
     )
+
+
+def weigh_models(
+    request: BuildRequest, sources: Sequence[DenseModel]
+) -> list[tuple[DenseModel, float]]:
+    """The models that the backbone is the mean of, each once, with its weight; none: the base's."""
+    if request.backbone == "base":
+        return []
+    weights = request.backbone_weights or (1.0,) * len(request.models)
+    found: dict[Path, tuple[DenseModel, float]] = {}
+    for model, weight in zip(sources, weights, strict=False):
+        if model.path not in found:
+            found[model.path] = model, weight
+        elif request.backbone_weights:
+            found[model.path] = model, found[model.path][1] + weight
+    return list(found.values())
 
 
 def as_digests(digests: Any) -> tuple[str, ...]:
@@ -576,6 +636,8 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
     """
     if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
         return rounded
+    if request.backbone != "base" and len({source.model for source in request.models}) > 1:
+        return "everything but the experts is the mean of the models"
     if request.shared_experts:
         return "shared experts add their output"
     for source in request.models:
@@ -593,6 +655,14 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
 
 def request_values(request: BuildRequest) -> dict[str, Any]:
     """The keys of the recipe that asks for the same."""
+    special = {
+        "granularity": request.granularity,
+        "mix_copies": request.mix_copies,
+        "shuffle": request.shuffle,
+        "reinit": request.reinit,
+        "reinit_sets": request.reinit_sets,
+        "backbone": list(request.backbone_weights) or request.backbone,
+    }
     return {
         "base_model": request.base,
         "models": request.models,
@@ -605,11 +675,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "dtype": request.dtype,
         "routers": request.routers.method,
         "seed": request.seed,
-        **({"granularity": request.granularity} if request.granularity > 1 else {}),
-        **({"mix_copies": True} if request.mix_copies else {}),
-        **({"shuffle": True} if request.shuffle else {}),
-        **({"reinit": request.reinit} if request.reinit else {}),
-        **({"reinit_sets": request.reinit_sets} if request.reinit_sets != "shared" else {}),
+        **{name: value for name, value in special.items() if value != getattr(BuildRequest, name)},
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_fast.checkpoint.averages import Averaged
 from moe_fast.checkpoint.neurons import (
     NeuronColumns,
     NeuronRows,
@@ -64,6 +65,8 @@ class Construction:
     """The part of each expert's neurons that is drawn anew."""
     separate_sets: bool = False
     """Whether each matrix of an expert draws other neurons anew."""
+    backbone: Sequence[tuple[DenseModel, float]] = ()
+    """Models of which everything but the experts is the weighted mean; none: the base's own."""
     scale_shards: bool = True
     """Whether weights make up for the shares of the shards; else a key of config.json does."""
 
@@ -96,8 +99,17 @@ class Construction:
         return list({model.path: model for model in models}.values())
 
     def keep(self, tensor: Tensor) -> Weight:
-        """A tensor of a source as the output holds it."""
-        return self.convert(Weight.of(tensor))
+        """A tensor of the base as the output holds it: as it is, or the mean over the models."""
+        if not self.backbone:
+            return self.convert(Weight.of(tensor))
+        tensors = [model.tensors[tensor.name] for model, _ in self.backbone]
+        mean = Averaged(
+            tuple(FileRange(t.file, t.offset, t.nbytes) for t in tensors),
+            tuple(t.dtype for t in tensors),
+            tuple(weight for _, weight in self.backbone),
+            self.converted_to or tensor.dtype,
+        )
+        return Weight(mean.to, tensor.shape, (mean,))
 
     def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
@@ -200,7 +212,7 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.keep(self.base.ffn(layer, role).first_rows(width))
+        return self.convert(Weight.of(self.base.ffn(layer, role).first_rows(width)))
 
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
@@ -209,7 +221,7 @@ class Construction:
 
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
-        problems = list(self.width_problems())
+        problems = [*self.width_problems(), *self.backbone_problems()]
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -230,6 +242,28 @@ class Construction:
             yield (
                 f"{tensor.file.path}: tensor {tensor.name!r} {list(tensor.shape)}: "
                 f"intermediate_size {width} is no multiple of granularity {self.granularity}"
+            )
+
+    def backbone_problems(self) -> Iterator[str]:
+        """Why there is no mean over the models."""
+        for model, _ in self.backbone:
+            for tensor in (*self.base.before_layers(), *self.base.after_layers()):
+                yield from self.mean_problems(model, tensor)
+            for layer in range(self.num_layers):
+                for _, tensor in self.base.layer(layer):
+                    yield from self.mean_problems(model, tensor)
+            for layer in self.dense_layers:
+                for role in FFN:
+                    yield from self.mean_problems(model, self.base.ffn(layer, role))
+
+    def mean_problems(self, model: DenseModel, tensor: Tensor) -> Iterator[str]:
+        other = model.tensors.get(tensor.name)
+        if other is None:
+            yield f"{model.path}: tensor {tensor.name!r} is missing, which the mean of models takes"
+        elif other.shape != tensor.shape:
+            yield (
+                f"{other.file.path}: tensor {other.name!r} has the shape {list(other.shape)}, the "
+                f"base model's {list(tensor.shape)}; their mean needs one shape"
             )
 
     def granularity_warnings(self) -> Iterator[str]:
