@@ -13,7 +13,12 @@ from moe_fast.storage.strict_json import LARGEST_SIZE, brief
 
 # What families call the number of experts, and of those that work on a token.
 NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
+TOP_K_KEYS = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk"),
+    "top_k_experts",
+)
+# The groups that a router chooses from before it chooses experts, and how many of them it chooses.
+GROUP_KEYS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"))
 # Kinds of rotary embedding, each with the keys that it cannot do without.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -23,7 +23,7 @@ def structure_problems(model: MoeModel) -> list[str]:
     family = moe_families()[model.model_type]
     file = model.path / "config.json"
     twin = dense_families()[family.dense_twin]
-    config = {**twin.defaults, "intermediate_size": 1, **model.config}
+    config = {**twin.defaults, "intermediate_size": 1, "head_dim": None, **model.config}
     sizes = read_sizes(config, file)
     read_rope(config, file)
     present = {name.split(".")[2] for name in model.tensors if name.startswith("model.layers.")}
