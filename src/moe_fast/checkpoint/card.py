@@ -239,6 +239,16 @@ def updated_card(card: Path, readers: Sequence[Reader]) -> str | None:
     return kept + reader_lines(readers)
 
 
+def operation_card(card: Path, sentence: str, readers: Sequence[Reader]) -> str:
+    """The card of a model after an operation: its own if it has one, and what was done."""
+    text = updated_card(card, readers) or read_card(card) or f"# {model_name(str(card.parent))}\n"
+    body, found, end = text.rpartition(READERS)
+    if not found:
+        body, end = text, ""
+    done = f"\nmoe_fast {__version__} {sentence}.\n"
+    return body.rstrip("\n") + "\n" + done + found + end
+
+
 def front_matter(
     family: MoeFamily, models: Iterable[str], license_values: Mapping[str, str]
 ) -> list[str]:

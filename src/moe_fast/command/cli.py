@@ -22,6 +22,7 @@ from moe_fast.command.console import (
     show_conversion,
     show_diagnosis,
     show_model,
+    show_operation,
     show_plan,
     show_routing,
 )
@@ -97,6 +98,15 @@ HiddenStates = Annotated[
         help="What the routers read, [T, H] or [L, T, H], to predict the load from.",
         show_default="random tokens",
     ),
+]
+MoeFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+]
+Scores = Annotated[
+    Path | None, typer.Option(metavar="SCORES.json", help="What each expert is worth.")
+]
+ScoredBy = Annotated[
+    str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
 ]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
@@ -289,6 +299,52 @@ def convert(
             progress=progress,
         )
     show(report, show_conversion, as_json)
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    keep: Annotated[
+        Path | None,
+        typer.Option(metavar="KEEP.json", help="The experts to keep in each layer."),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="How many to keep in each layer, the best by --scores.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    ungroup: Annotated[
+        bool, typer.Option("--ungroup", help="Make the groups of experts one; routing changes.")
+    ] = False,
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an MoE with fewer experts: those of a list, or the best by their scores."""
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.prune_moe(
+            model,
+            output,
+            keep=keep,
+            num_experts=experts,
+            scores=scores,
+            by=by,
+            ungroup=ungroup,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
 
 
 @app.command()

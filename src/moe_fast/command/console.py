@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
     from moe_fast.checkpoint.check import CheckReport
     from moe_fast.checkpoint.convert import ConvertReport
+    from moe_fast.checkpoint.operation import OperationReport
     from moe_fast.command.doctor import Diagnosis
     from moe_fast.families.rules import Reader
     from moe_fast.models.inspection import ModelReport, Place
@@ -141,6 +142,29 @@ def show_conversion(report: ConvertReport) -> None:
             "seconds": f"{report.seconds:.2f}",
         }
     )
+    show_readers(report.readers)
+    if report.dry_run:
+        say("\ndry run: nothing is written")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def show_operation(report: OperationReport) -> None:
+    def change(before: int | None, after: int | None) -> str:
+        values = ("-" if value is None else f"{value:,}" for value in (before, after))
+        return " to ".join(dict.fromkeys(values))
+
+    pairs = {
+        "output": f"{report.output} ({report.model_type})",
+        "experts": f"{change(report.num_experts_before, report.num_experts)} per layer, "
+        f"{change(report.num_experts_per_tok_before, report.num_experts_per_tok)} per token",
+        "parameters": change(report.num_parameters_before, report.num_parameters),
+        "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+        "seconds": f"{report.seconds:.2f}",
+    }
+    if not report.num_experts:
+        pairs["experts"] = f"{report.num_experts_before} per layer to none: a dense model"
+    show_pairs(pairs)
     show_readers(report.readers)
     if report.dry_run:
         say("\ndry run: nothing is written")

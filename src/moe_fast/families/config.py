@@ -13,7 +13,12 @@ from moe_fast.storage.strict_json import LARGEST_SIZE, brief
 
 # What families call the number of experts, and of those that work on a token.
 NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k")
+TOP_K_KEYS = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "moe_topk"),
+    "top_k_experts",
+)
+# The groups that a router chooses from before it chooses experts, and how many of them it chooses.
+GROUP_KEYS = (("n_group", "topk_group"), ("num_expert_group", "topk_group"))
 # Kinds of rotary embedding, each with the keys that it cannot do without.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -154,8 +159,11 @@ def read_sizes(config: Mapping[str, Any], file: Path) -> Sizes:
     return sizes
 
 
-def read_rope(config: Mapping[str, Any], file: Path) -> Rope:
-    """The rotary embedding from either spelling: `rope_parameters`, or theta with scaling."""
+def read_rope(config: Mapping[str, Any], file: Path, *, partial: bool = False) -> Rope:
+    """The rotary embedding from either spelling: `rope_parameters`, or theta with scaling.
+
+    One that rotates a part of each head is refused unless `partial`.
+    """
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
@@ -176,7 +184,7 @@ def read_rope(config: Mapping[str, Any], file: Path) -> Rope:
         if key not in merged:
             raise CheckpointError(f"{file}: rope_type {kind!r} needs the key {key!r}")
     part = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))
-    if part != 1:
+    if part != 1 and not partial:
         raise CheckpointError(
             f"{file}: partial_rotary_factor is {brief(part)}; no target rotates a part of a head"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.families.dense import FFN
+from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
 from moe_fast.storage.tensors import Weight
@@ -113,3 +114,8 @@ class DeepSeek(MoeFamily):
 
 
 MOE = (DeepSeek(),)
+EXPERTS = (
+    ExpertAxis(("deepseek",), layouts=(Layout.PER_EXPERT,)),
+    ExpertAxis(("deepseek_v2",)),
+    ExpertAxis(("deepseek_v3", "deepseek_v32"), counted=(BIAS,)),
+)

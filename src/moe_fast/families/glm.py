@@ -1,4 +1,4 @@
-"""GLM-4.5-MoE, which Llama, Mistral, Qwen2 and Qwen3 become where groups of experts are wanted."""
+"""GLM-4.5 and later. Dense models become GLM-4.5-MoE where groups of experts are wanted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.families.dense import FFN, QKV
+from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import Rules
 from moe_fast.storage.tensors import Weight
@@ -29,6 +30,7 @@ class Glm4Moe(MoeFamily):
     shared_experts = True
     scaling_key = "routed_scaling_factor"
     has_groups = True
+    partial_rotary = True
     dense_places = "can leave the first layers dense, and no others"
 
     def twin_name(self, config: Mapping[str, Any]) -> str:
@@ -84,3 +86,9 @@ class Glm4Moe(MoeFamily):
 
 
 MOE = (Glm4Moe(),)
+EXPERTS = (
+    ExpertAxis(
+        ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe", "glm4v_moe_text"),
+        counted=(BIAS,),
+    ),
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.families.dense import DEFAULTS, QKVO, DenseFamily
+from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
     GATE_UP,
     ExpertTensor,
@@ -104,3 +105,18 @@ DENSE = (
     ),
 )
 MOE = (GraniteMoe(), GraniteMoeShared())
+EXPERTS = (
+    ExpertAxis(
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        block="block_sparse_moe",
+        router="router.layer.weight",
+        layouts=(Layout.FUSED,),
+        stacked=GRANITE_STACKED,
+    ),
+    ExpertAxis(
+        ("granitemoe_swa",),
+        block="block_sparse_moe",
+        router="router.weight",
+        layouts=(Layout.FUSED,),
+    ),
+)

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from moe_fast.config import Layout
 from moe_fast.families.dense import DEFAULTS, DenseFamily
+from moe_fast.families.experts import WHOLE, ExpertAxis
 
 DENSE = (DenseFamily("llama", DEFAULTS, mlp_bias=True),)
+EXPERTS = (
+    ExpertAxis(
+        ("llama4", "llama4_text"),
+        block="feed_forward",
+        router="router.weight",
+        layouts=(Layout.FUSED,),
+        stacked=WHOLE,  # transposed, [E, H, 2I] and [E, I, H]
+    ),
+)

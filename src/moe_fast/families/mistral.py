@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.families.dense import DEFAULTS, DenseFamily
+from moe_fast.families.experts import mixtral_like
 from moe_fast.families.moe import ExpertTensor, MoeFamily, Parts, num_experts
 from moe_fast.families.rules import Rules
 
@@ -63,3 +64,4 @@ DENSE = (
     ),
 )
 MOE = (Mixtral(),)
+EXPERTS = (mixtral_like("mixtral"),)

@@ -142,6 +142,8 @@ class MoeFamily:
     dense_places = "has experts in every layer"
     expert_names: tuple[tuple[str, str], ...] = tuple((role, role) for role in FFN)
     block = "mlp"
+    partial_rotary = False
+    """Whether models of the family may rotate a part of each head."""
     own_expert_width = True
     """Whether the width of experts has a key beside `intermediate_size`."""
     scaling_key: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_fast.families.dense import DEFAULTS, NORMS_AFTER, QKVO, DenseFamily
+from moe_fast.families.experts import ExpertAxis
 from moe_fast.families.moe import MoeFamily, Parts, num_experts
 from moe_fast.families.rules import TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
 
@@ -55,3 +56,4 @@ DENSE = (
     ),
 )
 MOE = (FlexOlmo(),)
+EXPERTS = (ExpertAxis(("flex_olmo", "olmoe")),)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DEFAULTS, FFN, QKV, QKVO, DenseFamily
+from moe_fast.families.experts import WHOLE, ExpertAxis
 from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes, num_experts
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.storage.strict_json import brief
@@ -157,3 +159,8 @@ DENSE = (
     ),
 )
 MOE = (Qwen3Moe(), Qwen2Moe())
+EXPERTS = (
+    ExpertAxis((*("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),)),
+    # Its checkpoints hold each expert's matrices transposed.
+    ExpertAxis(("qwen3_vl_moe", "qwen3_vl_moe_text"), layouts=(Layout.FUSED,), stacked=WHOLE),
+)

@@ -1,4 +1,8 @@
-"""Every family there is: each file of this package lists its own as `DENSE` and `MOE`."""
+"""Every family there is: each file of this package lists its own.
+
+`DENSE` are those that experts are made from, `MOE` those that `build` writes, and `EXPERTS` says
+where checkpoints count experts, of these and of many others.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from types import MappingProxyType, ModuleType
 
 from moe_fast import families
 from moe_fast.families.dense import DenseFamily
+from moe_fast.families.experts import ExpertAxis
 from moe_fast.families.moe import MoeFamily
 
 
@@ -28,6 +33,23 @@ def moe_families() -> Mapping[str, MoeFamily]:
     return MappingProxyType({family.name: family for family in found})
 
 
+@functools.cache
+def expert_axes() -> Mapping[str, ExpertAxis]:
+    """Where each family counts experts, by its `model_type`."""
+    found = [axis for lineage in lineages() for axis in getattr(lineage, "EXPERTS", ())]
+    axes = {name: axis for axis in found for name in axis.model_types}
+    plain = {
+        family.name: ExpertAxis(
+            (family.name,),
+            block=family.block,
+            layouts=family.layouts,
+            parts=dict(family.expert_names),
+        )
+        for family in moe_families().values()
+    }
+    return MappingProxyType({**plain, **axes})
+
+
 def lineages() -> Iterator[ModuleType]:
     for module in sorted(pkgutil.iter_modules(families.__path__), key=lambda each: each.name):
         if module.name not in BASES:
@@ -35,4 +57,4 @@ def lineages() -> Iterator[ModuleType]:
 
 
 # The files of this package that are not about one lineage.
-BASES = ("choice", "config", "dense", "moe", "readers", "registry")
+BASES = ("choice", "config", "dense", "experts", "moe", "readers", "registry", "rules")

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.errors import RoutingError
-from moe_fast.families.dense import FFN
 from moe_fast.models.moe import MoeModel, open_moe_model
 from moe_fast.reports import Report, frame_of
 from moe_fast.routing.health import as_hidden_states, predict_load
@@ -253,5 +252,5 @@ def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:
     for layer in model.layers:
         for number, expert in sorted(layer.experts.items()):
             places.append((layer.number, number))
-            weights.append([expert[role] for role in FFN if role in expert])
+            weights.append([expert[role] for role in sorted(expert)])
     return tuple(tuple(places[index] for index in group) for group in equal_groups(weights))

@@ -1,42 +1,52 @@
 """A Mixture-of-Experts checkpoint on disk, whoever made it: experts and routers by role.
 
-Names are read by pattern, so that a family without a target here can still be looked at. Families
-agree on the words; two layouts are common: one tensor per expert and projection, or all experts of
-a layer in two fused tensors, `[E, 2I, H]` (gate, then up) and `[E, H, I]` (down).
+`families` says by name which tensors count experts. Those of a family that it does not know are
+read by the names that families share, and what was assumed is said.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_fast.config import Layout
 from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.errors import CheckpointError
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
-from moe_fast.families.dense import FFN
-from moe_fast.families.registry import moe_families
+from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1_W3_W2, ExpertAxis
+from moe_fast.families.registry import expert_axes
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.strict_json import brief
+from moe_fast.wording import counted
 
-BLOCK = r"(?P<block>(?:.+\.)?layers\.(?P<layer>\d{1,6})\.\w+)"
-PER_EXPERT = re.compile(BLOCK + r"\.experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight", re.ASCII)
-FUSED = re.compile(
-    BLOCK + r"\.(?P<part>experts\.gate_up_proj|experts\.down_proj|(?:in|out)put_linear\.weight)",
+LAYER = re.compile(
+    r"(?P<layer>(?P<model>(?:.+?\.)?)(?:layers|blocks)\.(?P<number>\d{1,6}))\.(?P<rest>.+)",
     re.ASCII,
 )
-ROUTER = re.compile(BLOCK + r"\.(?:gate|router|router\.layer)\.weight", re.ASCII)
-GATE_UP_PARTS = ("experts.gate_up_proj", "input_linear.weight")
+OF_EXPERT = re.compile(r"experts\.(?P<expert>\d{1,6})\.(?P<suffix>.+)", re.ASCII)
+BLOCK_OF_EXPERTS = re.compile(r"(?P<block>(?:[a-z_]\w*\.)*?)experts\.(?:\d|gate_up_proj|down_proj)")
+BLOCK_OF_STACKS = re.compile(r"(?P<block>(?:[a-z_]\w*\.)*?)input_linear\.weight")
+# What a tensor is called that might count experts; shared ones are none of them.
+SUSPECTS = re.compile(r"expert|router|gate\b|gate_bias|moe")
+SHARED = re.compile(r"shared|dense")
+EXPERT_NAME = re.compile(r"(?:^|\.)experts\.|(?:^|\.)(?:in|out)put_linear\.weight$")
+ROUTER_ENDING = re.compile(
+    r"(?:^|\.)(?:gate|router)\.(?:wg\.|gate\.|layer\.|proj\.|classifier\.)?(?:weight|bias)$"
+    r"|(?:e_score_correction_bias|expert_bias|per_expert_scale)$"
+)
 # The parts of a checkpoint that come from different places.
 PARTS = ("experts", "routers", "other weights")
+# Where the configuration of a multimodal model keeps that of its language model.
+LANGUAGE_KEYS = ("text_config", "llm_config", "language_config")
 Expert = dict[str, Tensor]
-
-
-"""The three weights of an expert by role; of a fused tensor, the expert's slice."""
 
 
 @dataclass
@@ -44,11 +54,30 @@ class MoeLayer:
     """The experts of one layer and its router."""
 
     number: int
+    key: str
+    """What files of experts call the layer: its number, or `mtp.0`, ... for those that predict
+    several tokens ahead."""
     block: str
     """The name that all tensors of the layer's MoE block begin with."""
     fused: bool
     experts: dict[int, Expert] = field(default_factory=dict)
+    """The weights of each expert by role; of a stacked tensor, the expert's slice."""
+    own: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """The tensors that an expert has to itself, by what follows its number in their names."""
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors with a slice for each expert, by their names inside the block: stacked experts,
+    routers, biases."""
     router: Tensor | None = None
+    router_name: str = ""
+    """The router's name inside the block."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.FUSED if self.fused else Layout.PER_EXPERT
+
+    def full_name(self, name: str) -> str:
+        """The name in the file of a tensor of the block."""
+        return f"{self.block}.{name}"
 
 
 @dataclass(frozen=True)
@@ -59,10 +88,25 @@ class MoeModel:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     layers: tuple[MoeLayer, ...]
+    axis: ExpertAxis
+    """Where its family counts experts."""
+    assumed: str | None = None
+    """For a family that is not known: what its names were taken for."""
 
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def language_key(self) -> str | None:
+        """The key of config.json under which the language model's own configuration stands."""
+        return language_key(self.config)
+
+    @property
+    def language_config(self) -> Mapping[str, Any]:
+        """The configuration of the language model: all of it, unless the model has other parts."""
+        key = self.language_key
+        return self.config if key is None else self.config[key]
 
     @property
     def architecture(self) -> str | None:
@@ -73,7 +117,7 @@ class MoeModel:
     @property
     def layout(self) -> str:
         """`"per-expert"`, `"fused"`, `"mixed"` or, without experts, `"dense"`."""
-        layouts = {"fused" if layer.fused else "per-expert" for layer in self.layers}
+        layouts = {str(layer.layout) for layer in self.layers}
         return layouts.pop() if len(layouts) == 1 else "mixed" if layouts else "dense"
 
     @property
@@ -84,12 +128,25 @@ class MoeModel:
     @property
     def num_experts_per_tok(self) -> int | None:
         """Experts per token as `config.json` has it, `None` where it has none."""
-        return first_size(self.config, TOP_K_KEYS)
+        return first_size(self.language_config, TOP_K_KEYS)
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[MoeLayer, int | None, str]]:
+        """Of each tensor that counts experts: its layer, its expert if it has but one, its name
+        after the expert's number, or inside the block."""
+        found: dict[str, tuple[MoeLayer, int | None, str]] = {}
+        for layer in self.layers:
+            for expert, tensors in layer.own.items():
+                for suffix, tensor in tensors.items():
+                    found[tensor.name] = (layer, expert, suffix)
+            for name, tensor in layer.counted.items():
+                found[tensor.name] = (layer, None, name)
+        return found
 
     def problems(self) -> list[str]:
         """Where the MoE layers do not hold together; empty where they do."""
         problems = []
-        expected = first_size(self.config, NUM_EXPERTS_KEYS)
+        expected = first_size(self.language_config, NUM_EXPERTS_KEYS)
         for layer in self.layers:
             where = f"{self.path}: {layer.block}"
             count = len(layer.experts)
@@ -98,26 +155,105 @@ class MoeModel:
                 problems.append(f"{where}: expert {missing} of {count} is missing")
             if expected is not None and count != expected:
                 problems.append(f"{where} holds {count} experts, config.json has {expected}")
-            shapes: dict[str, set[tuple[int, ...]]] = {role: set() for role in FFN}
+            shapes: dict[str, set[tuple[int, ...]]] = {}
             for number, expert in sorted(layer.experts.items()):
-                absent = [role for role in FFN if role not in expert]
+                absent = [role for role in roles_of(layer, self.axis) if role not in expert]
                 if absent:
                     problems.append(f"{where}: expert {number} has no {' and no '.join(absent)}")
                 for role, tensor in expert.items():
-                    shapes[role].add(tensor.shape)
+                    shapes.setdefault(role, set()).add(tensor.shape)
             problems += [
                 f"{where}: {role} has several shapes: {', '.join(map(str, sorted(found)))}"
                 for role, found in shapes.items()
                 if len(found) > 1
             ]
-            if layer.router is None:
-                problems.append(f"{where} has no router")
-            elif len(layer.router.shape) != 2 or layer.router.shape[0] != count:
-                problems.append(
-                    f"{layer.router.file.path}: tensor {layer.router.name!r} has the shape "
-                    f"{list(layer.router.shape)} for {count} experts"
-                )
+            problems += self.router_problems(layer)
         return problems
+
+    def router_problems(self, layer: MoeLayer) -> Iterator[str]:
+        count = len(layer.experts)
+        if layer.router is None:
+            yield f"{self.path}: {layer.block} has no router"
+        elif self.axis.obstacle is None and (
+            len(layer.router.shape) != 2 or layer.router.shape[0] != count
+        ):
+            yield (
+                f"{layer.router.file.path}: tensor {layer.router.name!r} has the shape "
+                f"{list(layer.router.shape)} for {count} experts"
+            )
+
+    def surgery_problems(self) -> list[str]:
+        """Why experts of this model cannot be taken out, copied or moved; empty where they can."""
+        problems = self.problems()
+        if self.axis.obstacle is not None:
+            problems.append(f"{self.path}: {self.model_type}: {self.axis.obstacle}")
+        for layer in self.layers:
+            count = len(layer.experts)
+            for tensor in layer.counted.values():
+                if not is_counted(tensor, count) and tensor is not layer.router:
+                    problems.append(
+                        f"{tensor.file.path}: tensor {tensor.name!r} has the shape "
+                        f"{list(tensor.shape)} for {count} experts"
+                    )
+            suffixes = {suffix for tensors in layer.own.values() for suffix in tensors}
+            for expert, tensors in sorted(layer.own.items()):
+                problems += [
+                    f"{self.path}: {layer.block}.experts.{expert}.{suffix} is missing; other "
+                    "experts of the layer have it"
+                    for suffix in sorted(suffixes - tensors.keys())
+                ]
+            problems += self.unplaced(layer)
+        return problems
+
+    def unplaced(self, layer: MoeLayer) -> Iterator[str]:
+        """Tensors of a layer that seem to count experts, and that nothing is known of."""
+        count = len(layer.experts)
+        beginning = LAYER.match(f"{layer.block}.")
+        prefix = "" if beginning is None else f"{beginning['layer']}."
+        for name, tensor in self.layer_tensors(prefix):
+            rest = name.removeprefix(prefix)
+            if name in self.places or SHARED.search(rest) or not SUSPECTS.search(rest):
+                continue
+            if count in tensor.shape[:1] or tensor.shape == (1, count):
+                yield (
+                    f"{tensor.file.path}: tensor {brief(name)} of shape {list(tensor.shape)} may "
+                    f"count the {count} experts, and {self.model_type} is not known to have it"
+                )
+
+    def layer_tensors(self, prefix: str) -> list[tuple[str, Tensor]]:
+        return self.tensors_by_layer.get(prefix, [])
+
+    @cached_property
+    def tensors_by_layer(self) -> Mapping[str, list[tuple[str, Tensor]]]:
+        found: dict[str, list[tuple[str, Tensor]]] = {}
+        for name, tensor in self.tensors.items():
+            match = LAYER.fullmatch(name)
+            if match is not None:
+                found.setdefault(f"{match['layer']}.", []).append((name, tensor))
+        return found
+
+
+def roles_of(layer: MoeLayer, axis: ExpertAxis) -> tuple[str, ...]:
+    """What each expert of a layer must have."""
+    plain = {role for expert in layer.experts.values() for role in expert}
+    known: Iterable[str] = axis.parts.values()
+    if layer.fused:
+        known = (role for roles in axis.stacked.values() for role in roles)
+    known = tuple(dict.fromkeys(known))
+    return known if plain & set(known) or not plain else tuple(sorted(plain))
+
+
+def is_counted(tensor: Tensor, num_experts: int) -> bool:
+    """Whether a tensor has as many equal slices, one after the other, as there are experts."""
+    return tensor.shape[:1] == (num_experts,) or tensor.shape == (1, num_experts)
+
+
+def language_key(config: Mapping[str, Any]) -> str | None:
+    for key in LANGUAGE_KEYS:
+        inner = config.get(key)
+        if isinstance(inner, dict) and first_size(config, NUM_EXPERTS_KEYS) is None:
+            return key
+    return None
 
 
 def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
@@ -131,54 +267,164 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     folder = Path(path)
     config = read_config(folder)
     tensors = read_checkpoint(folder)
-    return MoeModel(folder, config, tensors, find_layers(tensors))
+    key = language_key(config)
+    language = config if key is None else config[key]
+    kinds = (language.get("model_type"), config.get("model_type"))
+    known = (expert_axes().get(kind) for kind in kinds if isinstance(kind, str))
+    axis = next((axis for axis in known if axis is not None), None)
+    depth = first_size(language, ("num_hidden_layers", "num_layers"))
+    if axis is not None:
+        layers = find_layers(tensors, axis, depth)
+        if layers and all(any(layer.experts.values()) for layer in layers):
+            return MoeModel(folder, config, tensors, layers, axis)
+    guess = guess_axis(tensors)
+    layers = find_layers(tensors, guess, depth)
+    return MoeModel(folder, config, tensors, layers, guess, assumption(guess, layers))
 
 
-@functools.cache
-def roles() -> Mapping[str, str]:
-    """What the parts of an expert are for, by the names that families give them."""
-    names = {name: role for family in moe_families().values() for name, role in family.expert_names}
-    return names | {role: role for role in FFN}
+def require_experts(model: MoeModel) -> None:
+    """Raise `CheckpointError` for a model without experts that can be operated on."""
+    if not model.layers:
+        raise CheckpointError(f"{model.path}: holds no experts; it is not an MoE")
+    problems = model.surgery_problems()
+    if problems:
+        raise CheckpointError(*problems)
 
 
-def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
+def guess_axis(tensors: Mapping[str, Tensor]) -> ExpertAxis:
+    """What the names of an unknown family may mean, by those that families share."""
+    blocks: Counter[str] = Counter()
+    inside_layers = set()
+    for name, tensor in tensors.items():
+        match = LAYER.fullmatch(name)
+        if match is not None:
+            inside_layers.add(match["rest"])
+            for pattern in (BLOCK_OF_EXPERTS, BLOCK_OF_STACKS):
+                found = pattern.match(match["rest"])
+                if found is not None and (pattern is BLOCK_OF_EXPERTS or len(tensor.shape) > 2):
+                    blocks[found["block"].removesuffix(".")] += 1
+    block = blocks.most_common(1)[0][0] if blocks else "mlp"
+    axes = expert_axes().values()
+    routers = [name for axis in axes for name in axis.routers]
+    inside = f"{block}." if block else ""
+    return ExpertAxis(
+        (),
+        block=block,
+        router=next((r for r in routers if f"{inside}{r}" in inside_layers), "gate.weight"),
+        counted=tuple(dict.fromkeys(name for axis in axes for name in axis.counted)),
+        parts={**W1_W3_W2, **GATE_UP_DOWN},
+        stacked={**STACKED, **GRANITE_STACKED},
+    )
+
+
+def assumption(axis: ExpertAxis, layers: tuple[MoeLayer, ...]) -> str:
+    names = sorted({name for layer in layers for name in layer.counted})
+    block = f"{axis.block}." if axis.block else ""
+    return (
+        f"experts are taken to be {block}experts of {counted(len(layers), 'layer')}, and what "
+        f"counts them besides: {', '.join(names) or 'nothing'}"
+    )
+
+
+def find_layers(
+    tensors: Mapping[str, Tensor], axis: ExpertAxis, depth: int | None
+) -> tuple[MoeLayer, ...]:
     """The MoE layers among the tensors, in order."""
     layers: dict[str, MoeLayer] = {}
+    candidates: dict[str, list[tuple[str, Tensor]]] = {}
 
-    def layer_of(match: re.Match[str], fused: bool) -> MoeLayer:
-        layer = MoeLayer(int(match["layer"]), match["block"], fused)
-        return layers.setdefault(layer.block, layer)
+    def layer_of(match: re.Match[str], block: str, fused: bool) -> MoeLayer:
+        name, number = block_name(match, block), int(match["number"])
+        ahead = re.search(r"(?:^|\.)mtp", match["model"]) is not None
+        if ahead or (depth is not None and number >= depth):
+            first = 0 if ahead else depth or 0
+            key, number = f"mtp.{number - first}", number - first + (depth or 0)
+        else:
+            key = str(number)
+        return layers.setdefault(name, MoeLayer(number, key, name, fused))
 
-    routers = {}
     for name, tensor in tensors.items():
-        if match := PER_EXPERT.fullmatch(name):
-            if match["part"] in roles() and len(tensor.shape) == 2:
-                expert = layer_of(match, False).experts.setdefault(int(match["expert"]), {})
-                expert[roles()[match["part"]]] = tensor
-        elif (match := FUSED.fullmatch(name)) and len(tensor.shape) == 3:
-            for number, expert in enumerate(slices(tensor, match["part"] in GATE_UP_PARTS)):
-                layer_of(match, True).experts.setdefault(number, {}).update(expert)
-        elif match := ROUTER.fullmatch(name):
-            routers[match["block"]] = tensor
-    for block, layer in layers.items():
-        layer.router = routers.get(block)
+        match = LAYER.fullmatch(name)
+        block = None if match is None else block_of(match["rest"], axis)
+        if match is None or block is None:
+            continue
+        inner = match["rest"].removeprefix(f"{block}." if block else "")
+        if own := OF_EXPERT.fullmatch(inner):
+            layer, number = layer_of(match, block, False), int(own["expert"])
+            layer.own.setdefault(number, {})[own["suffix"]] = tensor
+            expert = layer.experts.setdefault(number, {})
+            role = role_of(own["suffix"], axis)
+            if role is not None and len(tensor.shape) == 2:
+                expert[role] = tensor
+            continue
+        candidates.setdefault(block_name(match, block), []).append((inner, tensor))
+        roles = stacked_roles(inner, axis)
+        if roles and len(tensor.shape) > 2:
+            layer = layer_of(match, block, True)
+            for number, slices in enumerate(slices_of(tensor, roles)):
+                layer.experts.setdefault(number, {}).update(slices)
+    for block, found in candidates.items():
+        if block not in layers:
+            continue
+        layer = layers[block]
+        for inner, tensor in found:
+            if inner in axis.routers:
+                layer.router, layer.router_name = tensor, inner
+            stacked = inner in axis.stacked or inner.startswith("experts.")
+            if inner in (*axis.routers, *axis.counted) or (
+                stacked and is_counted(tensor, len(layer.experts))
+            ):
+                layer.counted[inner] = tensor
     return tuple(sorted(layers.values(), key=lambda layer: (layer.number, layer.block)))
+
+
+def block_name(match: re.Match[str], block: str) -> str:
+    return f"{match['layer']}.{block}".removesuffix(".")
+
+
+def block_of(rest: str, axis: ExpertAxis) -> str | None:
+    """The MoE block that a tensor of a layer stands in."""
+    inside = (block for block in axis.blocks if not block or rest.startswith(f"{block}."))
+    return next(inside, None)
+
+
+def role_of(suffix: str, axis: ExpertAxis) -> str | None:
+    """The role of a tensor of one expert by what follows the expert's number, if it is a matrix."""
+    part, _, kind = suffix.partition(".")
+    return axis.parts.get(part) if kind in ("weight", "weight_packed") else None
+
+
+def stacked_roles(inner: str, axis: ExpertAxis) -> tuple[str, ...]:
+    """What the slices of a tensor that stacks experts hold; none for other tensors."""
+    if inner.removesuffix("_blocks") in axis.stacked and inner.endswith("_blocks"):
+        return (inner.removeprefix("experts."),)  # packed: a slice is neither rows nor columns
+    return axis.stacked.get(inner, ())
+
+
+def is_mtp(layer: MoeLayer) -> bool:
+    """Whether a layer predicts several tokens ahead."""
+    return layer.key.startswith("mtp.")
 
 
 def part_of(name: str) -> str:
     """Which of `PARTS` a tensor belongs to, by its name."""
-    if PER_EXPERT.fullmatch(name) or FUSED.fullmatch(name):
+    match = LAYER.fullmatch(name)
+    if match is None:
+        return "other weights"
+    rest = match["rest"]
+    if ROUTER_ENDING.search(rest) and not SHARED.search(rest):
+        return "routers"
+    if not SHARED.search(rest) and EXPERT_NAME.search(rest):
         return "experts"
-    return "routers" if ROUTER.fullmatch(name) else "other weights"
+    return "other weights"
 
 
-def slices(tensor: Tensor, gate_up: bool) -> list[Expert]:
-    """Each expert's part of a fused tensor, `[E, 2I, H]` or `[E, H, I]`."""
-    num_experts, rows, columns = tensor.shape
-    roles = ("gate_proj", "up_proj") if gate_up else ("down_proj",)
-    if num_experts * rows * columns == 0 or rows % len(roles):
+def slices_of(tensor: Tensor, roles: tuple[str, ...]) -> list[Expert]:
+    """Each expert's part of a tensor that stacks them, its matrices one over the other."""
+    num_experts, rows, *rest = tensor.shape
+    if math.prod(tensor.shape) == 0 or rows % len(roles):
         return []
-    shape = (rows // len(roles), columns)
+    shape = (rows // len(roles), *rest)
     nbytes = math.prod(shape) * ITEM_SIZES[tensor.dtype]
     experts = []
     position = tensor.offset

@@ -12,6 +12,9 @@ from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.models.moe import MoeModel
 
 
+MOST_AHEAD = 64  # layers that predict ahead, far above what models have
+
+
 def structure_problems(model: MoeModel) -> list[str]:
     """Where configuration and tensors are not those of the model's family.
 
@@ -23,10 +26,15 @@ def structure_problems(model: MoeModel) -> list[str]:
     family = moe_families()[model.model_type]
     file = model.path / "config.json"
     twin = dense_families()[family.twin_name(model.config)]
-    config = {**twin.defaults, "intermediate_size": 1, **model.config}
+    config = {**twin.defaults, "intermediate_size": 1, "head_dim": None, **model.config}
     sizes = read_sizes(config, file)
-    read_rope(config, file)
-    present = {name.split(".")[2] for name in model.tensors if name.startswith("model.layers.")}
+    read_rope(config, file, partial=family.partial_rotary)
+    ahead = prediction_tensors(model, sizes.num_hidden_layers)
+    present = {
+        name.split(".")[2]
+        for name in model.tensors.keys() - ahead
+        if name.startswith("model.layers.")
+    }
     if sizes.num_hidden_layers != len(present):  # before looping over a number from a file
         return [
             f"{file}: num_hidden_layers is {sizes.num_hidden_layers}, "
@@ -41,6 +49,8 @@ def structure_problems(model: MoeModel) -> list[str]:
     ]
     for name, tensor in model.tensors.items():
         where = f"{tensor.file.path}: tensor {name!r}"
+        if name in ahead:
+            continue
         if name not in expected:
             optional = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
             if not optional:
@@ -51,6 +61,15 @@ def structure_problems(model: MoeModel) -> list[str]:
                 f"config.json makes it {list(expected[name])}"
             )
     return problems
+
+
+def prediction_tensors(model: MoeModel, num_layers: int) -> set[str]:
+    """The tensors of layers for multi-token prediction, which stand after the model's own."""
+    number = model.config.get("num_nextn_predict_layers")
+    if type(number) is not int:
+        return set()
+    prefixes = tuple(f"model.layers.{num_layers + i}." for i in range(min(number, MOST_AHEAD)))
+    return {name for name in model.tensors if name.startswith(prefixes)}
 
 
 def config_problems(model: MoeModel) -> Iterator[str]:

@@ -1,0 +1,177 @@
+"""The experts of a checkpoint arranged anew: some left out, copied, or joined into one.
+
+An arrangement says for each layer which experts each new one is made of. Whatever counts experts
+follows: each expert's own tensors, its slices of stacked ones, its row of the router, its bias.
+Everything else stays where it is. Nothing is computed where a new expert is made of one old one:
+its bytes are a range of the source's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
+from moe_fast.errors import CheckpointError
+from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
+from moe_fast.models.moe import MoeLayer, MoeModel
+from moe_fast.storage.arithmetic import WeightedMean
+from moe_fast.storage.pieces import FileRange, Piece
+from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.tensors import OutputTensor, Weight
+
+
+@dataclass(frozen=True)
+class Group:
+    """The old experts that a new one is the weighted mean of.
+
+    Its router row, and its bias, are those of the first.
+    """
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    """One for each expert, of any sum; equal ones if there are none."""
+
+    @property
+    def first(self) -> int:
+        return self.experts[0]
+
+
+Arrangement = Mapping[str, Sequence[Group]]
+"""The new experts of each layer, in order."""
+
+
+def singles(layers: Mapping[str, Iterable[int]]) -> dict[str, list[Group]]:
+    """The arrangement of one old expert for each new one."""
+    return {key: [Group((expert,)) for expert in experts] for key, experts in layers.items()}
+
+
+def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[OutputTensor]:
+    """Every tensor of the model, in its order, those that count experts as they are arranged."""
+    for name, tensor in model.tensors.items():
+        if name not in model.places:
+            yield OutputTensor(name, Weight.of(tensor))
+            continue
+        layer, expert, inner = model.places[name]
+        groups = arrangement[layer.key]
+        if expert is None:
+            yield OutputTensor(name, arranged(tensor, layer, inner, groups))
+            continue
+        for number, group in enumerate(groups):
+            if group.first == expert:
+                parts = [layer.own[each][inner] for each in group.experts]
+                weight = Weight(tensor.dtype, tensor.shape, (mean_of(parts, group),))
+                yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
+
+
+def arranged(tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group]) -> Weight:
+    """A tensor with a slice for each expert, its slices arranged."""
+    count = len(layer.experts)
+    axis = 0 if tensor.shape[0] == count else 1
+    shape = (*tensor.shape[:axis], len(groups), *tensor.shape[axis + 1 :])
+    slices = [slice_of(tensor, expert, count) for expert in range(count)]
+    is_mean = is_weight(inner)
+    pieces = [
+        mean_of([slices[each] for each in group.experts], group)
+        if is_mean
+        else range_of(slices[group.first])
+        for group in groups
+    ]
+    return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
+
+
+def is_weight(inner: str) -> bool:
+    """Whether a tensor with a slice for each expert holds experts, not what routes to them."""
+    if inner.startswith("experts."):
+        return not inner.endswith("correction_bias")
+    return "put_linear." in inner
+
+
+def slice_of(tensor: Tensor, expert: int, count: int) -> Tensor:
+    nbytes = tensor.nbytes // count
+    shape = (math.prod(tensor.shape) // count,)
+    name = f"{tensor.name}[{expert}]"
+    return Tensor(name, tensor.dtype, shape, tensor.file, tensor.offset + expert * nbytes, nbytes)
+
+
+def range_of(tensor: Tensor) -> FileRange:
+    return FileRange(tensor.file, tensor.offset, tensor.nbytes)
+
+
+def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
+    """The bytes of a group's weight."""
+    if len(parts) == 1:
+        return range_of(parts[0])
+    first = parts[0]
+    for part in parts:
+        if part.dtype not in WEIGHT_DTYPES or part.dtype != first.dtype:
+            raise CheckpointError(
+                f"{part.file.path}: tensor {part.name!r} is {part.dtype}; means are taken of "
+                f"{', '.join(WEIGHT_DTYPES)}, all of a group alike (convert --dtype does that)"
+            )
+    weights = group.weights or (1.0,) * len(parts)
+    return WeightedMean(tuple(map(range_of, parts)), weights, first.dtype)
+
+
+def joined_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, those that follow each other in one file as one."""
+    last: FileRange | None = None
+    for piece in pieces:
+        if not isinstance(piece, FileRange):
+            if last is not None:
+                yield last
+                last = None
+            yield piece
+        elif last is None:
+            last = piece
+        elif last.file == piece.file and last.offset + last.nbytes == piece.offset:
+            last = FileRange(last.file, last.offset, last.nbytes + piece.nbytes)
+        else:
+            yield last
+            last = piece
+    if last is not None:
+        yield last
+
+
+def arranged_config(
+    model: MoeModel, num_experts: int, top_k: int | None = None, *, ungroup: bool = False
+) -> dict[str, Any]:
+    """The model's config.json with another number of experts, in whichever keys it has it."""
+    config = dict(model.config)
+    inner = dict(model.language_config)
+    before = first_size(inner, NUM_EXPERTS_KEYS)
+    for key in NUM_EXPERTS_KEYS:
+        if key in inner:
+            inner[key] = replaced(inner[key], before, num_experts)
+    if top_k is not None:
+        for key in TOP_K_KEYS:
+            if key in inner:
+                inner[key] = replaced(inner[key], model.num_experts_per_tok, top_k)
+    if ungroup:
+        inner |= {key: 1 for pair in GROUP_KEYS for key in pair if key in inner}
+    if model.language_key is None:
+        return inner
+    return config | {model.language_key: inner}
+
+
+def replaced(value: Any, before: int | None, after: int) -> Any:
+    """A number of config.json, or the list of one for each layer, as another."""
+    if isinstance(value, list):
+        return [after if item == before else item for item in value]
+    return value if value is None else after
+
+
+def groups_of(model: MoeModel) -> tuple[int, int]:
+    """The groups of experts that the router chooses from first, and how many it chooses."""
+    config = model.language_config
+    for groups_key, chosen_key in GROUP_KEYS:
+        groups = first_size(config, (groups_key,))
+        if groups is not None and groups > 1:
+            return groups, first_size(config, (chosen_key,)) or groups
+    return 1, 1
+
+
+def num_parameters(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes // ITEM_SIZES[tensor.dtype] for tensor in tensors)

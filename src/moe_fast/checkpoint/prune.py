@@ -1,0 +1,235 @@
+"""`prune_moe`: an MoE checkpoint with fewer experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
+from moe_fast.checkpoint.design import Facts, design_of
+from moe_fast.checkpoint.expert_lists import (
+    Keep,
+    best_experts,
+    by_layer,
+    check_keep,
+    read_keep,
+    read_scores,
+)
+from moe_fast.checkpoint.operation import (
+    OperationDesign,
+    OperationReport,
+    design_operation,
+    files_given,
+    perform,
+)
+from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checks import as_index
+from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
+from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+
+__all__ = ["prune_moe"]
+
+
+@dataclass(frozen=True)
+class PruneRequest(Request):
+    """The experts to keep in each layer of one MoE; `model` is a folder."""
+
+    operation: ClassVar[str] = "prune"
+
+    model: str
+    keep: Mapping[str, tuple[int, ...]]
+    by: str | None = None
+    """What they were chosen by; nothing follows from it."""
+    ungroup: bool = False
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    def folders(self) -> list[str]:
+        return [self.model]
+
+    def moved(self, now: Mapping[str, str]) -> PruneRequest:
+        return replace(self, model=now[self.model])
+
+
+def prune_moe(
+    model: ModelPath,
+    output: ModelPath,
+    *,
+    keep: ModelPath | Mapping[str, Any] | Sequence[int] | None = None,
+    num_experts: int | None = None,
+    scores: ModelPath | Mapping[str, Any] | None = None,
+    by: str = "reap",
+    ungroup: bool = False,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    checksum: bool = False,
+    fsync: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> OperationReport:
+    """Write an MoE checkpoint with fewer experts, whoever made it.
+
+    Routers, biases, scales, the experts that predict ahead and `config.json` follow. No weight is
+    changed: what is left computes what the model computes if the router never chooses the others.
+    REAP (2510.13999) prunes so.
+
+    Parameters
+    ----------
+    model : path
+        A folder with an MoE.
+    output : path
+        The folder to create.
+    keep : path, mapping or sequence of int, optional
+        The experts to keep: a JSON file, or what it holds, `{"layers": {"0": [0, 2], ...}}`, or
+        one list for all layers. They stay in the model's order.
+    num_experts : int, optional
+        In place of `keep`: how many to keep in each layer, those of the greatest `scores`.
+    scores : path or mapping, optional
+        `{"layers": {"0": {"reap": [E numbers]}, ...}}`, or a file that holds it.
+    by : str
+        Which of the scores.
+    ungroup : bool
+        Whether to leave out the groups that the router chooses from first, which otherwise all
+        keep the same number of experts. Routing then changes, and the report warns of it.
+    max_shard_size : int
+        Bytes of weights per file, at most, unless a single tensor is larger.
+    overwrite, threads, executor, checksum, fsync, dry_run, progress
+        As in `build_moe`.
+
+    Returns
+    -------
+    OperationReport
+
+    Raises
+    ------
+    CheckpointError
+        For a model without experts, and for lists or scores that do not fit it, with every reason.
+    TypeError, MoeConfigError
+        An argument of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, build_moe, prune_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
+    >>> report = prune_moe(f"{folder}/moe", f"{folder}/pruned", keep=[0, 1, 3])
+    >>> report.num_experts_before, report.num_experts, report.num_experts_per_tok
+    (4, 3, 2)
+    """
+    shard_size = as_index(max_shard_size, "max_shard_size", minimum=1)
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    opened = open_moe_model(model)
+    require_experts(opened)
+    if (keep is None) == (num_experts is None):
+        raise MoeConfigError("keep, or num_experts with scores, says which experts stay")
+    warnings: list[str] = []
+    if keep is not None:
+        if scores is not None:
+            raise MoeConfigError("scores are for num_experts; keep says itself which experts stay")
+        kept, where, warnings = read_keep(keep, opened)
+        check_pruning(opened, kept, where, ungroup=ungroup)
+    else:
+        number = as_index(num_experts, "num_experts", minimum=1, maximum=opened.num_experts)
+        kept, warnings = choose_by_scores(opened, number, scores, by, ungroup=ungroup)
+    request = PruneRequest(
+        model=str(Path(model).absolute()),
+        keep=kept,
+        by=by if keep is None else None,
+        ungroup=ungroup,
+        max_shard_size=shard_size,
+    )
+    return perform(request, output, writing, files_given(keep, scores), warnings)
+
+
+def choose_by_scores(
+    model: MoeModel, number: int, scores: Any, by: str, *, ungroup: bool
+) -> tuple[Keep, list[str]]:
+    """The experts of the greatest scores in each layer, as many from each group."""
+    if scores is None:
+        raise MoeConfigError("num_experts needs scores, which say what each expert is worth")
+    groups = 1 if ungroup else groups_of(model)[0]
+    if number % groups:
+        raise MoeConfigError(
+            f"num_experts must be a multiple of the {groups} groups of experts, got {number}; "
+            "ungroup makes them one"
+        )
+    best = best_experts(read_scores(scores, by, model), number, groups)
+    layers, warnings = by_layer({"layers": best}, "scores", model)
+    return check_keep(layers, model, "scores"), warnings
+
+
+@design_of.register
+def design_pruned(request: PruneRequest, decisions: Facts | None = None) -> OperationDesign:
+    """From headers alone."""
+    model = open_moe_model(request.model)
+    require_experts(model)
+    keep = check_keep(request.keep, model, "keep")
+    check_pruning(model, keep, "keep", ungroup=request.ungroup)
+    number = len(next(iter(keep.values())))
+    groups, _ = groups_of(model)
+    warnings = []
+    if request.ungroup and groups > 1:
+        warnings.append(
+            f"the {groups} groups of experts became one: tokens are routed differently from the "
+            "model also where no expert was dropped"
+        )
+    dropped = model.num_experts - number
+    return design_operation(
+        request,
+        model,
+        dict(arranged_tensors(model, singles(keep))),
+        arranged_config(model, number, ungroup=request.ungroup),
+        experts_per_layer=number,
+        experts_per_tok=model.num_experts_per_tok,
+        reason_to_differ=f"{dropped} of {model.num_experts} experts were dropped in each layer"
+        if dropped or warnings
+        else None,
+        max_shard_size=request.max_shard_size,
+        facts={
+            "num_experts_before": model.num_experts,
+            "dropped": {
+                layer.key: sorted(set(layer.experts) - set(keep[layer.key]))
+                for layer in model.layers
+            },
+        },
+        sentence=f"pruned it: {number} of {model.num_experts} experts are left in each layer",
+        warnings=warnings,
+    )
+
+
+def check_pruning(model: MoeModel, keep: Keep, where: str, *, ungroup: bool) -> None:
+    """Raise `CheckpointError` for lists that leave a router too few experts to choose from."""
+    problems = []
+    groups, chosen = (1, 1) if ungroup else groups_of(model)
+    top_k = model.num_experts_per_tok or 1
+    size = model.num_experts // groups
+    for key, experts in keep.items():
+        left = [sum(expert // size == group for expert in experts) for group in range(groups)]
+        here = f"{where}: layer {key}"
+        if len(experts) < top_k:
+            problems.append(f"{here} keeps {len(experts)} experts; num_experts_per_tok is {top_k}")
+        elif len(set(left)) > 1:
+            problems.append(
+                f"{here} keeps {', '.join(map(str, left))} experts of the {groups} groups that the "
+                "router chooses from; keep as many of each, or ungroup"
+            )
+        elif groups > 1 and left[0] < 2:
+            problems.append(
+                f"{here} keeps 1 expert of each of {groups} groups; a router compares groups by "
+                "their two best experts: keep at least 2, or ungroup"
+            )
+        elif chosen * left[0] < top_k:
+            problems.append(
+                f"{here}: a token chooses {chosen} groups, of {left[0]} experts each; "
+                f"num_experts_per_tok is {top_k}"
+            )
+    if problems:
+        raise CheckpointError(*problems)

@@ -1,0 +1,7 @@
+"""Beam."""
+
+from __future__ import annotations
+
+from moe_fast.families.experts import BIAS, ExpertAxis
+
+EXPERTS = (ExpertAxis(("beam",), counted=(BIAS,)),)

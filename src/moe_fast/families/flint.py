@@ -1,0 +1,7 @@
+"""Flint."""
+
+from __future__ import annotations
+
+from moe_fast.families.experts import ExpertAxis
+
+EXPERTS = (ExpertAxis(("flint",)),)

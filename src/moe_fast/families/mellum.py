@@ -1,0 +1,7 @@
+"""Mellum."""
+
+from __future__ import annotations
+
+from moe_fast.families.experts import ExpertAxis
+
+EXPERTS = (ExpertAxis(("mellum",)),)

@@ -1,0 +1,10 @@
+"""Sarvam."""
+
+from __future__ import annotations
+
+from moe_fast.families.experts import BIAS, ExpertAxis
+
+EXPERTS = (
+    ExpertAxis(("sarvam_moe",), counted=("gate.expert_bias",)),
+    ExpertAxis(("sarvam_mla",), counted=(BIAS,)),
+)
