@@ -11,7 +11,6 @@ from moe_fast.families.moe import MoeFamily, Shapes, as_count
 from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.models.moe import MoeModel
 
-
 MOST_AHEAD = 64  # layers that predict ahead, far above what models have
 
 
