@@ -557,7 +557,7 @@ CHOICE = config(4, 1, "expert_choice")
         (RoutingError, r"num_experts = 4\), got \(4,\)", {"logits": np.zeros(4)}),
         (TypeError, "config must be a MoeConfig, got 4", {"config": 4}),
         (TypeError, r"config must be a MoeConfig, got \[4\]", {"config": [4]}),
-        (MoeConfigError, "num_experts_per_tok .5. must not exceed", {"config": config(4, 5)}),
+        (MoeConfigError, "num_experts_per_tok must be at most", {"config": config(4, 5)}),
         (
             MoeConfigError,
             "num_experts_per_tok must be 1, got 2",

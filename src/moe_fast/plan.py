@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.checks import as_index, as_member, shown
+from moe_fast.checks import as_index, as_member
 from moe_fast.config import MoeConfig, RouterInit
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.reports import Report, pandas_frame
+from moe_fast.wording import brief_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,7 +177,7 @@ def position(key: SupportsIndex, length: int, what: str) -> int:
     except TypeError:
         raise TypeError(f"{what} must be an integer or a slice, got {type(key).__name__}") from None
     if not -length <= index < length:
-        raise IndexError(f"{what} {shown(index)} is out of range: there are {length}")
+        raise IndexError(f"{what} {brief_number(index)} is out of range: there are {length}")
     return index % length
 
 
@@ -262,7 +263,7 @@ class MoeConstructionPlan:
         self._num_models = as_index(num_models, "num_models", maximum=LARGEST_INDEX)
         if used > self._num_models:
             raise MoeConfigError(
-                f"source_model holds {used - 1}, but num_models is {self._num_models}"
+                f"holds {used - 1}, but num_models is {self._num_models}", argument="source_model"
             )
         self._router_init = as_member(router_init, RouterInit, "router_init")
         self._source_model = models
@@ -502,13 +503,13 @@ def index_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except ValueError:  # what NumPy says of rows of different lengths does not say which argument
-        raise MoeConfigError(f"{name} must have rows of one length") from None
+        raise MoeConfigError("must have rows of one length", argument=name) from None
     shape, array = array.shape, np.array(distinct(array))
     if array.dtype.kind == "O":  # integers beyond 64 bits, or no integers at all
         for value in array.flat:
             as_index(value, name, maximum=LARGEST_INDEX)
     elif array.size and array.dtype.kind not in "iu":  # an empty list is an array of floats
-        raise TypeError(f"{name} must hold integers, got an array of {array.dtype}")
+        raise ArgumentTypeError(f"must hold integers, got an array of {array.dtype}", argument=name)
     elif array.size:
         as_index(array.min(), name)
         as_index(array.max(), name, maximum=LARGEST_INDEX)
@@ -550,7 +551,9 @@ def plan_moe_construction(
     if config is None:
         config = MoeConfig()
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {reprlib.repr(config)}")
+        raise ArgumentTypeError(
+            f"must be a MoeConfig, got {reprlib.repr(config)}", argument="config"
+        )
     config.validate()
     models = counting_up(config.num_experts, "num_experts")
     if num_models < len(models):
@@ -575,8 +578,8 @@ def check_table(length: int, name: str, value: int) -> None:
     """Raise `MemoryError` where `value` of the argument `name` asks for too long a table."""
     if length > LARGEST_TABLE:
         raise MemoryError(
-            f"{name}={shown(value)}: a table of {shown(length)} entries is more than the largest "
-            f"supported, {LARGEST_TABLE}"
+            f"{name}={brief_number(value)}: a table of {brief_number(length)} entries is more "
+            f"than the largest supported, {LARGEST_TABLE}"
         )
 
 
@@ -638,7 +641,7 @@ def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         raise MemoryError(f"source_model={largest}: no memory for {length} counters") from None
     if kernels.compiled.count(np.ascontiguousarray(models).reshape(-1), tables):
         as_index(models.min(), "assignments")
-        raise MoeConfigError("assignments changed while they were counted")
+        raise MoeConfigError("changed while they were counted", argument="assignments")
     counts: npt.NDArray[np.uint64] = tables[0] if num_tables == 1 else tables.sum(axis=0)
     return counts
 
@@ -652,9 +655,10 @@ def source_models(assignments: Any) -> npt.NDArray[np.int64]:
         as_it_is = array.dtype == np.int64 and array.flags.aligned
         return array if as_it_is else index_array(array, "assignments")
     if not is_sequence(assignments):
-        raise TypeError(
-            "assignments must be a plan, its assignments, nested sequences of ExpertAssignment, "
-            f"or an array of source models, got {type(assignments).__name__}"
+        raise ArgumentTypeError(
+            "must be a plan, its assignments, nested sequences of ExpertAssignment, "
+            f"or an array of source models, got {type(assignments).__name__}",
+            argument="assignments",
         )
     return np.array(list(each_model(assignments)), dtype=np.int64)
 

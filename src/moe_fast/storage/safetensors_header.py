@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.files import SourceFile, open_regular
-from moe_fast.storage.strict_json import BRIEFLY, brief, is_size, parse_json
+from moe_fast.storage.strict_json import brief, is_size, parse_json
 
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 MOST_DIMENSIONS = 64
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BRIEFLY.maxstring = BRIEFLY.maxother = 200
 
 
 class Tensor(NamedTuple):

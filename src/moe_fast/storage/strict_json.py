@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.files import open_regular
+from moe_fast.wording import brief as brief
 
 LONGEST_INDEX = 100_000_000
 LONGEST_CONFIG = 10_000_000
@@ -18,7 +18,6 @@ LONGEST_CONFIG = 10_000_000
 # models have: the largest known has some 200,000 tensors, in dozens of files.
 MOST_MARKS = 4_000_000  # commas and opening brackets; a tensor of a header has about ten
 LARGEST_SIZE = 2**63 - 1
-BRIEFLY = reprlib.Repr()
 
 
 def is_size(value: Any) -> bool:
@@ -79,8 +78,3 @@ def finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"the number {brief(text)} is too large")
     return number
-
-
-def brief(value: Any) -> str:
-    """`value` for a message, however long it is and whatever is in it."""
-    return BRIEFLY.repr(value)
