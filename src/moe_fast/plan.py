@@ -175,7 +175,9 @@ def position(key: SupportsIndex, length: int, what: str) -> int:
     try:
         index = operator.index(key)
     except TypeError:
-        raise TypeError(f"{what} must be an integer or a slice, got {type(key).__name__}") from None
+        raise ArgumentTypeError(
+            f"must be an integer or a slice, got {type(key).__name__}", argument=what
+        ) from None
     if not -length <= index < length:
         raise IndexError(f"{what} {brief_number(index)} is out of range: there are {length}")
     return index % length
@@ -535,9 +537,10 @@ def plan_moe_construction(
     TypeError
         A number that is not an integer, or a `config` that is no `MoeConfig`.
     MoeConfigError
-        A number below 1, or a configuration that does not validate.
+        A number below 1, a configuration that does not validate, or more layers, or more experts in
+        a layer, than a table of 1 GiB holds.
     MemoryError
-        More layers, or more experts in a layer, than a table of 1 GiB holds or memory has.
+        A table that memory does not hold.
 
     Examples
     --------
@@ -567,20 +570,11 @@ def plan_moe_construction(
 
 def counting_up(length: int, name: str) -> npt.NDArray[np.int64]:
     """0, 1, 2, ... as an array that may be written."""
-    check_table(length, name, length)
+    as_index(length, name, maximum=LARGEST_TABLE)
     try:
         return np.arange(length, dtype=np.int64)
     except MemoryError:
         raise MemoryError(f"{name}={length}: no memory for a table of {8 * length} bytes") from None
-
-
-def check_table(length: int, name: str, value: int) -> None:
-    """Raise `MemoryError` where `value` of the argument `name` asks for too long a table."""
-    if length > LARGEST_TABLE:
-        raise MemoryError(
-            f"{name}={brief_number(value)}: a table of {brief_number(length)} entries is more "
-            f"than the largest supported, {LARGEST_TABLE}"
-        )
 
 
 def compute_expert_load_balance(
@@ -608,9 +602,10 @@ def compute_expert_load_balance(
     Raises
     ------
     TypeError, MoeConfigError
-        Anything else, or negative indices.
+        Anything else, negative indices, or one so large that a counter for each model would take
+        more than 1 GiB.
     MemoryError
-        An index so large that one counter per model does not fit.
+        Counters that memory does not hold.
 
     Examples
     --------
@@ -633,7 +628,7 @@ def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """How often each model, up to the largest index, is in `models`."""
     largest = as_index(models.max(), "assignments")
     length = largest + 1
-    check_table(length, "source_model", largest)
+    as_index(largest, "source_model", maximum=LARGEST_TABLE - 1)
     num_tables = TABLES if models.size > TABLES * length else 1
     try:
         tables = np.zeros((num_tables, length), dtype=np.uint64)

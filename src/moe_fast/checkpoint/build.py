@@ -22,7 +22,7 @@ from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_rout
 from moe_fast.checks import as_index, as_member, collect
 from moe_fast.config import Dtype, Layout, MoeConfig
 from moe_fast.dtypes import DTYPE_CODES
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.plain import typed
@@ -353,11 +353,11 @@ def as_request(
     """The arguments of a build, each checked."""
     config = MoeConfig() if config is None else config
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+        raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
     config.validate()
     experts = as_expert_sources(models)
     if not experts:
-        raise CheckpointError("models must name at least one model folder")
+        raise MoeConfigError("must name at least one model", argument="models")
     return BuildRequest(
         models=experts,
         base=experts[0].model if base is None else os.fspath(base),
@@ -383,7 +383,7 @@ def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
 def as_layers(layers: Any) -> tuple[int, ...]:
     """The argument `dense_layers`: each layer once, in order."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"dense_layers must list layers, got {layers!r}")
+        raise ArgumentTypeError(f"must list layers, got {layers!r}", argument="dense_layers")
     return tuple(sorted({as_index(layer, "dense_layers") for layer in layers}))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.errors import Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.dense import FFN
 from moe_fast.models.folder import read_checkpoint, read_config
@@ -85,36 +86,45 @@ class MoeModel:
         """Experts per token as `config.json` has it, `None` where it has none."""
         return first_size(self.config, TOP_K_KEYS)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Where the MoE layers do not hold together; empty where they do."""
-        problems = []
+        problems: list[Problem] = []
         expected = first_size(self.config, NUM_EXPERTS_KEYS)
         for layer in self.layers:
-            where = f"{self.path}: {layer.block}"
+            block = layer.block
             count = len(layer.experts)
             if set(layer.experts) != set(range(count)):
                 missing = min(set(range(count)) - set(layer.experts))
-                problems.append(f"{where}: expert {missing} of {count} is missing")
+                found = f"{block}: expert {missing} of {count} is missing"
+                problems.append(Problem(found, file=self.path))
             if expected is not None and count != expected:
-                problems.append(f"{where} holds {count} experts, config.json has {expected}")
+                found = f"{block} holds {count} experts, config.json has {expected}"
+                problems.append(Problem(found, file=self.path))
             shapes: dict[str, set[tuple[int, ...]]] = {role: set() for role in FFN}
             for number, expert in sorted(layer.experts.items()):
                 absent = [role for role in FFN if role not in expert]
                 if absent:
-                    problems.append(f"{where}: expert {number} has no {' and no '.join(absent)}")
+                    found = f"{block}: expert {number} has no {' and no '.join(absent)}"
+                    problems.append(Problem(found, file=self.path))
                 for role, tensor in expert.items():
                     shapes[role].add(tensor.shape)
             problems += [
-                f"{where}: {role} has several shapes: {', '.join(map(str, sorted(found)))}"
-                for role, found in shapes.items()
-                if len(found) > 1
+                Problem(
+                    f"{block}: {role} has several shapes: {', '.join(map(str, sorted(several)))}",
+                    file=self.path,
+                )
+                for role, several in shapes.items()
+                if len(several) > 1
             ]
             if layer.router is None:
-                problems.append(f"{where} has no router")
+                problems.append(Problem(f"{block} has no router", file=self.path))
             elif len(layer.router.shape) != 2 or layer.router.shape[0] != count:
                 problems.append(
-                    f"{layer.router.file.path}: tensor {layer.router.name!r} has the shape "
-                    f"{list(layer.router.shape)} for {count} experts"
+                    Problem(
+                        f"has the shape {list(layer.router.shape)} for {count} experts",
+                        file=layer.router.file.path,
+                        tensor=layer.router.name,
+                    )
                 )
         return problems
 

@@ -29,7 +29,7 @@ def read_json(path: Path, limit: int = LONGEST_CONFIG) -> Any:
     with open_regular(path) as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:
-        raise CheckpointError(f"{path}: is longer than {limit} bytes")
+        raise CheckpointError(f"is longer than {limit} bytes", file=path)
     return parse_json(text, path)
 
 
@@ -45,7 +45,7 @@ def parse_json(text: bytes, path: Path) -> Any:
     `MOST_MARKS` commas and opening brackets, each of which can become an object of Python's.
     """
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_MARKS:
-        raise CheckpointError(f"{path}: holds more JSON than any model's")
+        raise CheckpointError("holds more JSON than any model's", file=path)
     try:
         return json.loads(
             text.decode(),
@@ -54,11 +54,13 @@ def parse_json(text: bytes, path: Path) -> Any:
             parse_float=finite,
         )
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise CheckpointError(
+            f"not UTF-8: {error.reason} at byte {error.start}", file=path
+        ) from None
     except RecursionError:
-        raise CheckpointError(f"{path}: not valid JSON: nested too deep") from None
+        raise CheckpointError("not valid JSON: nested too deep", file=path) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"not valid JSON: {error}", file=path) from None
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
