@@ -24,6 +24,7 @@ from moe_fast import (
     CheckpointError,
     ExpertSource,
     MoeConfig,
+    MoeConfigError,
     build_moe,
     check_moe,
     convert_moe,
@@ -212,7 +213,7 @@ def test_missing_and_foreign_tensors(moe):
     rewrite(moe, change)
     problems = check_moe(moe)["other weights"].problems
     assert "tensor 'model.layers.0.self_attn.q_proj.weight' is missing" in problems[0]
-    assert "tensor 'model.layers.0.extra.weight' is none that was asked for" in problems[1]
+    assert "tensor 'model.layers.0.extra.weight' was not asked for" in problems[1]
     structure = check_moe(moe)["structure"].problems
     assert any("q_proj.weight' is missing" in p for p in structure)
     assert any("extra.weight' is not part of a Mixtral model" in p for p in structure)
@@ -391,7 +392,7 @@ def test_moved_sources_are_recognised_by_name_or_by_order(moe, models, tmp_path)
     renamed = [Path(path).rename(tmp_path / f"{i}") for i, path in enumerate(moved)]
     assert check_moe(moe, against=renamed).passed
     assert failed(check_moe(moe, against=renamed[::-1])) == ["experts", "other weights"]
-    with pytest.raises(CheckpointError, match="against: 1 folder for the 2 that the manifest"):
+    with pytest.raises(MoeConfigError, match=r"^against must list the 2 folders that the manifest"):
         check_moe(moe, against=renamed[0])
 
 

@@ -102,8 +102,9 @@ def test_families_of_one_layout_are_rewritten_in_it(tmp_path, target):
     assert contents(tmp_path / "again") == contents(tmp_path / "moe")
     other = {"fused": "per-expert", "per-expert": "fused"}[report.layout]
     title = {"granitemoe": "GraniteMoE", "granitemoeshared": "GraniteMoE Shared"}
-    message = f"layout '{other}': {title.get(target, 'DeepSeek-MoE')} has '{report.layout}' alone"
-    with pytest.raises(CheckpointError, match=message):
+    title = title.get(target, "DeepSeek-MoE")
+    message = f"^layout must be '{report.layout}' for {title}, got '{other}'$"
+    with pytest.raises(MoeConfigError, match=message):
         convert_moe(tmp_path / "moe", tmp_path / "no", layout=other)
 
 

@@ -176,9 +176,9 @@ def test_auto_takes_a_target_that_can_say_it(sources, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "error", "message"),
     [
-        ([6], CheckpointError, r"^dense_layers: there is no layer 6, the base model has 6$"),
-        ([1, 6, 7, 8, 11], CheckpointError, r"^dense_layers: there is no layer 6-8, 11, the base"),
-        (range(6), CheckpointError, r"^dense_layers: lists every layer; an MoE has experts in"),
+        ([6], MoeConfigError, r"^dense_layers lists layer 6; the base model has 6, from 0 on$"),
+        ([1, 6, 7, 8, 11], MoeConfigError, r"^dense_layers lists layers 6-8, 11; the base"),
+        (range(6), MoeConfigError, r"^dense_layers lists every layer; an MoE has experts in"),
         ([-1], MoeConfigError, r"^dense_layers must be at least 0, got -1$"),
         (["0"], TypeError, r"^dense_layers must be an integer, got '0'"),
         ("0", TypeError, r"^dense_layers must list layers, got '0'$"),

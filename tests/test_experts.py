@@ -137,7 +137,7 @@ def test_source_layers(dense, tmp_path):
     [
         (
             [0, 1],
-            r"^source_layers of .*dense: lists 2 layers, the output has 3; list one for each$",
+            r"^source_layers lists 2 layers for .*dense, the output has 3; list one for each$",
         ),
         ([0, 1, 3], r"dense/config.json: has 3 layers, source_layers names 3$"),
     ],

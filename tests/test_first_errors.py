@@ -151,7 +151,7 @@ def an_moe(folder):
     (without_config, "dense: is no model folder, it has no config.json$"),
     (with_gguf, "holds model.gguf, and GGUF is not read: load it with transformers .*gguf_file="),
     (with_a_pickle, "pytorch_model.bin, a pickle file.*save the model as safetensors"),
-    (of_another_kind, "model_type 'gpt2' is not supported; supported are llama, mistral"),
+    (of_another_kind, "model_type 'gpt2' is not supported; supported are granite, llama, mistral"),
     (an_moe, r"the model \(mixtral\) is a Mixture of Experts already; .* from dense models"),
 ])  # fmt: skip
 def test_a_folder_that_is_no_dense_model(dense, change, message):
@@ -183,8 +183,8 @@ def test_models_of_different_sizes(dense):
     (["biuld"], "Did you mean 'build'?"),
     (["build", "dense"], "Missing option '--output' / '-o'"),
     (["build", "dense", "-o", "out", "--expert", "4"], "--experts"),
-    (["build", "dense", "-o", "out", "--max-shard-size", "5XB"], "write 500MB or 5GB"),
-    (["build", "dense", "-o", "out", "--router-init", "even"], "balanced"),
+    (["build", "dense", "-o", "out", "--max-shard-size", "5XB"], "such as '500MB', '5GB'"),
+    (["build", "dense", "-o", "out", "--routers", "even"], "balanced"),
 ])  # fmt: skip
 def test_a_mistyped_command(arguments, message, tmp_path):
     pytest.importorskip("typer")

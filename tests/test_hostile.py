@@ -100,7 +100,7 @@ def entry(dense: Path, name: str) -> dict[str, Any]:
 def test_truncated(dense, left):
     data = (dense / WEIGHTS).read_bytes()
     (dense / WEIGHTS).write_bytes(data[:left])
-    refused(dense, r"model\.safetensors: .*(truncated|do not lie in the file|the file at)")
+    refused(dense, r"model\.safetensors: .*(truncated|beyond the file|the file at)")
 
 
 def test_with_bytes_at_its_end(dense):
@@ -157,8 +157,8 @@ def test_header_of_more_than_100_megabytes(dense):
         (b"[[]," * 2_000_000 + b"0]", "holds more JSON than any model's"),
         (b'{"__metadata__": 3}', "__metadata__ must map strings to strings"),
         (b'{"__metadata__": {"a": 3}}', "__metadata__ must map strings to strings"),
-        (b'{"a": 3}', "tensor 'a': must have exactly dtype, shape and data_offsets"),
-        (b'{"a": {}}', "tensor 'a': must have exactly dtype, shape and data_offsets"),
+        (b'{"a": 3}', "tensor 'a' must have exactly dtype, shape and data_offsets"),
+        (b'{"a": {}}', "tensor 'a' must have exactly dtype, shape and data_offsets"),
     ],
     ids=lambda value: ascii(value[:30]) if isinstance(value, bytes) else "",
 )
@@ -173,28 +173,28 @@ def test_header_text(dense, text, match):
 @pytest.mark.parametrize(
     ("offsets", "match"),
     [
-        ([-8, 8], "data_offsets must be"),
-        ([8, 0], r"data_offsets \[8, 0\] do not lie in"),
-        ([0, 2**62], r"data_offsets .* do not lie in the file's \d+ bytes"),
-        ([0, 2**80], "data_offsets must be"),
-        ([2**63 - 1, 2**63 - 1], r"data_offsets .* do not lie in"),
-        ([0.0, 8], "data_offsets must be"),
-        ([True, 8], "data_offsets must be"),
-        ([0], "data_offsets must be"),
-        ([0, 8, 16], "data_offsets must be"),
-        ("08", "data_offsets must be"),
-        (None, "data_offsets must be"),
-        ([[], {}], "data_offsets must be"),
+        ([-8, 8], "must have data_offsets"),
+        ([8, 0], r"has data_offsets \[8, 0\] beyond"),
+        ([0, 2**62], r"has data_offsets .* beyond the file's \d+ bytes"),
+        ([0, 2**80], "must have data_offsets"),
+        ([2**63 - 1, 2**63 - 1], r"has data_offsets .* beyond the file"),
+        ([0.0, 8], "must have data_offsets"),
+        ([True, 8], "must have data_offsets"),
+        ([0], "must have data_offsets"),
+        ([0, 8, 16], "must have data_offsets"),
+        ("08", "must have data_offsets"),
+        (None, "must have data_offsets"),
+        ([[], {}], "must have data_offsets"),
     ],
 )
 def test_offsets(dense, offsets, match):
     with_entry(dense, UP, data_offsets=offsets)
-    refused(dense, rf"model\.safetensors: tensor '{UP}': {match}")
+    refused(dense, rf"model\.safetensors: tensor '{UP}' {match}")
 
 
 def test_offsets_that_overlap(dense):
     with_entry(dense, UP, data_offsets=entry(dense, EMBEDDING)["data_offsets"], shape=[256, 64])
-    refused(dense, rf"tensor '({UP}|{EMBEDDING})': .* overlaps the one before")
+    refused(dense, rf"tensor '({UP}|{EMBEDDING})' .* overlaps the one before")
 
 
 def test_offsets_that_leave_a_hole(dense):
@@ -204,7 +204,7 @@ def test_offsets_that_leave_a_hole(dense):
         return json.dumps(entries).encode()
 
     with_header(dense, without_a_norm)
-    refused(dense, r"tensor 'model.*': starts at byte \d+ of the data, leaves a hole")
+    refused(dense, r"tensor 'model.*' starts at byte \d+ of the data, leaves a hole")
 
 
 def test_offsets_that_begin_with_a_hole(dense):
@@ -220,19 +220,22 @@ def test_offsets_that_begin_with_a_hole(dense):
 @pytest.mark.parametrize(
     ("shape", "match"),
     [
-        ([128, 63], r"shape \[128, 63\] of F32 takes 32256 bytes, data_offsets hold 32768"),
+        (
+            [128, 63],
+            r"has the shape \[128, 63\] of F32, which takes 32256 bytes; its data_offsets hold 327",
+        ),
         ([2**32, 2**32], ".* takes 73786976294838206464 bytes"),
         ([2**62, 4, 2**62], r".* takes \d+ bytes"),
-        ([2**63], "shape must list sizes"),
+        ([2**63], "must have a shape of sizes"),
         ([2**63 - 1] * 64, r".* takes \d+\.\.\.\d+ bytes"),
-        ([-128, -64], "shape must list sizes"),
-        ([128.0, 64], "shape must list sizes"),
-        ([True] * 2, "shape must list sizes"),
-        (["128", 64], "shape must list sizes"),
-        ({}, "shape must list sizes"),
-        (None, "shape must list sizes"),
-        ([1] * 65 + [128, 64], "shape has 67 dimensions"),
-        ([0] * 1_000_000, "shape has 1000000 dimensions"),
+        ([-128, -64], "must have a shape of sizes"),
+        ([128.0, 64], "must have a shape of sizes"),
+        ([True] * 2, "must have a shape of sizes"),
+        (["128", 64], "must have a shape of sizes"),
+        ({}, "must have a shape of sizes"),
+        (None, "must have a shape of sizes"),
+        ([1] * 65 + [128, 64], "has 67 dimensions, more than 64"),
+        ([0] * 1_000_000, "has 1000000 dimensions, more than 64"),
         ([8192], r"has the shape \[8192\], config.json makes it \[128, 64\]"),
         ([64, 128], r"has the shape \[64, 128\], config.json makes it \[128, 64\]"),
     ],
@@ -240,13 +243,15 @@ def test_offsets_that_begin_with_a_hole(dense):
 )
 def test_shapes(dense, shape, match):
     with_entry(dense, UP, shape=shape)
-    refused(dense, rf"model\.safetensors: tensor '{UP}':? {match}")
+    refused(dense, rf"model\.safetensors: tensor '{UP}' {match}")
 
 
 @pytest.mark.parametrize("dtype", ["F33", "f32", "", None, 3, ["F32"], {}, "F32\0", "x" * 10**6])
 def test_unknown_dtypes(dense, dtype):
     with_entry(dense, UP, dtype=dtype)
-    refused(dense, rf"model\.safetensors: tensor '{UP}': unknown dtype .*; known are BOOL, U8")
+    refused(
+        dense, rf"model\.safetensors: tensor '{UP}' has the unknown dtype .*; known are BOOL, U8"
+    )
 
 
 def test_dtypes_that_are_no_weights(dense):
@@ -269,7 +274,7 @@ def test_names_cannot_drive_the_terminal_nor_flood_it(dense, name):
 
 def test_names_that_are_no_unicode(dense):
     with_header(dense, lambda header: header.replace(b"q_proj", b"\\ud800"))
-    refused(dense, r"tensor '.*ud800.*': the name is not Unicode")
+    refused(dense, r"tensor '.*ud800.*' has a name that is not Unicode")
 
 
 # The index
@@ -314,14 +319,14 @@ def test_index_naming_a_missing_shard(dense):
 
 def test_index_naming_a_missing_tensor(dense):
     write_index(dense, in_shards(dense) | {"model.ghost": "part-0.safetensors"})
-    refused(dense, r"part-0\.safetensors: tensor 'model.ghost': named by the index, missing")
+    refused(dense, r"part-0\.safetensors: tensor 'model.ghost' is named by the index and missing")
 
 
 def test_shards_that_disagree_with_the_index(dense):
     weight_map = in_shards(dense)
     part = weight_map.pop(UP)
     write_index(dense, weight_map)
-    refused(dense, rf"{part}: tensor '{UP}': the index places it in no file")
+    refused(dense, rf"{part}: tensor '{UP}' is placed by the index in no file")
     other = {"part-0.safetensors": "part-1.safetensors"}.get(part, "part-0.safetensors")
     write_index(dense, weight_map | {UP: other})
     refused(dense, rf"2 problems.*\n.*\n.*{UP}")
@@ -352,7 +357,10 @@ def test_shards_that_disagree_with_the_index(dense):
 )
 def test_index_naming_what_is_no_file_beside_it(dense, file):
     write_index(dense, in_shards(dense) | {UP: file})
-    refused(dense, rf"index\.json: tensor '{UP}': .* must be the name of a \.safetensors file")
+    refused(
+        dense,
+        rf"index\.json: tensor '{UP}' is placed in .* must be the name of a \.safetensors file",
+    )
 
 
 @pytest.mark.parametrize(
@@ -665,7 +673,7 @@ def test_memory_is_bounded(tmp_path, kind):
         f"""
         import resource, sys
         from pathlib import Path
-        from moe_fast.checkpoint.header import read_header
+        from moe_fast.storage.safetensors_header import read_header
         from moe_fast.errors import CheckpointError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,46 +19,25 @@ from typer.testing import CliRunner
 
 from command import run
 from moe_fast.command.cli import app
-from moe_fast.command.options import CALLED, in_options
+from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.demo import make_dense_model
+from moe_fast.errors import Problem
 from moe_fast.families.registry import moe_families
 
-PARAMETERS = [
-    SimpleNamespace(name=name, opts=[option])
-    for name, option in {
-        "models": "models",
-        "experts": "--experts",
-        "experts_per_token": "--experts-per-token",
-        "dense_layers": "--dense-layers",
-        "target": "--target",
-        "threads": "--threads",
-    }.items()
-]
 
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("num_experts_per_tok (2) must not exceed num_experts (1)",
-     "--experts-per-token (2) must not exceed --experts (1)"),
-    ("num_experts=99: more than 9", "--experts=99: more than 9"),
-    ("threads must be at least 1", "--threads must be at least 1"),
-    ("num_models must be at least 1", "MODELS must be at least 1"),
-    ("2 problems:\n  - dense_layers: none\n  - x", "2 problems:\n  - --dense-layers: none\n  - x"),
-    ("target 'x' is not known", "--target 'x' is not known"),
-    ("all threads write experts", "all threads write experts"),
-    ("threads: is not a folder", "threads: is not a folder"),
-    ("num_layers must be at least 1", "num_layers must be at least 1"),
-    ("/tmp/dense_layers: is no folder", "/tmp/dense_layers: is no folder"),
-    ("./dense_layers/config.json: is broken", "./dense_layers/config.json: is broken"),
-    ("'dense_layers' is no folder here", "'dense_layers' is no folder here"),
-])  # fmt: skip
-def test_arguments_are_called_as_the_command_calls_them(text, expected):
-    assert in_options(text, PARAMETERS) == expected
-
-
-def test_what_a_recipe_says_keeps_its_name():
-    text = "dense_layers: no layer 7; num_experts (1)"
-    kept = in_options(text, PARAMETERS, ["dense_layers"])
-    assert kept == "dense_layers: no layer 7; --experts (1)"
+def test_arguments_are_called_as_the_command_calls_them():
+    command = typer.main.get_command(app).commands["build"]
+    options = option_names(command.params, {"path": "output"})
+    assert options["num_experts_per_tok"] == "--experts-per-token"
+    assert options["dense_layers"] == "--dense-layers"
+    assert (options["models"], options["path"]) == ("MODEL", "--output")
+    for problem, expected in (
+        (Problem("must be 1", argument="num_experts_per_tok"), "--experts-per-token must be 1"),
+        (Problem("must be 1", argument="num_layers"), "num_layers must be 1"),
+        (Problem("is empty", argument="target", file="target"), "target: target is empty"),
+        (Problem("threads must be 1"), "threads must be 1"),
+    ):
+        assert in_options(problem, options) == expected
 
 
 def test_every_name_is_that_of_some_command():
@@ -78,21 +56,38 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
-    ("build dense -o out --experts 1", 1, "--experts-per-token (2) must not exceed --experts (1)"),
-    ("build dense -o out --dense-layers 7", 1, "--dense-layers: there is no layer 7"),
+    ("build dense -o out --experts 1", 2,
+     "error: --experts-per-token must be at most 1, the number of experts, got 2\n"),
+    ("build dense -o out --dense-layers 7", 2, "error: --dense-layers lists layer 7; the base"),
     ("build dense -o out --dense-layers 3-1", 2, "--dense-layers: '3-1' names no layers"),
-    ("build dense -o out --max-shard-size 0", 1, "--max-shard-size must be at least 1, got 0"),
-    ("build dense -o out --threads 0", 1, "--threads must be at least 1, got 0"),
-    ("build dense -o out --target x", 1, "error: --target 'x' is not known; known are auto,"),
-    ("build recipe.yml -o out", 1, "error: dense_layers: there is no layer 7"),
-    ("plan 0 2", 1, "error: MODELS must be at least 1, got 0"),
-    ("plan 2 2 --hidden-size -1", 1, "error: --hidden-size must be at least 0, got -1"),
-    ("route logits.npy --groups 3", 1, "error: --groups must divide"),
+    ("build dense -o out --max-shard-size 0", 2, "--max-shard-size must be at least 1 MB, got 0"),
+    ("build dense -o out --max-shard-size 5", 2, "write '5GB' for gigabytes, or '5B' if you mean"),
+    ("build dense -o out --threads 0", 2, "--threads must be at least 1, got 0"),
+    ("build dense -o out --target x", 2, "error: --target must be one of 'auto', 'mixtral',"),
+    ("build dense -o out --routers x", 2, "error: --routers must be one of 'balanced', 'random'"),
+    ("build dense -o out --layout x", 2, "--layout"),
+    ("build dense -o out --dtype int8", 2, "error: --dtype must be one of 'float32', 'bfloat16'"),
+    ("build recipe.yml -o out --target mixtral", 2, "--target is for models; write it into the"),
+    ("build recipe.yml dense -o out", 2, "a recipe stands alone"),
+    ("build recipe.yml -o out", 1, "error: dense_layers lists layer 7; the base model has 2,"),
+    ("build absent -o out", 1, "absent: is not a folder with a model; there is nothing of that"),
+    ("build dense", 2, "Missing option '--output' / '-o'"),
+    ("build", 2, "Missing argument 'MODEL...'"),
+    ("build dense -o out --expert 2", 2, "No such option: --expert"),
+    ("convert dense -o out --max-shard-size 1x", 2, "--max-shard-size must be a size such as"),
+    ("plan 0 2", 2, "error: MODELS must be at least 1, got 0"),
+    ("plan 2 2 --hidden-size -1", 2, "error: --hidden-size must be at least 0, got -1"),
+    ("plan 2 1000000000", 2, "error: LAYERS must be at most 134217728, got 1000000000"),
+    ("route logits.npy --groups 3", 2, "error: --groups must divide 8, the number of experts"),
     ("route logits.npy --capacity-factors a", 2, "--capacity-factors: 'a' are no numbers"),
-    ("route logits.npy --plot picture", 1, "picture: has no ending that says the format"),
-    ("gates 64 8 -o out.npy --dtype int8", 1, "error: --dtype must be one of float64"),
+    ("route logits.npy --plot picture", 2, "error: --plot must end in the format of the picture"),
+    ("route absent.npy", 1, "error: absent.npy: No such file"),
+    ("gates 64 8 -o out.npy --dtype int8", 2, "error: --dtype must be one of float64"),
+    ("gates 64 8 -o out.pt", 2, "error: --output must end in .npy or .safetensors, got 'out.pt'"),
+    ("gates 0 8 -o out.npy", 2, "0 is not in the range x>=1"),
     ("check dense --text letter.txt", 1, "letter.txt: there is no such file"),
     ("inspect .", 1, "has no config.json; its folders with models are dense"),
+    ("biuld", 2, "No such command 'biuld'"),
 ])  # fmt: skip
 def test_what_a_wrong_value_is_told(folder, monkeypatch, arguments, code, message):
     monkeypatch.chdir(folder)
@@ -122,7 +117,7 @@ def test_the_help_of_a_command_fits_in_eighty_columns(name):
 @pytest.mark.parametrize(("words", "values"), [
     ("build --target ", ["auto", *moe_families()]),
     ("build --target f", ["flex_olmo"]),
-    ("build --router-init b", ["balanced"]),
+    ("build --routers b", ["balanced"]),
     ("gates --dtype b", ["bfloat16"]),
     ("route --scores ", ["softmax", "sigmoid"]),
     ("route --drop-policy ", ["position", "probs"]),

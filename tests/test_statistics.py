@@ -313,7 +313,7 @@ LOGITS = np.zeros((1, 4))
         ),
         (
             MoeConfigError,
-            r"layer must be below num_layers \(1\), got 1",
+            r"layer must be below 1, the number of layers, got 1",
             lambda: STATS.update(LOGITS, 1),
         ),
         (RoutingError, "logits must have the shape", lambda: STATS.update(np.zeros((1, 5)))),

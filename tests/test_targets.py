@@ -205,13 +205,14 @@ def test_layouts_that_a_family_does_not_have(tmp_path):
         ("DeepSeek-V2", "latent"),
         ("deepseek_v3", "latent"),
         ("phimoe", "LayerNorm"),
-        ("gpt_oss", "known are auto, mixtral, qwen3_moe"),
+        ("gpt_oss", "must be one of 'auto', 'mixtral', 'qwen3_moe'"),
     ],
 )
 def test_targets_that_no_dense_family_becomes(tmp_path, name, reason):
     dense = make_model(tmp_path / "dense", "llama")
-    with pytest.raises(CheckpointError, match=rf"target '{name}'.*{reason}"):
+    with pytest.raises(MoeConfigError, match=rf"^target .*{reason}") as caught:
         build_moe(dense, tmp_path / "moe", target=name)
+    assert caught.value.argument == "target"
 
 
 def test_spellings_of_a_target(tmp_path):
@@ -379,10 +380,16 @@ def test_llama_and_mistral_experts_go_together(tmp_path):
 
 
 MISFITS = [
-    ({"intermediate_size": 64}, r"gate_proj\.weight' \[64, 48\]: intermediate_size is 64"),
-    ({"num_key_value_heads": 4}, r"k_proj\.weight' \[48, 48\]: num_key_value_heads is 4"),
+    (
+        {"intermediate_size": 64},
+        r"gate_proj\.weight' has the shape \[64, 48\]: intermediate_size is 64",
+    ),
+    (
+        {"num_key_value_heads": 4},
+        r"k_proj\.weight' has the shape \[48, 48\]: num_key_value_heads is 4",
+    ),
     ({"num_attention_heads": 8, "head_dim": 12}, r"q_proj\.weight' .*: num_attention_heads is 8"),
-    ({"head_dim": 16}, r"q_proj\.weight' \[64, 48\]: head_dim is 16"),
+    ({"head_dim": 16}, r"q_proj\.weight' has the shape \[64, 48\]: head_dim is 16"),
     ({"num_hidden_layers": 3}, "config.json: num_hidden_layers is 3, the base model has 2"),
     ({"hidden_act": "gelu"}, "config.json: hidden_act: gelu, the base model has silu"),
     ({"attention_bias": True}, "attention biases: q_proj, k_proj, v_proj, o_proj, .* has none"),

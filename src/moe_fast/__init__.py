@@ -3,14 +3,10 @@
 See the README for what the package does and docs/architecture.md for how its data flows.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from moe_fast.version import __version__ as __version__
-
+TYPE_CHECKING = False  # type checkers take it for typing's, which takes time to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from moe_fast.checkpoint.build import BuildReport as BuildReport
     from moe_fast.checkpoint.build import build_moe as build_moe
     from moe_fast.checkpoint.build import design_moe as design_moe
@@ -38,9 +34,11 @@ if TYPE_CHECKING:
     from moe_fast.drawing.plotting import plot_load as plot_load
     from moe_fast.drawing.plotting import plot_plan as plot_plan
     from moe_fast.drawing.plotting import plot_router_similarity as plot_router_similarity
+    from moe_fast.errors import ArgumentTypeError as ArgumentTypeError
     from moe_fast.errors import CheckpointError as CheckpointError
     from moe_fast.errors import MoeConfigError as MoeConfigError
     from moe_fast.errors import MoeFastError as MoeFastError
+    from moe_fast.errors import Problem as Problem
     from moe_fast.errors import RecipeError as RecipeError
     from moe_fast.errors import RoutingError as RoutingError
     from moe_fast.families.rules import Reader as Reader
@@ -70,9 +68,10 @@ if TYPE_CHECKING:
     from moe_fast.routing.weights import compute_gate_weights as compute_gate_weights
     from moe_fast.routing.weights import compute_router_weights as compute_router_weights
     from moe_fast.routing.weights_file import write_router_weights as write_router_weights
+    from moe_fast.version import __version__ as __version__
 
 # Where each public name stands. It is fetched when it is first used, so that `import moe_fast`
-# takes no time and needs no NumPy.
+# takes no time and needs no NumPy. Nothing runs before that: Ctrl-C would end in a traceback.
 HOMES = {
     "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
@@ -88,7 +87,8 @@ HOMES = {
         *("compute_router_similarity", "plot_load", "plot_plan", "plot_router_similarity"),
     ),
     "errors": (
-        *("CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"),
+        *("ArgumentTypeError", "CheckpointError", "MoeConfigError", "MoeFastError", "Problem"),
+        *("RecipeError", "RoutingError"),
     ),
     "families.rules": ("Reader",),
     "models.inspection": ("ModelReport", "RouterReport", "inspect_model"),
@@ -105,19 +105,27 @@ HOMES = {
     "routing.statistics": ("RoutingStats", "plan_capacity", "update_selection_bias"),
     "routing.weights": ("compute_gate_weights", "compute_router_weights"),
     "routing.weights_file": ("write_router_weights",),
+    "version": ("__version__",),
 }
-HOME_OF = {name: module for module, names in HOMES.items() for name in names}
-
-__all__ = sorted([*HOME_OF, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
-    if name not in HOME_OF:
+def __getattr__(name: str) -> "Any":
+    if name == "__all__":
+        return sorted(each for names in HOMES.values() for each in names)
+    home = next((module for module, names in HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{HOME_OF[name]}"), name)
+    import importlib
+
+    if name != "__version__":
+        from moe_fast.requirements import require_numpy
+
+        require_numpy()
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    names: list[str] = __getattr__("__all__")
+    return names

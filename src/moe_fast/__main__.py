@@ -1,21 +1,44 @@
 """`moe-fast` and `python -m moe_fast`."""
 
-from __future__ import annotations
-
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 
 def main() -> None:
+    """Run the command; Ctrl-C at any moment ends it with one word and exit code 130."""
     try:
-        run()
-    except KeyboardInterrupt:  # commands report their own: this is one while modules are loaded
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        run(sys.argv[1:])
+    except KeyboardInterrupt:  # commands report their own, and clean up
+        stop()
 
 
-def run() -> None:
+def stop(*_: object) -> "NoReturn":
+    """End at once; nothing is open yet, or all is closed."""
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(130)  # as shells do: 128 and the number of the signal
+
+
+def run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:  # needs none of what the commands need
+        from moe_fast.version import __version__
+
+        print(f"moe-fast {__version__}")
+        return
+    import signal
+
+    # An exception would not do: modules of NumPy that it comes up in make an ImportError of it.
+    guarded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if guarded:
+        signal.signal(signal.SIGINT, stop)
     try:
+        from moe_fast.requirements import require_numpy
+
+        require_numpy()
         from moe_fast.command.cli import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
@@ -23,6 +46,8 @@ def run() -> None:
         sys.exit(
             f"moe-fast: the command needs {error.name}: pip install 'moe-fast[checkpoint,cli]'"
         )
+    if guarded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
         sys.stdout.flush()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, SupportsIndex
 
-from moe_fast.checks import as_index, as_member, shown
+from moe_fast.checks import as_index, as_member
 from moe_fast.errors import MoeConfigError
+from moe_fast.wording import brief_number
 
 __all__ = ["Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
 
@@ -80,10 +81,10 @@ class MoeConfig:
     >>> MoeConfig(num_experts=4).validate()
     >>> MoeConfig(4, routing_method="expert_choice").routing_method
     <RoutingMethod.EXPERT_CHOICE: 'expert_choice'>
-    >>> MoeConfig(num_experts=1).validate()
+    >>> MoeConfig(num_experts=0).validate()
     Traceback (most recent call last):
         ...
-    moe_fast.errors.MoeConfigError: num_experts_per_tok (2) must not exceed num_experts (1)
+    moe_fast.errors.MoeConfigError: num_experts must be at least 1, got 0
     """
 
     # Defaults here too: what reads a configuration back takes them for keys that are not there.
@@ -134,8 +135,9 @@ class MoeConfig:
         as_index(self.num_experts_per_tok, "num_experts_per_tok", minimum=1)
         if self.num_experts_per_tok > self.num_experts:
             raise MoeConfigError(
-                f"num_experts_per_tok ({shown(self.num_experts_per_tok)}) "
-                f"must not exceed num_experts ({self.num_experts})"
+                f"must be at most {self.num_experts}, the number of experts, "
+                f"got {brief_number(self.num_experts_per_tok)}",
+                argument="num_experts_per_tok",
             )
         if self.gate_hidden_dim is not None:
             as_index(self.gate_hidden_dim, "gate_hidden_dim", minimum=1)

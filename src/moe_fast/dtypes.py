@@ -85,7 +85,9 @@ def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
 
 
 def wrong_dtype(name: str, dtype: object) -> MoeConfigError:
-    return MoeConfigError(f"{name} must be one of {', '.join(DTYPES)}, got {reprlib.repr(dtype)}")
+    return MoeConfigError(
+        f"must be one of {', '.join(DTYPES)}, got {reprlib.repr(dtype)}", argument=name
+    )
 
 
 def as_stored_dtype(dtype: str) -> np.dtype[Any]:

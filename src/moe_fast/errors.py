@@ -1,41 +1,148 @@
-"""The errors this package raises on purpose, and the checks that numbers go through."""
+"""The errors that this package raises on purpose, and what each of them is about."""
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "MoeConfigError", "MoeFastError", "RecipeError", "RoutingError"]
-MOST_SHOWN = 100
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_fast.wording import brief
+
+__all__ = [
+    "ArgumentTypeError",
+    "CheckpointError",
+    "MoeConfigError",
+    "MoeFastError",
+    "Problem",
+    "RecipeError",
+    "RoutingError",
+]
+MOST_LISTED = 100
+
+
+class Problem(str):
+    """One thing that is wrong, as a sentence that knows what it is about.
+
+    Parameters
+    ----------
+    what : str
+        What is wrong, without its subject: `"must be at least 1, got 0"`.
+    argument : str, optional
+        The argument of a function that is wrong.
+    file : path, optional
+        The file or folder that is wrong.
+    line : int, optional
+        The line of the file.
+    tensor : str, optional
+        The tensor of the file, or of the folder, that is wrong.
+
+    Examples
+    --------
+    >>> from moe_fast import Problem
+    >>> Problem("must be at least 1, got 0", argument="threads")
+    'threads must be at least 1, got 0'
+    >>> problem = Problem("is missing", file="model.safetensors", tensor="lm_head.weight")
+    >>> problem
+    "model.safetensors: tensor 'lm_head.weight' is missing"
+    >>> problem.tensor
+    'lm_head.weight'
+    """
+
+    what: str
+    argument: str | None
+    file: Path | None
+    line: int | None
+    tensor: str | None
+
+    def __new__(
+        cls,
+        what: str,
+        *,
+        argument: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+        line: int | None = None,
+        tensor: str | None = None,
+    ) -> Problem:
+        text = what if tensor is None else f"tensor {brief(tensor)} {what}"
+        if argument is not None:
+            text = f"{argument} {text}"
+        if file is not None:
+            text = f"{os.fspath(file)}{'' if line is None else f':{line}'}: {text}"
+        problem = super().__new__(cls, text)
+        problem.what = what
+        problem.argument = argument
+        problem.file = None if file is None else Path(file)
+        problem.line = line
+        problem.tensor = tensor
+        return problem
 
 
 class MoeFastError(Exception):
-    """Base of every error that `moe_fast` defines."""
+    """Base of every error that `moe_fast` defines.
+
+    `problems` holds every reason found, one `Problem` each; the message shows the first hundred.
+    If there is only one, then `argument`, or `file` and `tensor`, say what it is about.
+    """
+
+    def __init__(
+        self,
+        *problems: str,
+        argument: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        self.problems = tuple(
+            problem
+            if isinstance(problem, Problem)
+            else Problem(problem, argument=argument, file=file, tensor=tensor)
+            for problem in problems
+        )
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        return list_problems(self.problems)
+
+    @property
+    def argument(self) -> str | None:
+        """The argument that is wrong, if the error is about one."""
+        return self.problems[0].argument if len(self.problems) == 1 else None
+
+    @property
+    def file(self) -> Path | None:
+        """The file or folder that is wrong, if the error is about one."""
+        return self.problems[0].file if len(self.problems) == 1 else None
+
+    @property
+    def tensor(self) -> str | None:
+        """The tensor that is wrong, if the error is about one."""
+        return self.problems[0].tensor if len(self.problems) == 1 else None
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """One problem as it is, several as a list."""
+    if len(problems) == 1:
+        return str(problems[0])
+    lines = [f"{len(problems)} problems:"]
+    lines += [f"  - {problem}" for problem in problems[:MOST_LISTED]]
+    if len(problems) > MOST_LISTED:
+        lines.append(f"  - and {len(problems) - MOST_LISTED} more")
+    return "\n".join(lines)
+
+
+class ArgumentTypeError(MoeFastError, TypeError):
+    """An argument of the wrong type; the message names it, its value and the right type."""
 
 
 class MoeConfigError(MoeFastError, ValueError):
-    """A configuration or a plan that cannot be: the message names the argument and its value."""
-
-
-class CheckpointError(MoeFastError, ValueError):
-    """A checkpoint that cannot be read, combined or written.
-
-    `problems` holds every reason found, one string each; the message shows the first hundred.
-    """
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__(*problems)
-
-    def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return self.problems[0]
-        lines = [f"{len(self.problems)} problems:"]
-        lines += [f"  - {problem}" for problem in self.problems[:MOST_SHOWN]]
-        if len(self.problems) > MOST_SHOWN:
-            lines.append(f"  - and {len(self.problems) - MOST_SHOWN} more")
-        return "\n".join(lines)
+    """An argument that is out of range or no known choice, or arguments that do not go together."""
 
 
 class RoutingError(MoeFastError, ValueError):
     """Logits that cannot be routed: of the wrong shape, or with a NaN; the message says where."""
+
+
+class CheckpointError(MoeFastError, ValueError):
+    """A checkpoint on disk that cannot be read, combined or written."""
 
 
 class RecipeError(CheckpointError):

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.checks import as_index, as_member, shown
+from moe_fast.checks import as_index, as_member
 from moe_fast.config import MoeConfig, RouterInit
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.reports import Report, pandas_frame
+from moe_fast.wording import brief_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,9 +175,11 @@ def position(key: SupportsIndex, length: int, what: str) -> int:
     try:
         index = operator.index(key)
     except TypeError:
-        raise TypeError(f"{what} must be an integer or a slice, got {type(key).__name__}") from None
+        raise ArgumentTypeError(
+            f"must be an integer or a slice, got {type(key).__name__}", argument=what
+        ) from None
     if not -length <= index < length:
-        raise IndexError(f"{what} {shown(index)} is out of range: there are {length}")
+        raise IndexError(f"{what} {brief_number(index)} is out of range: there are {length}")
     return index % length
 
 
@@ -262,7 +265,7 @@ class MoeConstructionPlan:
         self._num_models = as_index(num_models, "num_models", maximum=LARGEST_INDEX)
         if used > self._num_models:
             raise MoeConfigError(
-                f"source_model holds {used - 1}, but num_models is {self._num_models}"
+                f"holds {used - 1}, but num_models is {self._num_models}", argument="source_model"
             )
         self._router_init = as_member(router_init, RouterInit, "router_init")
         self._source_model = models
@@ -334,8 +337,8 @@ class MoeConstructionPlan:
         granularity = as_index(granularity, "granularity", minimum=1)
         if intermediate_dim % granularity:
             raise MoeConfigError(
-                f"intermediate_dim ({intermediate_dim}) must be a multiple of granularity "
-                f"({granularity})"
+                f"({intermediate_dim}) must be a multiple of granularity ({granularity})",
+                argument="intermediate_dim",
             )
         width = intermediate_dim // granularity
         per_layer = num_experts * 3 * hidden_dim * width + hidden_dim * num_experts
@@ -512,13 +515,13 @@ def index_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except ValueError:  # what NumPy says of rows of different lengths does not say which argument
-        raise MoeConfigError(f"{name} must have rows of one length") from None
+        raise MoeConfigError("must have rows of one length", argument=name) from None
     shape, array = array.shape, np.array(distinct(array))
     if array.dtype.kind == "O":  # integers beyond 64 bits, or no integers at all
         for value in array.flat:
             as_index(value, name, maximum=LARGEST_INDEX)
     elif array.size and array.dtype.kind not in "iu":  # an empty list is an array of floats
-        raise TypeError(f"{name} must hold integers, got an array of {array.dtype}")
+        raise ArgumentTypeError(f"must hold integers, got an array of {array.dtype}", argument=name)
     elif array.size:
         as_index(array.min(), name)
         as_index(array.max(), name, maximum=LARGEST_INDEX)
@@ -551,10 +554,11 @@ def plan_moe_construction(
     TypeError
         A number that is not an integer, or a `config` that is no `MoeConfig`.
     MoeConfigError
-        A number below 1, a configuration that does not validate, or a number of experts that
-        `granularity` does not divide.
+        A number below 1, a configuration that does not validate, a number of experts that
+        `granularity` does not divide, or more layers, or more experts in a layer, than a table of
+        1 GiB holds.
     MemoryError
-        More layers, or more experts in a layer, than a table of 1 GiB holds or memory has.
+        A table that memory does not hold.
 
     Examples
     --------
@@ -568,7 +572,9 @@ def plan_moe_construction(
     if config is None:
         config = MoeConfig()
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {reprlib.repr(config)}")
+        raise ArgumentTypeError(
+            f"must be a MoeConfig, got {reprlib.repr(config)}", argument="config"
+        )
     config.validate()
     granularity = as_granularity(granularity, config.num_experts)
     models = counting_up(config.num_experts, "num_experts")
@@ -588,27 +594,18 @@ def as_granularity(granularity: SupportsIndex, num_experts: int) -> int:
     number = as_index(granularity, "granularity", minimum=1)
     if num_experts % number:
         raise MoeConfigError(
-            f"num_experts ({num_experts}) must be a multiple of granularity ({number})"
+            f"({num_experts}) must be a multiple of granularity ({number})", argument="num_experts"
         )
     return number
 
 
 def counting_up(length: int, name: str) -> npt.NDArray[np.int64]:
     """0, 1, 2, ... as an array that may be written."""
-    check_table(length, name, length)
+    as_index(length, name, maximum=LARGEST_TABLE)
     try:
         return np.arange(length, dtype=np.int64)
     except MemoryError:
         raise MemoryError(f"{name}={length}: no memory for a table of {8 * length} bytes") from None
-
-
-def check_table(length: int, name: str, value: int) -> None:
-    """Raise `MemoryError` where `value` of the argument `name` asks for too long a table."""
-    if length > LARGEST_TABLE:
-        raise MemoryError(
-            f"{name}={shown(value)}: a table of {shown(length)} entries is more than the largest "
-            f"supported, {LARGEST_TABLE}"
-        )
 
 
 def compute_expert_load_balance(
@@ -636,9 +633,10 @@ def compute_expert_load_balance(
     Raises
     ------
     TypeError, MoeConfigError
-        Anything else, or negative indices.
+        Anything else, negative indices, or one so large that a counter for each model would take
+        more than 1 GiB.
     MemoryError
-        An index so large that one counter per model does not fit.
+        Counters that memory does not hold.
 
     Examples
     --------
@@ -661,7 +659,7 @@ def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """How often each model, up to the largest index, is in `models`."""
     largest = as_index(models.max(), "assignments")
     length = largest + 1
-    check_table(length, "source_model", largest)
+    as_index(largest, "source_model", maximum=LARGEST_TABLE - 1)
     num_tables = TABLES if models.size > TABLES * length else 1
     try:
         tables = np.zeros((num_tables, length), dtype=np.uint64)
@@ -669,7 +667,7 @@ def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         raise MemoryError(f"source_model={largest}: no memory for {length} counters") from None
     if kernels.compiled.count(np.ascontiguousarray(models).reshape(-1), tables):
         as_index(models.min(), "assignments")
-        raise MoeConfigError("assignments changed while they were counted")
+        raise MoeConfigError("changed while they were counted", argument="assignments")
     counts: npt.NDArray[np.uint64] = tables[0] if num_tables == 1 else tables.sum(axis=0)
     return counts
 
@@ -683,9 +681,10 @@ def source_models(assignments: Any) -> npt.NDArray[np.int64]:
         as_it_is = array.dtype == np.int64 and array.flags.aligned
         return array if as_it_is else index_array(array, "assignments")
     if not is_sequence(assignments):
-        raise TypeError(
-            "assignments must be a plan, its assignments, nested sequences of ExpertAssignment, "
-            f"or an array of source models, got {type(assignments).__name__}"
+        raise ArgumentTypeError(
+            "must be a plan, its assignments, nested sequences of ExpertAssignment, "
+            f"or an array of source models, got {type(assignments).__name__}",
+            argument="assignments",
         )
     return np.array(list(each_model(assignments)), dtype=np.int64)
 

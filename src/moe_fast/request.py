@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, get_args
 
 from moe_fast.checks import as_choice, as_index, as_number
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
 ModelPath = str | os.PathLike[str]
 RouterMethod = Literal["balanced", "random", "uniform", "normal", "linear", "cheap_embed", "hidden"]
@@ -126,17 +126,21 @@ class ExpertSource:
         for name in ("noise_scale", "residual_scale"):
             number = as_number(getattr(self, name), name)
             if not math.isfinite(number):
-                raise MoeConfigError(f"{name} must be finite, got {number}")
+                raise MoeConfigError(f"must be finite, got {number}", argument=name)
             object.__setattr__(self, name, number)
         if self.noise_scale < 0:
-            raise MoeConfigError(f"noise_scale must be at least 0, got {self.noise_scale}")
+            raise MoeConfigError(
+                f"must be at least 0, got {self.noise_scale}", argument="noise_scale"
+            )
         if self.source_layers is not None:
             if not isinstance(self.source_layers, Iterable):
-                raise TypeError(f"source_layers must list layers, got {self.source_layers!r}")
+                raise ArgumentTypeError(
+                    f"must list layers, got {self.source_layers!r}", argument="source_layers"
+                )
             layers = tuple(as_index(layer, "source_layers") for layer in self.source_layers)
             object.__setattr__(self, "source_layers", layers)
         for name in ("positive_prompts", "negative_prompts"):
             prompts = getattr(self, name)
             if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-                raise TypeError(f"{name} must list strings, got {prompts!r}")
+                raise ArgumentTypeError(f"must list strings, got {prompts!r}", argument=name)
             object.__setattr__(self, name, tuple(prompts))

@@ -24,7 +24,8 @@ def default_threads() -> int:
     value = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
     if not (value.isdecimal() and 1 <= int(value) <= MOST_THREADS):
         raise MoeConfigError(
-            f"{ENVIRONMENT_VARIABLE} must be an integer from 1 to {MOST_THREADS}, got {value!r}"
+            f"must be an integer from 1 to {MOST_THREADS}, got {value!r}",
+            argument=ENVIRONMENT_VARIABLE,
         )
     return int(value)
 
@@ -33,10 +34,7 @@ def as_threads(threads: int | None) -> int:
     """The argument `threads` as a number of threads; `None` is the environment's default."""
     if threads is None:
         return default_threads()
-    number = as_index(threads, "threads", minimum=1)
-    if number > MOST_THREADS:
-        raise MoeConfigError(f"threads must be at most {MOST_THREADS}, got {number}")
-    return number
+    return as_index(threads, "threads", minimum=1, maximum=MOST_THREADS)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.dtypes import as_dtype
-from moe_fast.errors import MoeConfigError, RoutingError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.routing import gradients
 from moe_fast.routing import router as routing
 from moe_fast.routing.router import Routing, RoutingOptions
@@ -316,16 +316,19 @@ class MeanSquare(torch.autograd.Function):
 def as_array(tensor: Tensor, name: str) -> npt.NDArray[Any]:
     """The same memory as an array."""
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(tensor).__name__}; "
-            "moe_fast.route takes arrays"
+        raise ArgumentTypeError(
+            f"must be a torch.Tensor, got {type(tensor).__name__}; moe_fast.route takes arrays",
+            argument=name,
         )
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be dense, got {tensor.layout}; {name}.to_dense() is")
+        raise ArgumentTypeError(
+            f"must be dense, got {tensor.layout}; {name}.to_dense() is", argument=name
+        )
     if tensor.device.type != "cpu":
         raise RoutingError(
-            f"{name} must be on the CPU, got a tensor on {tensor.device}; route {name}.cpu(), "
-            "through which gradients flow back"
+            f"must be on the CPU, got a tensor on {tensor.device}; route {name}.cpu(), "
+            "through which gradients flow back",
+            argument=name,
         )
     tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:

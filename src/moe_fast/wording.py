@@ -1,8 +1,25 @@
-"""Numbers as messages and reports say them."""
+"""Numbers and values as messages and reports say them."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+BRIEFLY = reprlib.Repr()
+BRIEFLY.maxstring = BRIEFLY.maxother = 200
+
+
+def brief(value: Any) -> str:
+    """`value` for a message, however long it is and whatever is in it."""
+    return BRIEFLY.repr(value)
+
+
+def brief_number(number: int) -> str:
+    """An integer for a message. Python refuses to print one of more than 4300 digits."""
+    if number.bit_length() <= 256:
+        return str(number)
+    return f"{'-' if number < 0 else ''}2**{number.bit_length() - 1} or more"
 
 
 def counted(number: int, noun: str) -> str:

@@ -39,8 +39,9 @@ def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
     rows, columns = table.shape
     if max(tokens) >= rows:
         raise CheckpointError(
-            f"{table.file.path}: {table.name!r} has {rows} rows; "
-            f"the tokenizer beside it gives the token {max(tokens)}"
+            f"has {rows} rows; the tokenizer beside it gives the token {max(tokens)}",
+            file=table.file.path,
+            tensor=table.name,
         )
     distinct, places = np.unique(tokens, return_inverse=True)
     nbytes = table.nbytes // rows
@@ -81,8 +82,9 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
     longest = max(len(text) for text in texts)
     if longest > config.max_position_embeddings:
         raise CheckpointError(
-            f"{model.path}: a prompt has {longest} tokens; "
-            f"the model reads at most {config.max_position_embeddings}"
+            f"a prompt has {longest} tokens; "
+            f"the model reads at most {config.max_position_embeddings}",
+            file=model.path,
         )
     with torch.device("meta"):
         network: Any = AutoModel.from_config(config, dtype=torch.float32)

@@ -79,7 +79,7 @@ def tokens_of(text: str, model: Path, reference: Path) -> list[int]:
     tokenizer = PromptTokenizer(model if (model / "tokenizer.json").is_file() else reference)
     tokens = tokenizer.tokens(text)[:MOST_TOKENS]
     if not tokens:
-        raise CheckpointError(f"{tokenizer.file}: finds no token in the text")
+        raise CheckpointError("finds no token in the text", file=tokenizer.file)
     return tokens
 
 
@@ -94,7 +94,7 @@ def compare_models(reference: Path, model: Path, tokens: Sequence[int]) -> Diffe
     expected, found = compute_logits(reference, tokens), compute_logits(model, tokens)
     if expected.shape != found.shape:
         raise CheckpointError(
-            f"{model}: gives {found.shape[1]} logits a token, {reference} {expected.shape[1]}"
+            f"gives {found.shape[1]} logits a token, {reference} {expected.shape[1]}", file=model
         )
     return Difference(
         num_tokens=len(tokens),
@@ -123,14 +123,15 @@ def compute_logits(folder: Path, tokens: Sequence[int]) -> npt.NDArray[np.float3
     except Exception as error:  # models raise what they like
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{folder}: transformers does not load it: {reason[0] if reason else error!r}"
+            f"transformers does not load it: {reason[0] if reason else error!r}", file=folder
         ) from None
     problems = [f"{kind.partition('_')[0]} {name}" for kind in NOT_FITTING for name in info[kind]]
     if problems:
         more = f" and {len(problems) - MOST_NAMES} more" if len(problems) > MOST_NAMES else ""
         raise CheckpointError(
-            f"{folder}: transformers does not load it whole: "
-            f"{', '.join(sorted(problems)[:MOST_NAMES])}{more}"
+            f"transformers does not load it whole: "
+            f"{', '.join(sorted(problems)[:MOST_NAMES])}{more}",
+            file=folder,
         )
     try:
         with torch.inference_mode():
@@ -138,7 +139,7 @@ def compute_logits(folder: Path, tokens: Sequence[int]) -> npt.NDArray[np.float3
                 model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
             )
     except Exception as error:
-        raise CheckpointError(f"{folder}: transformers does not run it: {error}") from None
+        raise CheckpointError(f"transformers does not run it: {error}", file=folder) from None
     del model
     gc.collect()  # before the next one is loaded
     return logits

@@ -72,7 +72,7 @@ def make_prompt_rows(
     first = 1 if tokenizer.start and method == "hidden" else 0
     for prompt, found in tokens.items():
         if len(found) <= first:
-            raise CheckpointError(f"{tokenizer.file}: finds no token in the prompt {prompt!r}")
+            raise CheckpointError(f"finds no token in the prompt {prompt!r}", file=tokenizer.file)
     if method == "cheap_embed":
         rows = make_embedding_rows(base, experts, tokens)
     else:

@@ -30,13 +30,14 @@ class PromptTokenizer:
         self.file = folder / "tokenizer.json"
         if not self.file.is_file():
             raise CheckpointError(
-                f"{self.file}: is missing, and prompts need it "
-                "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+                "is missing, and prompts need it "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)",
+                file=self.file,
             )
         try:
             self.tokenizer = Tokenizer.from_file(str(self.file))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{self.file}: is no tokenizer: {error}") from None
+            raise CheckpointError(f"is no tokenizer: {error}", file=self.file) from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.start = beginning_of_text(folder)
@@ -58,7 +59,7 @@ def beginning_of_text(folder: Path) -> str:
                 token = token.get("content")
             if token is not None and not isinstance(token, str):
                 raise CheckpointError(
-                    f"{file}: bos_token is {token!r}; it must be a string or null"
+                    f"bos_token is {token!r}; it must be a string or null", file=file
                 )
             return token or ""
     return ""

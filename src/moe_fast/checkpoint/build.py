@@ -31,7 +31,7 @@ from moe_fast.checks import (
 )
 from moe_fast.config import Dtype, Layout, MoeConfig
 from moe_fast.dtypes import DTYPE_CODES
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.plain import typed
@@ -421,11 +421,11 @@ def as_request(
     if config is None:
         config = MoeConfig() if granularity == 1 else MoeConfig(8 * granularity, granularity)
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+        raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
     config.validate()
     experts = as_expert_sources(models)
     if not experts:
-        raise CheckpointError("models must name at least one model folder")
+        raise MoeConfigError("must name at least one model", argument="models")
     backbone, backbone_weights = as_backbone(backbone, len(experts))
     return BuildRequest(
         models=experts,
@@ -459,7 +459,7 @@ def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
 def as_layers(layers: Any) -> tuple[int, ...]:
     """The argument `dense_layers`: each layer once, in order."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"dense_layers must list layers, got {layers!r}")
+        raise ArgumentTypeError(f"must list layers, got {layers!r}", argument="dense_layers")
     return tuple(sorted({as_index(layer, "dense_layers") for layer in layers}))
 
 
@@ -474,8 +474,9 @@ def as_backbone(backbone: Any, num_models: int) -> tuple[Backbone, tuple[float, 
         or not any(weights)
     ):
         raise MoeConfigError(
-            f"backbone must be 'base', 'mean' or a weight of at least 0 for each of the "
-            f"{num_models} models, got {list(weights)}"
+            f"must be 'base', 'mean' or a weight of at least 0 for each of the {num_models} "
+            f"models, got {list(weights)}",
+            argument="backbone",
         )
     return "mean", weights
 

@@ -17,7 +17,7 @@ from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.output import Progress
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
@@ -161,7 +161,9 @@ def check_moe(
     Raises
     ------
     CheckpointError
-        For a folder without an MoE, and for `against` that does not fit the manifest.
+        For a folder without an MoE.
+    MoeConfigError
+        For `against` that does not fit the manifest.
 
     Examples
     --------
@@ -184,7 +186,7 @@ def check_moe(
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
     if not model.layers:
-        raise CheckpointError(f"{folder}: holds no experts; it is not an MoE")
+        raise CheckpointError("holds no experts; it is not an MoE", file=folder)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
     headers = finding("headers", f"{len(model.tensors)} tensors in {where}, without holes")
@@ -256,7 +258,7 @@ def repeat_design(
 
     Raises
     ------
-    CheckpointError
+    MoeConfigError
         For `against` that does not fit the manifest.
     """
     if manifest is None:
@@ -276,9 +278,10 @@ def repeat_design(
         listed = ", ".join(shares)
         reason = f"the manifest names network shares ({listed}): name them by --against"
         return not_possible("sources", reason)
+    request = request.moved(locate(request.folders(), against))
     try:
-        return design_of(request.moved(locate(request.folders(), against)), manifest.decisions)
-    except CheckpointError as error:
+        return design_of(request, manifest.decisions)
+    except (CheckpointError, MoeConfigError) as error:
         reason = "; ".join(error.problems) + " (--against names where the sources are now)"
         return not_possible("sources", reason)
 
@@ -288,7 +291,7 @@ def locate(recorded: Sequence[str], against: Sequence[ModelPath]) -> dict[str, s
 
     Raises
     ------
-    CheckpointError
+    MoeConfigError
         If names do not tell them apart, and their numbers differ.
     """
     given = [str(Path(path).absolute()) for path in against]
@@ -297,9 +300,10 @@ def locate(recorded: Sequence[str], against: Sequence[ModelPath]) -> dict[str, s
         return {path: by_name[Path(path).name] for path in recorded}
     if len(given) in (0, len(recorded)):
         return dict(zip(recorded, given or recorded, strict=True))
-    raise CheckpointError(
-        f"against: {counted(len(given), 'folder')} for the {len(recorded)} that the manifest "
-        f"names: {', '.join(recorded)}"
+    raise MoeConfigError(
+        f"must list the {len(recorded)} folders that the manifest names, {', '.join(recorded)}; "
+        f"got {len(given)}",
+        argument="against",
     )
 
 

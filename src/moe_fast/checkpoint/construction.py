@@ -24,7 +24,7 @@ from moe_fast.checkpoint.routers import Routers
 from moe_fast.checks import collect
 from moe_fast.config import MoeConfig
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
@@ -32,7 +32,7 @@ from moe_fast.request import ExpertSource
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
-from moe_fast.wording import ranges
+from moe_fast.wording import numbered
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Construction:
 
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
-        problems = [*self.width_problems(), *self.backbone_problems()]
+        problems: list[str] = [*self.width_problems(), *self.backbone_problems()]
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -235,16 +235,18 @@ class Construction:
             warnings += find_drifts(source, self.base)
         return list(dict.fromkeys(warnings))
 
-    def width_problems(self) -> Iterator[str]:
+    def width_problems(self) -> Iterator[Problem]:
         width = self.base.sizes.intermediate_size
         if width % self.granularity:
             tensor = self.base.ffn(0, "gate_proj")
-            yield (
-                f"{tensor.file.path}: tensor {tensor.name!r} {list(tensor.shape)}: "
-                f"intermediate_size {width} is no multiple of granularity {self.granularity}"
+            yield Problem(
+                f"{list(tensor.shape)}: intermediate_size {width} is no multiple of granularity "
+                f"{self.granularity}",
+                file=tensor.file.path,
+                tensor=tensor.name,
             )
 
-    def backbone_problems(self) -> Iterator[str]:
+    def backbone_problems(self) -> Iterator[Problem]:
         """Why there is no mean over the models."""
         for model, _ in self.backbone:
             for tensor in (*self.base.before_layers(), *self.base.after_layers()):
@@ -256,14 +258,17 @@ class Construction:
                 for role in FFN:
                     yield from self.mean_problems(model, self.base.ffn(layer, role))
 
-    def mean_problems(self, model: DenseModel, tensor: Tensor) -> Iterator[str]:
+    def mean_problems(self, model: DenseModel, tensor: Tensor) -> Iterator[Problem]:
         other = model.tensors.get(tensor.name)
         if other is None:
-            yield f"{model.path}: tensor {tensor.name!r} is missing, which the mean of models takes"
+            what = "is missing, which the mean of models takes"
+            yield Problem(what, file=model.path, tensor=tensor.name)
         elif other.shape != tensor.shape:
-            yield (
-                f"{other.file.path}: tensor {other.name!r} has the shape {list(other.shape)}, the "
-                f"base model's {list(tensor.shape)}; their mean needs one shape"
+            yield Problem(
+                f"has the shape {list(other.shape)}, the base model's {list(tensor.shape)}; their "
+                "mean needs one shape",
+                file=other.file.path,
+                tensor=other.name,
             )
 
     def granularity_warnings(self) -> Iterator[str]:
@@ -349,19 +354,23 @@ def find_misfits(
     source: DenseModel, base: DenseModel, source_layers: Sequence[int] | None
 ) -> Iterator[str]:
     """Why experts of `source` cannot stand in `base`."""
-    config = f"{source.path / 'config.json'}"
+    config = source.path / "config.json"
     num_layers = source.sizes.num_hidden_layers
     if source_layers is not None and max(source_layers, default=0) >= num_layers:
-        yield f"{config}: has {num_layers} layers, source_layers names {max(source_layers)}"
+        yield Problem(
+            f"has {num_layers} layers, source_layers names {max(source_layers)}", file=config
+        )
     for name, value in vars(source.sizes).items():
         if name == "vocab_size" or (name == "num_hidden_layers" and source_layers is not None):
             continue
         if value != getattr(base.sizes, name):
-            where = config
+            what = f"{name} is {value}, the base model has {getattr(base.sizes, name)}"
             if name in SEEN_IN:
                 tensor = source.tensors[SEEN_IN[name]]
-                where = f"{tensor.file.path}: tensor {tensor.name!r} {list(tensor.shape)}"
-            yield f"{where}: {name} is {value}, the base model has {getattr(base.sizes, name)}"
+                what = f"has the shape {list(tensor.shape)}: {what}"
+                yield Problem(what, file=tensor.file.path, tensor=tensor.name)
+            else:
+                yield Problem(what, file=config)
     # A block of another form gives its FFN other inputs and does other things with the output.
     for what, (its, bases) in {
         "hidden_act": (source.config["hidden_act"], base.config["hidden_act"]),
@@ -375,7 +384,9 @@ def find_misfits(
         ),
     }.items():
         if its != bases:
-            yield f"{config}: {what}: {in_words(its)}, the base model has {in_words(bases)}"
+            yield Problem(
+                f"{what}: {in_words(its)}, the base model has {in_words(bases)}", file=config
+            )
 
 
 def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
@@ -385,9 +396,12 @@ def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
     foreign = [tensor for tensor in tensors if tensor.dtype != dtype]
     if foreign:
         first, others = foreign[0], len(foreign) - 1
-        yield (
-            f"{first.file.path}: tensor {first.name!r}{f' and {others} others' * bool(others)}: "
-            f"{first.dtype}, the base model's FFN is {dtype}; name a dtype to convert all to"
+        more = f", as are {others} others" if others else ""
+        yield Problem(
+            f"is {first.dtype}{more}; the base model's FFN is {dtype}: "
+            "name a dtype to convert all to",
+            file=first.file.path,
+            tensor=first.name,
         )
 
 
@@ -437,19 +451,24 @@ def plan_experts(
 ) -> MoeConstructionPlan:
     """Round robin over the models, each from its own source layers."""
     absent = [layer for layer in dense_layers if not 0 <= layer < num_layers]
-    problems = [
-        f"dense_layers: there is no layer {ranges(absent)}, the base model has {num_layers}"
-    ] * bool(absent)
-    if len({*dense_layers}) == num_layers and not problems:
-        problems.append("dense_layers: lists every layer; an MoE has experts in one at least")
+    problems = []
+    if absent:
+        what = f"lists {numbered('layer', absent)}; the base model has {num_layers}, from 0 on"
+        problems.append(Problem(what, argument="dense_layers"))
+    elif len({*dense_layers}) == num_layers:
+        what = "lists every layer; an MoE has experts in at least one"
+        problems.append(Problem(what, argument="dense_layers"))
     problems += [
-        f"source_layers of {m.model}: lists {len(m.source_layers)} layers, the output has "
-        f"{num_layers}; list one for each"
+        Problem(
+            f"lists {len(m.source_layers)} layers for {m.model}, the output has {num_layers}; "
+            "list one for each",
+            argument="source_layers",
+        )
         for m in (*models, *shared_experts)
         if m.source_layers is not None and len(m.source_layers) != num_layers
     ]
     if problems:
-        raise CheckpointError(*problems)
+        raise MoeConfigError(*problems)
     plan = plan_moe_construction(len(models), num_layers, config, granularity=granularity)
     if all(model.source_layers is None for model in models):
         return plan

@@ -18,7 +18,7 @@ from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
 from moe_fast.checks import as_index, as_member
 from moe_fast.config import Dtype, Layout
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, read_rope
 from moe_fast.families.moe import MoeFamily, joined
 from moe_fast.families.readers import find_readers
@@ -196,20 +196,21 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
     """From headers and routers alone."""
     model = open_moe_model(request.model)
     if not model.layers:
-        raise CheckpointError(f"{model.path}: holds no experts; it is not an MoE")
+        raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
     family = moe_families().get(model.model_type)
     if family is None:
         raise CheckpointError(
-            f"{model.path / 'config.json'}: model_type {model.model_type!r} cannot be converted; "
-            f"{', '.join(moe_families())} can"
+            f"model_type {model.model_type!r} cannot be converted; {', '.join(moe_families())} can",
+            file=model.path / "config.json",
         )
     problems = model.problems() or structure_problems(model)
     if problems:
         raise CheckpointError(*problems)
     layout = request.layout or Layout(model.layout)
     if layout not in family.layouts:
-        raise CheckpointError(
-            f"layout {str(layout)!r}: {family.title} has {str(family.layouts[0])!r} alone"
+        raise MoeConfigError(
+            f"must be {str(family.layouts[0])!r} for {family.title}, got {str(layout)!r}",
+            argument="layout",
         )
     weights = dict(converted_tensors(model, family, layout, request.dtype))
     config = converted_config(model, request.dtype)
@@ -277,17 +278,22 @@ def check_dtypes(parts: Sequence[Tensor]) -> None:
     for part in parts:
         if part.dtype != parts[0].dtype:
             raise CheckpointError(
-                f"{part.file.path}: tensor {part.name!r} is {part.dtype}, "
+                f"is {part.dtype}, "
                 f"others of its layer are {parts[0].dtype}; one tensor holds one dtype: "
-                "name one to convert all to"
+                "name one to convert all to",
+                file=part.file.path,
+                tensor=part.name,
             )
 
 
 def refuse_other_dtypes(model: MoeModel) -> None:
     """Raise `CheckpointError` for every tensor of a dtype that cannot be converted."""
     problems = [
-        f"{tensor.file.path}: tensor {name!r} is {tensor.dtype}; "
-        f"{', '.join(WEIGHT_DTYPES)} can be converted"
+        Problem(
+            f"is {tensor.dtype}; {', '.join(WEIGHT_DTYPES)} can be converted",
+            file=tensor.file.path,
+            tensor=name,
+        )
         for name, tensor in model.tensors.items()
         if tensor.dtype not in WEIGHT_DTYPES
     ]

@@ -26,7 +26,7 @@ from moe_fast.checkpoint.output import (
 )
 from moe_fast.config import Dtype
 from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, ITEM_SIZES, as_stored_dtype
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.safetensors_header import Tensor
@@ -111,8 +111,10 @@ class Design:
 
         Raises
         ------
+        MoeConfigError
+            No such tensor, or rows that are no slice of its first axis.
         CheckpointError
-            No such tensor, or a source that has changed since.
+            A source that has changed since.
         ImportError
             A dtype that NumPy has not (bfloat16, float8) without `ml_dtypes`; `read_bytes` gives
             the bytes of every dtype.
@@ -130,14 +132,18 @@ class Design:
 
     def weight(self, name: str) -> Weight:
         if name not in self.weights:
-            raise CheckpointError(f"the design has no tensor {name!r}")
+            raise MoeConfigError(
+                f"must be that of a tensor of the design, got {name!r}", argument="name"
+            )
         return self.weights[name]
 
     def shape_of_rows(self, weight: Weight, rows: slice | None) -> tuple[int, ...]:
         if rows is None:
             return weight.shape
         if not weight.shape or rows.step not in (None, 1):
-            raise CheckpointError(f"rows must be a slice of the first axis, step 1, got {rows}")
+            raise MoeConfigError(
+                f"must be a slice of the first axis, step 1, got {rows}", argument="rows"
+            )
         return (len(range(*rows.indices(weight.shape[0]))), *weight.shape[1:])
 
     def row_range(self, weight: Weight, rows: slice | None) -> tuple[int, int]:

@@ -100,12 +100,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     value = read_json(path, limit=LONGEST_INDEX)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
+        raise CheckpointError("must be a JSON object", file=path)
     version = value.get("manifest_version")
     if version != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path}: manifest_version is {brief(version)}, this version of moe_fast reads "
-            f"{MANIFEST_VERSION}; build the output again, or check it without the file"
+            f"manifest_version is {brief(version)}, this version of moe_fast reads "
+            f"{MANIFEST_VERSION}; build the output again, or check it without the file",
+            file=path,
         )
     rest = {key: item for key, item in value.items() if key != "request"}
     try:
@@ -131,4 +132,4 @@ def request_type(operation: str, path: Path) -> type[Request]:
     for kind in Request.__subclasses__():
         if kind.operation == operation:
             return kind
-    raise CheckpointError(f"{path}: the operation {brief(operation)} is not known here")
+    raise CheckpointError(f"the operation {brief(operation)} is not known here", file=path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_fast.checkpoint.manifest import MANIFEST
+from moe_fast.errors import ArgumentTypeError, Problem
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.staging import is_around, staged, unfinished, why_not
 from moe_fast.storage.tensors import Shard
@@ -55,8 +56,9 @@ class Writing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", as_threads(self.threads))
         if self.executor is not None and not isinstance(self.executor, Executor):
-            raise TypeError(
-                f"executor must be a concurrent.futures.Executor, got {self.executor!r}"
+            raise ArgumentTypeError(
+                f"must be a concurrent.futures.Executor, got {self.executor!r}",
+                argument="executor",
             )
 
 
@@ -76,16 +78,20 @@ def find_obstacles(
     inside = [path for path in (*models, *files) if is_around(output, path)]
     around = [model for model in models if is_around(model, output)]
     if inside:
-        yield f"{output}: would replace {inside[0]}, which it is made from; choose another output"
+        yield Problem(
+            f"would replace {inside[0]}, which it is made from; choose another output", file=output
+        )
     elif around:
-        yield f"{output}: lies in {around[0]}, which it is made from; choose another output"
+        yield Problem(
+            f"lies in {around[0]}, which it is made from; choose another output", file=output
+        )
     elif (problem := why_not(output, overwrite=writing.overwrite)) is not None:
-        yield problem
+        yield Problem(problem, file=output)
     parent = existing_parent(output)
     if not parent.is_dir():
-        yield f"{output}: {parent} is not a folder"
+        yield Problem(f"{parent} is not a folder", file=output)
     elif not os.access(parent, os.W_OK | os.X_OK):
-        yield f"{output}: the folder {parent} is not writable"
+        yield Problem(f"the folder {parent} is not writable", file=output)
 
 
 def find_lack_of_space(output: Path, nbytes: int) -> Iterator[str]:
@@ -93,9 +99,9 @@ def find_lack_of_space(output: Path, nbytes: int) -> Iterator[str]:
     output = Path(os.path.realpath(output))
     free = shutil.disk_usage(existing_parent(output)).free + unfinished(output)
     if nbytes > free:
-        yield (
-            f"{output}: needs {nbytes:,} bytes of disk, "
-            f"{free:,} are free; choose another disk or make room"
+        yield Problem(
+            f"needs {nbytes:,} bytes of disk, {free:,} are free; choose another disk or make room",
+            file=output,
         )
 
 

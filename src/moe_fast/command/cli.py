@@ -27,10 +27,10 @@ from moe_fast.command.console import (
     show_routing,
 )
 from moe_fast.command.doctor import diagnose
-from moe_fast.command.options import in_options
+from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
 from moe_fast.drawing.plotting import save_load_picture
-from moe_fast.errors import CheckpointError, MoeFastError
+from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
 from moe_fast.plan import plan_moe_construction
 from moe_fast.reports import Report
@@ -187,8 +187,8 @@ def build(
 ) -> None:
     """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
     from_recipe = any(model.suffix in RECIPE_ENDINGS for model in models)
-    said_elsewhere = SAID_BY_RECIPES if from_recipe else ()
-    with reported_errors(context, said_elsewhere), progress_bar() as progress:
+    in_recipe = SAID_BY_RECIPES if from_recipe else ()
+    with reported_errors(context, in_recipe), progress_bar() as progress:
         how: dict[str, Any] = {
             "hidden_states": states_of(hidden_states),
             "max_shard_size": max_shard_size,
@@ -444,6 +444,7 @@ def gates(
         weights = compute_router_weights(
             layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
         )
+    with reported_errors(context, path="output"):
         nbytes = write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
@@ -515,7 +516,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     """Show what routers do with saved logits: load, losses, collapse, drops."""
-    with reported_errors(context):
+    with reported_errors(context, path="logits"):
         stats = statistics_of_file(
             logits,
             method,
@@ -530,7 +531,8 @@ def route(
             capacity_factor=capacity_factor,
             drop_policy=cast(Any, drop_policy),
         )
-        if plot is not None:
+    if plot is not None:
+        with reported_errors(context, path="plot"):
             save_load_picture(stats.counts, plot)
     if as_json:
         typer.echo(json.dumps(stats.to_dict() | {"layers": stats.summary()}, indent=2))
@@ -583,9 +585,9 @@ def text_of(text: str | None) -> str | None:
         try:
             return Path(text).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise CheckpointError(f"{text}: is no text in UTF-8") from None
+            raise CheckpointError("is no text in UTF-8", file=text) from None
     if LIKE_A_FILE.fullmatch(text):
-        raise CheckpointError(f"{text}: there is no such file; a text to run has several words")
+        raise CheckpointError("there is no such file; a text to run has several words", file=text)
     return text
 
 
@@ -601,15 +603,24 @@ def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool
 
 
 @contextmanager
-def reported_errors(context: typer.Context, said_elsewhere: Sequence[str] = ()) -> Iterator[None]:
-    """An error of this package or of the system: its message and exit code 1, no traceback.
+def reported_errors(
+    context: typer.Context, in_recipe: Sequence[str] = (), **called: str
+) -> Iterator[None]:
+    """Turn an error of this package or of the system into a message and an exit code.
 
-    Messages name the command's options, those `said_elsewhere` apart.
+    The code is 2 if the value of an option is wrong, and 1 otherwise. The message names the option,
+    unless a recipe says its value; `called` has the options of arguments with other names.
     """
     try:
         yield
-    except (MoeFastError, TypeError, ImportError, MemoryError, OSError) as error:
-        complain(f"error: {in_options(str(error), context.command.params, said_elsewhere)}")
+    except MoeFastError as error:
+        parameters = [each for each in context.command.params if each.name not in in_recipe]
+        options = option_names(parameters, called)
+        problems = [in_options(problem, options) for problem in error.problems]
+        complain(f"error: {list_problems(problems)}")
+        fail(error, 2 if any(is_about_option(each, options) for each in error.problems) else 1)
+    except (ImportError, MemoryError, OSError) as error:
+        complain(f"error: {error}")
         fail(error, 1)
     except KeyboardInterrupt as error:
         complain("interrupted")

@@ -1,13 +1,14 @@
-"""What the command calls the arguments that messages name."""
+"""What the command calls the arguments of the functions that it runs."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["in_options"]
-# Where the command and Python differ: Python's name, and the command's.
+from moe_fast.errors import Problem
+
+__all__ = ["in_options", "is_about_option", "option_names"]
+# Where the command and Python differ: Python's name of an argument, and the command's.
 CALLED = {
     "hidden_dim": "hidden_size",
     "intermediate_dim": "intermediate_size",
@@ -17,22 +18,34 @@ CALLED = {
     "num_experts_per_tok": "experts_per_token",
     "num_layers": "layers",
     "num_models": "models",
+    "routing_method": "method",
     "topk_group": "groups_per_token",
 }
 
 
-def in_options(text: str, parameters: Iterable[Any], kept: Collection[str] = ()) -> str:
-    """`text` with Python's names for a command's `parameters` replaced by what users write.
+def option_names(parameters: Iterable[Any], called: Mapping[str, str]) -> dict[str, str]:
+    """What users write for each argument, such as `--experts` for `num_experts`.
 
-    Names of more than one word are found anywhere, others where an error about an argument has
-    them: first. Paths stay as they are, and so do the parameters `kept`.
+    `parameters` are those of one command. `called` has more names that differ there, as `CALLED`
+    has those that differ everywhere.
     """
-    written = {
-        each.name: each.opts[0] if each.opts[0].startswith("-") else each.name.upper()
+    options = {
+        each.name: each.opts[0] if each.opts[0].startswith("-") else each.metavar
         for each in parameters
-        if each.name not in kept
     }
-    names = {name: option for name, option in written.items() if "_" in name}
-    names |= {name: written[called] for name, called in CALLED.items() if called in written}
-    text = re.sub(r"^\w+(?= must | ')", lambda word: written.get(word[0], word[0]), text)
-    return re.sub(r"(?<![\w./\\'-])\w+(?![\w/\\'])", lambda word: names.get(word[0], word[0]), text)
+    differing = {**CALLED, **called}
+    return options | {
+        argument: options[name] for argument, name in differing.items() if name in options
+    }
+
+
+def is_about_option(problem: Problem, options: Mapping[str, str]) -> bool:
+    """Whether the value of an option is what is wrong, and not what is in a file."""
+    return problem.argument in options and problem.file is None
+
+
+def in_options(problem: Problem, options: Mapping[str, str]) -> Problem:
+    """A problem with an option, called as users write it; any other as it is."""
+    if problem.argument is None or not is_about_option(problem, options):
+        return problem
+    return Problem(problem.what, argument=options[problem.argument])

@@ -105,7 +105,7 @@ def write_report(
     file = default_file(folder) if output is None else Path(output)
     page = report_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError(f"{file}: exists and is no report; choose another --output")
+        raise CheckpointError("exists and is no report; choose another --output", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -227,7 +227,7 @@ def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
             num_models=len(request.models),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: {error}") from None
+        raise CheckpointError(f"{error}", file=folder / MANIFEST) from None
     dense = frozenset(request.dense_layers)
     rows_with_experts = [layer for layer in range(plan.num_layers) if layer not in dense]
     plan = MoeConstructionPlan(

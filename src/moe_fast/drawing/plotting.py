@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from moe_fast.checks import as_index
 from moe_fast.drawing.colours import MODEL_COLORS, SCALE, ExpertOrigins
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,8 @@ def plot_plan(
     """
     if labels is not None and len(labels) != plan.num_models:
         raise MoeConfigError(
-            f"labels must name all {plan.num_models} models of the plan, got {len(labels)}"
+            f"must name all {plan.num_models} models of the plan, got {len(labels)}",
+            argument="labels",
         )
     models = plan.source_model
     moved = plan.source_layer != np.arange(len(models))[:, np.newaxis]
@@ -129,7 +130,7 @@ def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
     """
     counts = as_numbers(load, "load", dims=(1, 2))
     if counts.size and counts.min() < 0:
-        raise MoeConfigError(f"load must not be negative, got {counts.min():g}")
+        raise MoeConfigError(f"must not be negative, got {counts.min():g}", argument="load")
     counts = np.atleast_2d(counts)
     totals = counts.sum(axis=1, keepdims=True)
     relative = np.ma.masked_invalid(
@@ -163,7 +164,10 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
     """
     path = Path(path)
     if not path.suffix:
-        raise MoeConfigError(f"{path}: has no ending that says the format, such as .png or .svg")
+        raise MoeConfigError(
+            f"must end in the format of the picture, such as .png or .svg, got '{path}'",
+            argument="path",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = cast("Figure", plot_load(load).figure)
     from matplotlib import pyplot
@@ -171,7 +175,7 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
     try:
         figure.savefig(path)
     except ValueError as error:
-        raise MoeConfigError(f"{path}: {error}") from None
+        raise MoeConfigError(f"'{path}' cannot be written: {error}", argument="path") from None
     finally:
         pyplot.close(figure)
 
@@ -247,7 +251,7 @@ def plot_router_similarity(
     if layer is not None or len(stacked) == 1:
         layer = as_index(0 if layer is None else layer, "layer")
         if layer >= len(stacked):
-            raise MoeConfigError(f"layer must be below {len(stacked)}, got {layer}")
+            raise MoeConfigError(f"must be below {len(stacked)}, got {layer}", argument="layer")
         title = f"Router similarity of layer {layer}"
         stacked = stacked[layer : layer + 1]
     cosines = np.zeros((stacked.shape[1],) * 2 if len(stacked) else (0, 0))
@@ -272,15 +276,17 @@ def as_numbers(
             raise TypeError
         array = array.astype(np.float64)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be an array of numbers, got {type(values).__name__}"
+        raise ArgumentTypeError(
+            f"must be an array of numbers, got {type(values).__name__}", argument=name
         ) from None
     if array.ndim < 2 if dims is None else array.ndim not in dims:
         wanted = "at least 2" if dims is None else " or ".join(map(str, dims))
-        raise MoeConfigError(f"{name} must have {wanted} dimensions, got the shape {array.shape}")
+        raise MoeConfigError(
+            f"must have {wanted} dimensions, got the shape {array.shape}", argument=name
+        )
     if not np.isfinite(array).all():
         place = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-        raise MoeConfigError(f"{name} must be finite, got {array[place]} at {list(place)}")
+        raise MoeConfigError(f"must be finite, got {array[place]} at {list(place)}", argument=name)
     return array
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moe_fast.checks import unknown_choice
 from moe_fast.config import Layout
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.moe import MoeFamily, Parts
 from moe_fast.families.registry import moe_families
 
@@ -39,19 +40,18 @@ def as_target_name(name: Any) -> str:
 
     Raises
     ------
-    TypeError, CheckpointError
+    TypeError, MoeConfigError
         A target that is no string, is unknown, or cannot be made from any dense model.
     """
     if not isinstance(name, str):
-        raise TypeError(f"target must be the name of a target, got {name!r}")
+        raise ArgumentTypeError(f"must be the name of a target, got {name!r}", argument="target")
     plain = {key.replace("_", ""): key for key in (*GROUPS, *moe_families(), *IMPOSSIBLE)}
     plain["deepseekmoe"] = "deepseek"
     key = plain.get(name.lower().replace("-", "").replace("_", ""))
     if key in IMPOSSIBLE:
-        raise CheckpointError(f"target {name!r}: {IMPOSSIBLE[key]}")
+        raise MoeConfigError(f"cannot be {name!r}: {IMPOSSIBLE[key]}", argument="target")
     if key is None:
-        known = ", ".join(moe_families())
-        raise CheckpointError(f"target {name!r} is not known; known are auto, {known}")
+        raise unknown_choice(name, ["auto", *moe_families()], "target")
     return key
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, Problem
 from moe_fast.storage.strict_json import LARGEST_SIZE, brief
 
 # What families call the number of experts, and of those that work on a token.
@@ -85,7 +85,7 @@ class Rope:
 def check_values(config: Mapping[str, Any], file: Path) -> None:
     """The values that decide what a model computes have their types; raise all that have not."""
     problems = [
-        f"{file}: {key} is {brief(config[key])}; it must be {kind}"
+        Problem(f"{key} is {brief(config[key])}; it must be {kind}", file=file)
         for kind, (holds, keys) in KINDS.items()
         for key in keys
         if key in config and not holds(config[key])
@@ -140,7 +140,9 @@ def read_sizes(config: Mapping[str, Any], file: Path) -> Sizes:
             return default
         if not is_count(value):
             missing = "is missing" if key not in config else f"is {brief(value)}"
-            problems.append(f"{file}: {key} {missing}; it must be an integer of at least 1")
+            problems.append(
+                Problem(f"{key} {missing}; it must be an integer of at least 1", file=file)
+            )
             return 1
         return int(value)
 
@@ -168,32 +170,37 @@ def read_rope(config: Mapping[str, Any], file: Path, *, partial: bool = False) -
     scaling = config.get("rope_scaling")
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"{file}: {key} is {brief(value)}; it must be an object or null")
+            raise CheckpointError(
+                f"{key} is {brief(value)}; it must be an object or null", file=file
+            )
     merged = {**(scaling or {}), **(parameters or {})}
     theta = merged.pop("rope_theta", config["rope_theta"])
     if not is_number(theta) or not theta > 0:
-        raise CheckpointError(f"{file}: rope_theta is {brief(theta)}; it must be a positive number")
+        raise CheckpointError(
+            f"rope_theta is {brief(theta)}; it must be a positive number", file=file
+        )
     kind = merged.get("rope_type", merged.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise CheckpointError(
-            f"{file}: rope_type is {brief(kind)}; known are {', '.join(ROPE_TYPES)}"
+            f"rope_type is {brief(kind)}; known are {', '.join(ROPE_TYPES)}", file=file
         )
     if kind in ROPES_WITH_ORIGINAL and config.get(ORIGINAL) is not None:
         merged[ORIGINAL] = config[ORIGINAL]
     for key in ROPE_KEYS[kind]:
         if key not in merged:
-            raise CheckpointError(f"{file}: rope_type {kind!r} needs the key {key!r}")
+            raise CheckpointError(f"rope_type {kind!r} needs the key {key!r}", file=file)
     part = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))
     if part != 1 and not partial:
         raise CheckpointError(
-            f"{file}: partial_rotary_factor is {brief(part)}; no target rotates a part of a head"
+            f"partial_rotary_factor is {brief(part)}; no target rotates a part of a head", file=file
         )
     for key, value in merged.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(is_number(n) or isinstance(n, (str, bool, type(None))) for n in numbers):
             raise CheckpointError(
-                f"{file}: the rope's {brief(key)} is {brief(value)}; "
-                "it must be a number or a list of numbers"
+                f"the rope's {brief(key)} is {brief(value)}; "
+                "it must be a number or a list of numbers",
+                file=file,
             )
     return Rope(theta, None if kind == "default" else {"rope_type": kind, **merged})
 

@@ -162,8 +162,8 @@ def read_windows(
         return (None,) * layers
     if not is_count(window):
         raise CheckpointError(
-            f"{file}: sliding_window is {brief(window)}; "
-            "it must be an integer of at least 1, or null"
+            f"sliding_window is {brief(window)}; it must be an integer of at least 1, or null",
+            file=file,
         )
     if family.windows == "all":
         return (window,) * layers
@@ -172,11 +172,13 @@ def read_windows(
         first = config["max_window_layers"]
         if type(first) is not int:
             raise CheckpointError(
-                f"{file}: max_window_layers is {brief(first)}; it must be an integer"
+                f"max_window_layers is {brief(first)}; it must be an integer", file=file
             )
         return tuple(window if layer >= first else None for layer in range(layers))
     if not isinstance(types, list) or len(types) != layers:
-        raise CheckpointError(f"{file}: layer_types is {brief(types)}; it must list {layers} types")
+        raise CheckpointError(
+            f"layer_types is {brief(types)}; it must list {layers} types", file=file
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

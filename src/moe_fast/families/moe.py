@@ -397,7 +397,8 @@ def as_count(
     value = config.get(key, default)
     if type(value) is not int or value < minimum:
         raise CheckpointError(
-            f"config.json: {key} is {brief(value)}; it must be an integer of at least {minimum}"
+            f"{key} is {brief(value)}; it must be an integer of at least {minimum}",
+            file="config.json",
         )
     return value
 

@@ -28,7 +28,7 @@ class Qwen(MoeFamily):
         listed = config.get("mlp_only_layers") or []
         if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
             raise CheckpointError(
-                f"config.json: mlp_only_layers is {brief(listed)}; it must list layers"
+                f"mlp_only_layers is {brief(listed)}; it must list layers", file="config.json"
             )
         between = (layer for layer in range(num_layers) if (layer + 1) % step)
         return frozenset(between) | (frozenset(listed) & frozenset(range(num_layers)))

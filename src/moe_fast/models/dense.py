@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.dtypes import WEIGHT_DTYPES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values, read_rope, read_sizes
 from moe_fast.families.dense import DenseFamily, DenseModel, read_multipliers, read_windows
 from moe_fast.families.registry import dense_families
@@ -33,16 +33,18 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     if family is None:
         if any(key in config for key in NUM_EXPERTS_KEYS):
             raise CheckpointError(
-                f"{config_file}: the model ({model_type}) is a Mixture of Experts already; experts "
-                "are made from dense models"
+                f"the model ({model_type}) is a Mixture of Experts already; experts "
+                "are made from dense models",
+                file=config_file,
             )
         raise CheckpointError(
-            f"{config_file}: model_type {brief(model_type)} is not supported; "
-            f"supported are {', '.join(dense_families())}"
+            f"model_type {brief(model_type)} is not supported; "
+            f"supported are {', '.join(dense_families())}",
+            file=config_file,
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
-            f"{config_file}: the model is quantised; dequantise it before it becomes experts"
+            "the model is quantised; dequantise it before it becomes experts", file=config_file
         )
     config = {**family.defaults, **config}
     check_values(config, config_file)
@@ -69,8 +71,9 @@ def check_tensors(
     layers = sizes.num_hidden_layers
     if layers > len(present) or layers * len(per_layer) > 2 * len(tensors):
         raise CheckpointError(
-            f"{folder}: config.json has num_hidden_layers {layers}, "
-            f"the safetensors hold {len(tensors)} tensors of {len(present)} layers"
+            f"config.json has num_hidden_layers {layers}, "
+            f"the safetensors hold {len(tensors)} tensors of {len(present)} layers",
+            file=folder,
         )
     expected = {
         "model.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
@@ -82,21 +85,20 @@ def check_tensors(
     if not config["tie_word_embeddings"]:
         expected |= optional
     problems = [
-        f"{folder}: tensor {brief(name)} is missing" for name in expected.keys() - tensors.keys()
+        Problem("is missing", file=folder, tensor=name) for name in expected.keys() - tensors.keys()
     ]
     for name, tensor in tensors.items():
         shape = expected.get(name, optional.get(name))
         if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
             continue
-        where = f"{tensor.file.path}: tensor {brief(name)}"
         if shape is None:
-            if not name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it
-                problems.append(f"{where} is not part of a {family.model_type} model")
+            if name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it
+                continue
+            what = f"is not part of a {family.model_type} model"
         elif tensor.shape != shape:
-            problems.append(
-                f"{where} has the shape {list(tensor.shape)}, config.json makes it {list(shape)}"
-            )
+            what = f"has the shape {list(tensor.shape)}, config.json makes it {list(shape)}"
         else:
-            problems.append(f"{where} is {tensor.dtype}; F32, F16 and BF16 can be built from")
+            what = f"is {tensor.dtype}; F32, F16 and BF16 can be built from"
+        problems.append(Problem(what, file=tensor.file.path, tensor=name))
     if problems:
         raise CheckpointError(*sorted(problems))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, Problem
 from moe_fast.storage.files import is_absent, is_plain_name
 from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, read_header
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, read_json
@@ -31,10 +31,11 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     pickles = [name for name in names if PurePath(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
     if pickles:
         raise CheckpointError(
-            f"{folder}: holds {pickles[0]}, a pickle file, which can run code when opened and is "
-            "never read; save the model as safetensors (save_pretrained does)"
+            f"holds {pickles[0]}, a pickle file, which can run code when opened and is "
+            "never read; save the model as safetensors (save_pretrained does)",
+            file=folder,
         )
-    raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(f"holds neither {SINGLE_FILE} nor {INDEX_FILE}", file=folder)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -42,7 +43,7 @@ def names_in(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}") from None
+        raise CheckpointError(f"{error.strerror}", file=folder) from None
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -51,13 +52,15 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     index = read_json(path, limit=LONGEST_INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+        raise CheckpointError("weight_map must map tensor names to file names", file=path)
     named: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
             raise CheckpointError(
-                f"{path}: tensor {brief(name)}: {brief(file)} must be the name of a .safetensors "
-                "file in the same folder"
+                f"is placed in {brief(file)}; that must be the name of a .safetensors file in the "
+                "same folder",
+                file=path,
+                tensor=name,
             )
         named.setdefault(file, []).append(name)
     problems: list[str] = []
@@ -83,10 +86,10 @@ def disagreements(
     """Where a shard holds other tensors than the `names` that the index gives it."""
     for name in names:
         if name not in shard:
-            yield f"{file}: tensor {brief(name)}: named by the index, missing in the file"
+            yield Problem("is named by the index and missing in the file", file=file, tensor=name)
     for name in shard.keys() - set(names):
         place = brief(weight_map[name]) if name in weight_map else "no file"
-        yield f"{file}: tensor {brief(name)}: the index places it in {place}"
+        yield Problem(f"is placed by the index in {place}", file=file, tensor=name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -109,10 +112,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             advice += ", ..." if len(models) > MOST_NAMED else ""
         else:
             advice = ""
-        raise CheckpointError(f"{folder}: is no model folder, it has no config.json{advice}")
+        raise CheckpointError(f"is no model folder, it has no config.json{advice}", file=folder)
     config = read_json(path)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
+        raise CheckpointError("must be a JSON object", file=path)
     return config
 
 
@@ -127,7 +130,7 @@ def check_is_folder(folder: Path) -> None:
         advice = f"; it is a file, and a model is the folder with config.json: {folder.parent}"
     elif is_absent(folder):
         advice = "; there is nothing of that name"
-    raise CheckpointError(f"{folder}: is not a folder with a model{advice}")
+    raise CheckpointError(f"is not a folder with a model{advice}", file=folder)
 
 
 def without_gguf(name: str) -> str:

@@ -18,13 +18,12 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1_W3_W2, ExpertAxis
 from moe_fast.families.registry import expert_axes
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
-from moe_fast.storage.strict_json import brief
 from moe_fast.wording import counted
 
 LAYER = re.compile(
@@ -143,69 +142,78 @@ class MoeModel:
                 found[tensor.name] = (layer, None, name)
         return found
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Where the MoE layers do not hold together; empty where they do."""
-        problems = []
+        problems: list[Problem] = []
         expected = first_size(self.language_config, NUM_EXPERTS_KEYS)
         for layer in self.layers:
-            where = f"{self.path}: {layer.block}"
+            block = layer.block
             count = len(layer.experts)
             if set(layer.experts) != set(range(count)):
                 missing = min(set(range(count)) - set(layer.experts))
-                problems.append(f"{where}: expert {missing} of {count} is missing")
+                found = f"{block}: expert {missing} of {count} is missing"
+                problems.append(Problem(found, file=self.path))
             if expected is not None and count != expected:
-                problems.append(f"{where} holds {count} experts, config.json has {expected}")
+                found = f"{block} holds {count} experts, config.json has {expected}"
+                problems.append(Problem(found, file=self.path))
             shapes: dict[str, set[tuple[int, ...]]] = {}
             for number, expert in sorted(layer.experts.items()):
                 absent = [role for role in roles_of(layer, self.axis) if role not in expert]
                 if absent:
-                    problems.append(f"{where}: expert {number} has no {' and no '.join(absent)}")
+                    found = f"{block}: expert {number} has no {' and no '.join(absent)}"
+                    problems.append(Problem(found, file=self.path))
                 for role, tensor in expert.items():
                     shapes.setdefault(role, set()).add(tensor.shape)
             problems += [
-                f"{where}: {role} has several shapes: {', '.join(map(str, sorted(found)))}"
-                for role, found in shapes.items()
-                if len(found) > 1
+                Problem(
+                    f"{block}: {role} has several shapes: {', '.join(map(str, sorted(several)))}",
+                    file=self.path,
+                )
+                for role, several in shapes.items()
+                if len(several) > 1
             ]
             problems += self.router_problems(layer)
         return problems
 
-    def router_problems(self, layer: MoeLayer) -> Iterator[str]:
+    def router_problems(self, layer: MoeLayer) -> Iterator[Problem]:
         count = len(layer.experts)
         if layer.router is None:
-            yield f"{self.path}: {layer.block} has no router"
+            yield Problem(f"{layer.block} has no router", file=self.path)
         elif self.axis.obstacle is None and (
             len(layer.router.shape) != 2 or layer.router.shape[0] != count
         ):
-            yield (
-                f"{layer.router.file.path}: tensor {layer.router.name!r} has the shape "
-                f"{list(layer.router.shape)} for {count} experts"
+            yield Problem(
+                f"has the shape {list(layer.router.shape)} for {count} experts",
+                file=layer.router.file.path,
+                tensor=layer.router.name,
             )
 
-    def surgery_problems(self) -> list[str]:
+    def surgery_problems(self) -> list[Problem]:
         """Why experts of this model cannot be taken out, copied or moved; empty where they can."""
         problems = self.problems()
         if self.axis.obstacle is not None:
-            problems.append(f"{self.path}: {self.model_type}: {self.axis.obstacle}")
+            obstacle = f"{self.model_type}: {self.axis.obstacle}"
+            problems.append(Problem(obstacle, file=self.path))
         for layer in self.layers:
             count = len(layer.experts)
             for tensor in layer.counted.values():
                 if not is_counted(tensor, count) and tensor is not layer.router:
-                    problems.append(
-                        f"{tensor.file.path}: tensor {tensor.name!r} has the shape "
-                        f"{list(tensor.shape)} for {count} experts"
-                    )
+                    shape = f"has the shape {list(tensor.shape)} for {count} experts"
+                    problems.append(Problem(shape, file=tensor.file.path, tensor=tensor.name))
             suffixes = {suffix for tensors in layer.own.values() for suffix in tensors}
             for expert, tensors in sorted(layer.own.items()):
                 problems += [
-                    f"{self.path}: {layer.block}.experts.{expert}.{suffix} is missing; other "
-                    "experts of the layer have it"
+                    Problem(
+                        f"{layer.block}.experts.{expert}.{suffix} is missing; other experts of "
+                        "the layer have it",
+                        file=self.path,
+                    )
                     for suffix in sorted(suffixes - tensors.keys())
                 ]
             problems += self.unplaced(layer)
         return problems
 
-    def unplaced(self, layer: MoeLayer) -> Iterator[str]:
+    def unplaced(self, layer: MoeLayer) -> Iterator[Problem]:
         """Tensors of a layer that seem to count experts, and that nothing is known of."""
         count = len(layer.experts)
         beginning = LAYER.match(f"{layer.block}.")
@@ -215,9 +223,11 @@ class MoeModel:
             if name in self.places or SHARED.search(rest) or not SUSPECTS.search(rest):
                 continue
             if count in tensor.shape[:1] or tensor.shape == (1, count):
-                yield (
-                    f"{tensor.file.path}: tensor {brief(name)} of shape {list(tensor.shape)} may "
-                    f"count the {count} experts, and {self.model_type} is not known to have it"
+                yield Problem(
+                    f"of shape {list(tensor.shape)} may count the {count} experts, and "
+                    f"{self.model_type} is not known to have it",
+                    file=tensor.file.path,
+                    tensor=name,
                 )
 
     def layer_tensors(self, prefix: str) -> list[tuple[str, Tensor]]:

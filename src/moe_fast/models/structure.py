@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.config import Layout
+from moe_fast.errors import Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, read_rope, read_sizes
 from moe_fast.families.moe import MoeFamily, Shapes, as_count
 from moe_fast.families.registry import dense_families, moe_families
@@ -14,7 +15,7 @@ from moe_fast.models.moe import MoeModel
 MOST_AHEAD = 64  # layers that predict ahead, far above what models have
 
 
-def structure_problems(model: MoeModel) -> list[str]:
+def structure_problems(model: MoeModel) -> list[Problem]:
     """Where configuration and tensors are not those of the model's family.
 
     Raises
@@ -36,29 +37,33 @@ def structure_problems(model: MoeModel) -> list[str]:
     }
     if sizes.num_hidden_layers != len(present):  # before looping over a number from a file
         return [
-            f"{file}: num_hidden_layers is {sizes.num_hidden_layers}, "
-            f"the safetensors hold tensors of {len(present)} layers"
+            Problem(
+                f"num_hidden_layers is {sizes.num_hidden_layers}, "
+                f"the safetensors hold tensors of {len(present)} layers",
+                file=file,
+            )
         ]
     problems = list(config_problems(model))
     expected = expected_shapes(family, model, config, sizes)
     problems += [
-        f"{model.path}: tensor {name!r} is missing"
+        Problem("is missing", file=model.path, tensor=name)
         for name in expected
         if name not in model.tensors
     ]
     for name, tensor in model.tensors.items():
-        where = f"{tensor.file.path}: tensor {name!r}"
         if name in ahead:
             continue
         if name not in expected:
-            optional = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
-            if not optional:
-                problems.append(f"{where} is not part of a {family.title} model")
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):  # optional
+                continue
+            what = f"is not part of a {family.title} model"
         elif tensor.shape != expected[name]:
-            problems.append(
-                f"{where} has the shape {list(tensor.shape)}, "
-                f"config.json makes it {list(expected[name])}"
+            what = (
+                f"has the shape {list(tensor.shape)}, config.json makes it {list(expected[name])}"
             )
+        else:
+            continue
+        problems.append(Problem(what, file=tensor.file.path, tensor=name))
     return problems
 
 
@@ -71,26 +76,30 @@ def prediction_tensors(model: MoeModel, num_layers: int) -> set[str]:
     return {name for name in model.tensors if name.startswith(prefixes)}
 
 
-def config_problems(model: MoeModel) -> Iterator[str]:
+def config_problems(model: MoeModel) -> Iterator[Problem]:
     """Keys that decide how tokens are routed, and do not fit the experts that are there."""
     file = model.path / "config.json"
     for key in NUM_EXPERTS_KEYS:
         value = model.config.get(key)
         if value is not None and value != model.num_experts:
-            yield f"{file}: {key} is {value!r}, the safetensors hold {model.num_experts} experts"
+            yield Problem(
+                f"{key} is {value!r}, the safetensors hold {model.num_experts} experts", file=file
+            )
     top_k = model.config.get("num_experts_per_tok")
     if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= model.num_experts):
-        yield (
-            f"{file}: num_experts_per_tok is {top_k!r}; "
-            f"it must be an integer from 1 to {model.num_experts}"
+        yield Problem(
+            f"num_experts_per_tok is {top_k!r}; "
+            f"it must be an integer from 1 to {model.num_experts}",
+            file=file,
         )
     theta, parameters = model.config.get("rope_theta"), model.config.get("rope_parameters")
     if theta is not None and isinstance(parameters, Mapping):
         other = parameters.get("rope_theta", theta)
         if other != theta:
-            yield (
-                f"{file}: rope_theta is {theta}, that of rope_parameters {other}; "
-                "transformers 4 takes the first, 5 the second"
+            yield Problem(
+                f"rope_theta is {theta}, that of rope_parameters {other}; "
+                "transformers 4 takes the first, 5 the second",
+                file=file,
             )
 
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from moe_fast.errors import RecipeError
+from moe_fast.errors import Problem, RecipeError
 
 LARGEST_FILE = 1_000_000  # bytes
 DEEPEST_NESTING = 16
@@ -88,34 +88,38 @@ def compose(path: Path) -> Node:
             self.depth += 1
             if self.depth > DEEPEST_NESTING:
                 line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-                raise RecipeError(f"{path}:{line}: nested deeper than {DEEPEST_NESTING} levels")
+                deep = f"nested deeper than {DEEPEST_NESTING} levels"
+                raise RecipeError(Problem(deep, file=path, line=line))
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
 
     if not path.is_file():
-        raise RecipeError(f"{path}: is no file")
+        raise RecipeError("is no file", file=path)
     with path.open("rb") as stream:
         data = stream.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
-        raise RecipeError(f"{path}: is longer than {LARGEST_FILE} bytes; a recipe is a short text")
+        raise RecipeError(
+            f"is longer than {LARGEST_FILE} bytes; a recipe is a short text", file=path
+        )
     try:
         found: Any = Composer(data.decode("utf-8-sig")).get_single_node()
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8: {error}") from None
+        raise RecipeError(f"is not UTF-8: {error}", file=path) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = "" if mark is None else f":{mark.line + 1}"
+        line = None if mark is None else mark.line + 1
         reason = ", ".join(filter(None, (error.context, error.problem)))
-        raise RecipeError(f"{path}{line}: is not YAML: {reason}") from None
+        raise RecipeError(Problem(f"is not YAML: {reason}", file=path, line=line)) from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not YAML: {error}") from None
+        raise RecipeError(f"is not YAML: {error}", file=path) from None
     if found is None or is_nothing(found):
-        raise RecipeError(f"{path}: is empty")
+        raise RecipeError("is empty", file=path)
     node: Node = found
     if number_of_nodes(node, {}) > MOST_NODES:
         raise RecipeError(
-            f"{path}: its aliases stand for more than {MOST_NODES} values, or for what holds them"
+            f"its aliases stand for more than {MOST_NODES} values, or for what holds them",
+            file=path,
         )
     return node
 
@@ -137,9 +141,9 @@ class Reader:
         self.path = path
         self.problems: list[str] = []
 
-    def at(self, entry: Entry, text: str) -> str:
+    def at(self, entry: Entry, text: str) -> Problem:
         where = f"{entry.where}: " if entry.where else ""
-        return f"{self.path}:{entry.node.start_mark.line + 1}: {where}{text}"
+        return Problem(where + text, file=self.path, line=entry.node.start_mark.line + 1)
 
     def problem(self, entry: Entry, text: str) -> None:
         self.problems.append(self.at(entry, text))

@@ -226,12 +226,13 @@ class RecipeReader(Reader):
             try:
                 as_source(plain(expert))
             except MoeConfigError as error:
-                self.problem(expert, str(error))
+                (problem,) = error.problems
+                self.problem(expert.value.get(problem.argument, expert), problem.what)
         asked = plain(keys)
         try:
             as_config(asked).validate()
         except MoeConfigError as error:
-            self.problem(keys.get("experts_per_token", listed), str(error))
+            self.problem(keys.get("experts_per_token", listed), error.problems[0].what)
         self.check_prompts(listed.value, shared, asked)
 
     def check_prompts(
@@ -324,8 +325,8 @@ def dtype(node: Node, where: str) -> Dtype:
 def target(node: Node, where: str) -> str:
     try:
         return as_target_name(text(node, where))
-    except CheckpointError as error:
-        raise Wrong(node, str(error)) from None
+    except MoeConfigError as error:
+        raise Wrong(node, error.problems[0].what) from None
 
 
 def architecture(node: Node, where: str) -> str:

@@ -88,12 +88,14 @@ def predict_load(
     """
     weights = np.asarray(routers)
     if weights.ndim != 3:
-        raise MoeConfigError(f"routers must have the shape (L, E, H), got {weights.shape}")
+        raise MoeConfigError(
+            f"must have the shape (L, E, H), got {weights.shape}", argument="routers"
+        )
     num_layers, num_experts, hidden_size = weights.shape
     stats = RoutingStats(MoeConfig(num_experts, num_experts_per_tok), num_layers)
     weights = weights.astype(np.float32)
     if not np.isfinite(weights).all():
-        raise MoeConfigError("routers must be finite in float32")
+        raise MoeConfigError("must be finite in float32", argument="routers")
     if hidden_states is None:
         for layer, router in enumerate(weights):
             stats.update(as_finite_logits(random_logits(router), layer), layer)
@@ -108,8 +110,9 @@ def predict_load(
             some = inputs[start : start + step].astype(np.float32)
             if not np.isfinite(some).all():
                 raise MoeConfigError(
-                    "hidden_states must be finite in float32; "
-                    f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not"
+                    "must be finite in float32; "
+                    f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not",
+                    argument="hidden_states",
                 )
             with np.errstate(over="ignore", invalid="ignore"):
                 logits = (some @ router.T)[:, equals]
@@ -129,17 +132,22 @@ def as_hidden_states(
     """The argument `hidden_states`, its dtype and shape checked; no number is looked at."""
     tokens = np.asarray(hidden_states)
     if tokens.dtype.kind not in "fiu" and tokens.dtype.name != "bfloat16":
-        raise MoeConfigError(f"hidden_states must hold real numbers, got dtype {tokens.dtype}")
+        raise MoeConfigError(
+            f"must hold real numbers, got dtype {tokens.dtype}", argument="hidden_states"
+        )
     if tokens.ndim not in (2, 3) or tokens.shape[:-2] + tokens.shape[-1:] not in (
         (hidden_size,),
         (num_layers, hidden_size),
     ):
         raise MoeConfigError(
-            f"hidden_states must have the shape (T, {hidden_size}) or "
-            f"({num_layers}, T, {hidden_size}), got {tokens.shape}"
+            f"must have the shape (T, {hidden_size}) or "
+            f"({num_layers}, T, {hidden_size}), got {tokens.shape}",
+            argument="hidden_states",
         )
     if tokens.shape[-2] == 0:
-        raise MoeConfigError(f"hidden_states hold no token: their shape is {tokens.shape}")
+        raise MoeConfigError(
+            f"hold no token: their shape is {tokens.shape}", argument="hidden_states"
+        )
     return tokens
 
 

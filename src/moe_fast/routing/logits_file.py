@@ -13,13 +13,12 @@ import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.dtypes import DTYPE_NAMES, as_dtype
-from moe_fast.errors import CheckpointError, RoutingError
+from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
 from moe_fast.routing.router import ENCODINGS, RoutingOptions
 from moe_fast.routing.statistics import RoutingStats
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.npy import map_npy
 from moe_fast.storage.safetensors_header import Tensor, read_header
-from moe_fast.storage.strict_json import brief
 
 __all__ = ["LayerLogits", "read_logits", "statistics_of_file"]
 # Far above what models have; each takes a few kilobytes of statistics.
@@ -29,7 +28,9 @@ MOST_LAYERS = 2**16
 class LayerLogits(NamedTuple):
     """The logits of one layer's router, `[T, E]`, and where they stand, for messages."""
 
-    where: str
+    path: Path
+    tensor: str | None
+    layer: int | None
     logits: npt.NDArray[Any]
 
 
@@ -41,26 +42,30 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
 
     Raises
     ------
+    MoeConfigError
+        For a path of another ending.
     CheckpointError
-        For anything else: the message names the file and the tensor. Nothing is unpickled.
+        For a file that holds anything else: the message names the tensor. Nothing is unpickled.
     """
     path = Path(path)
     if path.suffix == ".npy":
         open_regular(path).close()
-        arrays = [(str(path), map_npy(path))]
+        arrays: list[tuple[str | None, npt.NDArray[Any]]] = [(None, map_npy(path))]
     elif path.suffix == ".safetensors":
         tensors = sorted(read_header(path).values(), key=lambda tensor: by_number(tensor.name))
-        arrays = [(f"{path}: tensor {brief(t.name)}", mapped(path, t)) for t in tensors]
+        arrays = [(tensor.name, mapped(path, tensor)) for tensor in tensors]
     else:
-        raise CheckpointError(f"{path}: must end in .npy or .safetensors")
+        raise MoeConfigError(
+            f"must end in .npy or .safetensors, got {str(path)!r}", argument="path"
+        )
     if not arrays:
-        raise CheckpointError(f"{path}: holds no tensor")
+        raise CheckpointError("holds no tensor", file=path)
     layers = sum(len(array) if array.ndim == 3 else 1 for _, array in arrays)
-    for where, array in arrays:
-        check(where, array, arrays[0][1])
+    for name, array in arrays:
+        check(path, name, array, arrays[0][1])
     if layers > MOST_LAYERS:
-        raise CheckpointError(f"{path}: holds {layers} layers, at most {MOST_LAYERS} are read")
-    return [layer for where, array in arrays for layer in layers_of(where, array)]
+        raise CheckpointError(f"holds {layers} layers, at most {MOST_LAYERS} are read", file=path)
+    return [layer for name, array in arrays for layer in layers_of(path, name, array)]
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
@@ -70,44 +75,44 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 
 def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
-    where = f"{path}: tensor {brief(tensor.name)}"
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{where}: is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}")
+        raise CheckpointError(
+            f"is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}", file=path, tensor=tensor.name
+        )
     if tensor.nbytes == 0:
-        raise CheckpointError(f"{where}: is empty, its shape is {list(tensor.shape)}")
+        raise CheckpointError(
+            f"is empty, its shape is {list(tensor.shape)}", file=path, tensor=tensor.name
+        )
     dtype = as_dtype(DTYPE_NAMES[tensor.dtype])
     with open_regular(path) as stream:
         tensor.file.check_unchanged(stream)
         return np.memmap(stream, dtype, "r", tensor.offset, tensor.shape)
 
 
-def check(where: str, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
-    """Raise `CheckpointError` for what is no logits, or of another number of experts than `first`.
+def check(path: Path, name: str | None, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
+    """Raise `CheckpointError` for an array that is no logits, or has another number of experts.
 
-    `where` is the beginning of the message.
+    `name` is that of its tensor, if the file has any. The number of experts is that of `first`.
     """
     if array.dtype.name not in ENCODINGS:
-        raise CheckpointError(
-            f"{where}: is {array.dtype}; logits are float32, float64, bfloat16 or float16"
-        )
-    if array.ndim not in (2, 3):
-        raise CheckpointError(
-            f"{where}: must have the shape [T, E] or [L, T, E], got {list(array.shape)}"
-        )
-    if not array.size:
-        raise CheckpointError(f"{where}: is empty, its shape is {list(array.shape)}")
-    if array.shape[-1] != first.shape[-1]:
-        raise CheckpointError(
-            f"{where}: has {array.shape[-1]} experts, the first tensor {first.shape[-1]}"
-        )
+        what = f"is {array.dtype}; logits are float32, float64, bfloat16 or float16"
+    elif array.ndim not in (2, 3):
+        what = f"must have the shape [T, E] or [L, T, E], got {list(array.shape)}"
+    elif not array.size:
+        what = f"is empty, its shape is {list(array.shape)}"
+    elif array.shape[-1] != first.shape[-1]:
+        what = f"has {array.shape[-1]} experts, the first tensor {first.shape[-1]}"
+    else:
+        return
+    raise CheckpointError(what, file=path, tensor=name)
 
 
-def layers_of(where: str, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
+def layers_of(path: Path, name: str | None, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
     if array.ndim == 2:
-        yield LayerLogits(where, array)
+        yield LayerLogits(path, name, None, array)
     else:
         for layer, logits in enumerate(array):
-            yield LayerLogits(f"{where}: layer {layer}", logits)
+            yield LayerLogits(path, name, layer, logits)
 
 
 def statistics_of_file(
@@ -159,9 +164,12 @@ def statistics_of_file(
         num_experts_per_tok = 1 if routing_method == RoutingMethod.SWITCH_TRANSFORMER else 2
     config = MoeConfig(layers[0].logits.shape[-1], num_experts_per_tok, routing_method)
     stats = RoutingStats(config, len(layers), capacity_factors=capacity_factors, **options)
-    for number, (where, logits) in enumerate(layers):
+    for number, (file, tensor, layer, logits) in enumerate(layers):
         try:
             stats.update(logits, number, tokens_per_batch=tokens_per_batch, threads=threads)
         except RoutingError as error:
-            raise RoutingError(f"{where}: {error}") from None
+            where = "" if layer is None else f"layer {layer}: "
+            raise RoutingError(
+                f"cannot be routed: {where}{error}", file=file, tensor=tensor
+            ) from None
     return stats

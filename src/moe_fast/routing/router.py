@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.errors import MoeConfigError, RoutingError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.reports import pandas_frame
 from moe_fast.threads import as_threads, share
 
@@ -252,14 +252,17 @@ class Routing:
         """
         if self.method is RoutingMethod.EXPERT_CHOICE:
             if width is not None:
-                raise MoeConfigError("width is for top-k and Switch: expert choice is full")
+                raise MoeConfigError(
+                    "is for top-k and Switch: expert choice is full", argument="width"
+                )
             return self._indices, self.weights
         fullest = int(self.tokens_per_expert.max())
         if width is None:
             width = fullest if self.capacity is None else self.capacity
         if as_index(width, "width") < fullest:
             raise MoeConfigError(
-                f"width must be at least {fullest}, the tokens of the fullest expert, got {width}"
+                f"must be at least {fullest}, the tokens of the fullest expert, got {width}",
+                argument="width",
             )
         k = self._indices.shape[1]
         pairs = self.permutation
@@ -493,34 +496,41 @@ def checked_rule(
 ) -> Rule:
     """The options, defaults filled in by method, each checked."""
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+        raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
     config.validate()
     method = config.routing_method
     k = config.num_experts_per_tok
     if scores not in ("softmax", "sigmoid"):
-        raise MoeConfigError(f"scores must be 'softmax' or 'sigmoid', got {scores!r}")
+        raise MoeConfigError(f"must be 'softmax' or 'sigmoid', got {scores!r}", argument="scores")
     if drop_policy not in (None, "position", "probs"):
-        raise MoeConfigError(f"drop_policy must be 'position' or 'probs', got {drop_policy!r}")
+        raise MoeConfigError(
+            f"must be 'position' or 'probs', got {drop_policy!r}", argument="drop_policy"
+        )
     if method is RoutingMethod.EXPERT_CHOICE:
         given = (norm_topk_prob, biased or None, n_group > 1 or None, topk_group, drop_policy)
         for name, value in zip(TOKEN_CHOICE_ONLY, given, strict=True):
             if value is not None:
-                raise MoeConfigError(f"{name} has no meaning for expert_choice")
+                raise MoeConfigError("has no meaning for expert_choice", argument=name)
     elif sorted:
-        raise MoeConfigError(f"sorted has no meaning for {method}: its experts stand best first")
+        raise MoeConfigError(
+            f"has no meaning for {method}: its experts stand best first", argument="sorted"
+        )
     if method is RoutingMethod.SWITCH_TRANSFORMER:
         if k != 1:
             raise MoeConfigError(
-                "switch_transformer sends a token to one expert: "
-                f"num_experts_per_tok must be 1, got {k}"
+                f"must be 1 for switch_transformer, which sends a token to one expert, got {k}",
+                argument="num_experts_per_tok",
             )
         if norm_topk_prob:
             raise MoeConfigError(
-                "norm_topk_prob has no meaning for switch_transformer: one weight would become 1"
+                "has no meaning for switch_transformer: one weight would become 1",
+                argument="norm_topk_prob",
             )
     scale = as_number(routed_scaling_factor, "routed_scaling_factor")
     if not 0 < scale <= float(np.finfo(np.float32).max):
-        raise MoeConfigError(f"routed_scaling_factor must be a positive number, got {scale}")
+        raise MoeConfigError(
+            f"must be a positive number, got {scale}", argument="routed_scaling_factor"
+        )
     if capacity_factor is None:
         factor = {
             RoutingMethod.TOP_K: math.inf,
@@ -530,7 +540,7 @@ def checked_rule(
     else:
         factor = as_number(capacity_factor, "capacity_factor")
         if not factor >= 0:
-            raise MoeConfigError(f"capacity_factor must be at least 0, got {factor}")
+            raise MoeConfigError(f"must be at least 0, got {factor}", argument="capacity_factor")
     groups = checked_groups(config, n_group, topk_group, experts_per_group_score, scores)
     by_score = scores == "sigmoid" or biased or groups["n_group"] > 1
     return Rule(
@@ -563,22 +573,28 @@ def checked_groups(
     size = config.num_experts // n_group
     if size * n_group != config.num_experts:
         raise MoeConfigError(
-            f"n_group must divide num_experts ({config.num_experts}), got {n_group}"
+            f"must divide {config.num_experts}, the number of experts, got {n_group}",
+            argument="n_group",
         )
     topk_group = as_index(n_group if topk_group is None else topk_group, "topk_group", minimum=1)
     if topk_group > n_group:
-        raise MoeConfigError(f"topk_group must not exceed n_group ({n_group}), got {topk_group}")
+        raise MoeConfigError(
+            f"must be at most {n_group}, the number of groups, got {topk_group}",
+            argument="topk_group",
+        )
     if topk_group * size < config.num_experts_per_tok:
         raise MoeConfigError(
-            f"topk_group ({topk_group}) groups of {size} experts hold fewer than "
-            f"num_experts_per_tok ({config.num_experts_per_tok})"
+            f"must give a token at least {config.num_experts_per_tok} experts to choose from, "
+            f"got {topk_group} of {size} experts each",
+            argument="topk_group",
         )
     if experts_per_group_score is None:
         experts_per_group_score = min(size, 2 if scores == "sigmoid" else 1)
     best = as_index(experts_per_group_score, "experts_per_group_score", minimum=1)
     if best > size:
         raise MoeConfigError(
-            f"experts_per_group_score must not exceed the {size} experts of a group, got {best}"
+            f"must not exceed the {size} experts of a group, got {best}",
+            argument="experts_per_group_score",
         )
     if topk_group == n_group:
         n_group = topk_group = 1
@@ -592,11 +608,13 @@ def readable(
     array = np.asarray(logits)
     encoding, dtype = reading(array.dtype)
     if dtype is None:
-        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {array.dtype}")
+        raise ArgumentTypeError(
+            f"must be float32, float64, bfloat16 or float16, got {array.dtype}", argument="logits"
+        )
     if array.ndim != 2 or array.shape[1] != num_experts:
         raise RoutingError(
-            f"logits must have the shape (num_tokens, num_experts = {num_experts}), "
-            f"got {array.shape}"
+            f"must have the shape (num_tokens, num_experts = {num_experts}), got {array.shape}",
+            argument="logits",
         )
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -621,15 +639,15 @@ def as_bias(
         return None
     array = np.asarray(bias)
     if reading(array.dtype)[1] is None and array.dtype.kind not in "iu":
-        raise TypeError(f"selection_bias must hold numbers, got {array.dtype}")
+        raise ArgumentTypeError(f"must hold numbers, got {array.dtype}", argument="selection_bias")
     if array.shape != (num_experts,):
         raise MoeConfigError(
-            f"selection_bias must have the shape (num_experts,) = ({num_experts},), "
-            f"got {array.shape}"
+            f"must have the shape (num_experts,) = ({num_experts},), got {array.shape}",
+            argument="selection_bias",
         )
     array = np.ascontiguousarray(array, dtype)
     if not np.isfinite(array).all():
-        raise MoeConfigError("selection_bias must be finite")
+        raise MoeConfigError("must be finite", argument="selection_bias")
     return array
 
 
@@ -643,13 +661,14 @@ def reuse(
 ) -> None:
     """Make `out` ready to be written over; an error says where it does not fit."""
     if not isinstance(out, Routing):
-        raise TypeError(f"out must be a Routing, got {type(out).__name__}")
+        raise ArgumentTypeError(f"must be a Routing, got {type(out).__name__}", argument="out")
     found = (out.method, out.num_tokens, out.num_experts, out.weights.shape, out.weights.dtype)
     if found != (rule.method, num_tokens, rule.num_experts, shape, dtype):
         raise MoeConfigError(
-            f"out must be a routing by {rule.method} of {num_tokens} tokens to "
+            f"must be a routing by {rule.method} of {num_tokens} tokens to "
             f"{rule.num_experts} experts with {dtype} weights of shape {shape}, got {out!r} "
-            f"with {out.weights.dtype} weights of shape {out.weights.shape}"
+            f"with {out.weights.dtype} weights of shape {out.weights.shape}",
+            argument="out",
         )
     out._asked = None
     out.capacity = capacity
@@ -780,7 +799,7 @@ def experts_choose(
 def raise_for_nan(first_bad: Iterable[int]) -> None:
     bad = [token for token in first_bad if token >= 0]
     if bad:
-        raise RoutingError(f"logits of token {min(bad)} hold a NaN")
+        raise RoutingError(f"of token {min(bad)} hold a NaN", argument="logits")
 
 
 def specialisation(dtype: np.dtype[Any]) -> str:

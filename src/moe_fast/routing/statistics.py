@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.errors import MoeConfigError, RoutingError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.reports import pandas_frame
 from moe_fast.routing.router import (
     LANES,
@@ -173,18 +173,24 @@ class RoutingStats:
         """
         layer = as_index(layer, "layer")
         if layer >= self.num_layers:
-            raise MoeConfigError(f"layer must be below num_layers ({self.num_layers}), got {layer}")
+            raise MoeConfigError(
+                f"must be below {self.num_layers}, the number of layers, got {layer}",
+                argument="layer",
+            )
         array = np.asarray(logits)
         if array.ndim == 3:
             raise RoutingError(
-                f"logits {array.shape} are those of several layers; give one at a time, as in "
-                "update(logits[2], layer=2)"
+                f"of shape {array.shape} are those of several layers; give one at a time, as in "
+                "update(logits[2], layer=2)",
+                argument="logits",
             )
         # What cannot be read as it stands is copied, and that only a piece at a time.
         readable(array[:0] if array.ndim == 2 else array, self.config.num_experts)
         num_tokens = len(array)
         if self.num_tokens[layer] + num_tokens > MOST_TOKENS:
-            raise MoeConfigError(f"logits hold too many tokens: at most {MOST_TOKENS} to a layer")
+            raise MoeConfigError(
+                f"hold too many tokens: at most {MOST_TOKENS} to a layer", argument="logits"
+            )
         added = RoutingStats(self.config, capacity_factors=self.capacity_factors, **self.options)
         size = num_tokens if tokens_per_batch is None else tokens_per_batch
         size = max(1, as_index(size, "tokens_per_batch", minimum=0 if num_tokens == 0 else 1))
@@ -595,7 +601,9 @@ def as_sums(sums: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         (type(value) is int and 0 <= value < 2**63) or (name == "square" and value >= 0)
         for value in found.flat
     ):
-        raise MoeConfigError(f"sums must hold {name!r} as integers of the shape {list(shape)}")
+        raise MoeConfigError(
+            f"must hold {name!r} as integers of the shape {list(shape)}", argument="sums"
+        )
     return found
 
 
@@ -633,7 +641,7 @@ def as_factors(capacity_factors: Sequence[float]) -> tuple[float, ...]:
     factors = tuple(as_number(factor, "capacity_factors") for factor in capacity_factors)
     for factor in factors:
         if not factor >= 0:
-            raise MoeConfigError(f"capacity_factors must be at least 0, got {factor}")
+            raise MoeConfigError(f"must be at least 0, got {factor}", argument="capacity_factors")
     return factors
 
 
@@ -692,7 +700,7 @@ def plan_capacity(
                 shares[layer, i] = quotient(dropped, counts.sum())
         return shares
     if not isinstance(config, MoeConfig):
-        raise TypeError(f"config must be a MoeConfig, got {config!r}")
+        raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
     refuse_expert_choice(config)
     stats = RoutingStats(config, capacity_factors=factors, **options)
     stats.update(source, tokens_per_batch=tokens_per_batch, threads=threads)

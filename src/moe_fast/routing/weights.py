@@ -14,7 +14,7 @@ from moe_fast import kernels
 from moe_fast.checks import as_index, as_member
 from moe_fast.config import RouterInit
 from moe_fast.dtypes import as_dtype, kernel_name, wrong_dtype
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.threads import as_threads, share
 
 __all__ = ["compute_gate_weights", "compute_router_weights"]
@@ -261,11 +261,14 @@ def as_rows(rows: Any, size: int) -> tuple[int, int]:
     try:
         start, stop = rows
     except (TypeError, ValueError):
-        raise TypeError(f"rows must be a pair (start, stop), got {reprlib.repr(rows)}") from None
+        raise ArgumentTypeError(
+            f"must be a pair (start, stop), got {reprlib.repr(rows)}", argument="rows"
+        ) from None
     start, stop = as_index(start, "rows[0]"), as_index(stop, "rows[1]")
     if not start <= stop <= size:
         raise MoeConfigError(
-            f"rows must be (start, stop) with start <= stop <= {size}, got {(start, stop)}"
+            f"must be (start, stop) with start <= stop <= {size}, got {(start, stop)}",
+            argument="rows",
         )
     return start, stop
 
@@ -277,14 +280,15 @@ def as_output(
     if out is None:
         return aligned(shape, as_dtype(dtype))
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+        raise ArgumentTypeError(f"must be a NumPy array, got {type(out).__name__}", argument="out")
     wanted = out.dtype if dtype is None else as_dtype(dtype)
     if out.shape != shape or out.dtype != wanted:
         raise MoeConfigError(
-            f"out must have the shape {shape} and dtype {wanted}, got {out.shape} and {out.dtype}"
+            f"must have the shape {shape} and dtype {wanted}, got {out.shape} and {out.dtype}",
+            argument="out",
         )
     if not out.flags.carray:
-        raise MoeConfigError("out must be C-contiguous, aligned, writable")
+        raise MoeConfigError("must be C-contiguous, aligned, writable", argument="out")
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.dtypes import DTYPE_CODES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.tensors import FORMAT
 
@@ -26,9 +26,10 @@ def write_router_weights(
 
     Raises
     ------
+    MoeConfigError
+        For a path of another ending, or bfloat16 in a `.npy` file, which NumPy could not read back.
     CheckpointError
-        For a path of another ending, one that exists, or bfloat16 in a `.npy` file, which NumPy
-        could not read back.
+        For a file that exists.
 
     Examples
     --------
@@ -41,13 +42,18 @@ def write_router_weights(
     """
     path = Path(path)
     if path.suffix not in (".npy", ".safetensors"):
-        raise CheckpointError(f"{path}: must end in .npy or .safetensors")
+        raise MoeConfigError(
+            f"must end in .npy or .safetensors, got {str(path)!r}", argument="path"
+        )
     if path.suffix == ".npy" and weights.dtype.name == "bfloat16":
-        raise CheckpointError(f"{path}: .npy files know no bfloat16; .safetensors files do")
+        raise MoeConfigError(
+            f"must end in .safetensors for bfloat16, got {str(path)!r}", argument="path"
+        )
     if path.exists() and not overwrite:
         raise CheckpointError(
-            f"{path}: exists already; choose another file, or replace it: --overwrite, "
-            "in Python overwrite=True"
+            "exists already; choose another file, or replace it: --overwrite, "
+            "in Python overwrite=True",
+            file=path,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -23,7 +23,7 @@ class SourceFile(NamedTuple):
         """Raise `CheckpointError` unless the open `stream` is still the file described here."""
         status = os.fstat(stream.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise CheckpointError(f"{self.path}: changed while it was being read")
+            raise CheckpointError("changed while it was being read", file=self.path)
 
 
 # Far below what systems let a process have open; models may stand in more files than that.
@@ -81,8 +81,8 @@ def open_regular(path: Path) -> FileIO:
                 return stream
             stream.close()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{error.strerror}", file=path) from None
+    raise CheckpointError("is not a regular file", file=path)
 
 
 def read_exactly(stream: FileIO, count: int, path: str) -> bytearray:
@@ -103,7 +103,7 @@ def fill(buffer: memoryview, stream: FileIO, path: str) -> None:
     while buffer:
         count = stream.readinto(buffer)
         if not count:
-            raise CheckpointError(f"{path}: ended at byte {stream.tell()} while being read")
+            raise CheckpointError(f"ended at byte {stream.tell()} while being read", file=path)
         buffer = buffer[count:]
 
 

@@ -28,5 +28,5 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read as a .npy file: {reason}") from None
+        raise CheckpointError(f"cannot be read as a .npy file: {reason}", file=path) from None
     return array

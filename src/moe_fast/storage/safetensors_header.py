@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.files import SourceFile, open_regular
-from moe_fast.storage.strict_json import BRIEFLY, brief, is_size, parse_json
+from moe_fast.storage.strict_json import brief, is_size, parse_json
 
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 MOST_DIMENSIONS = 64
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BRIEFLY.maxstring = BRIEFLY.maxother = 200
 
 
 class Tensor(NamedTuple):
@@ -55,25 +54,26 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= status.st_size - 8:
             raise CheckpointError(
-                f"{path}: the header's length is {length} bytes in a file of {status.st_size} "
-                "bytes; the file is truncated or no safetensors file"
+                f"the header's length is {length} bytes in a file of {status.st_size} "
+                "bytes; the file is truncated or no safetensors file",
+                file=path,
             )
         if length > LONGEST_HEADER:
             raise CheckpointError(
-                f"{path}: the header's length is {length} bytes, more than {LONGEST_HEADER}"
+                f"the header's length is {length} bytes, more than {LONGEST_HEADER}", file=path
             )
         text = stream.read(length)
     if len(text) < length:
-        raise CheckpointError(f"{path}: ended while its header was being read")
+        raise CheckpointError("ended while its header was being read", file=path)
     file = SourceFile(
         str(path), status.st_size, status.st_mtime_ns, sha256(prefix + text).hexdigest()
     )
     header = parse_json(text, path)
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header must be a JSON object")
+        raise CheckpointError("the header must be a JSON object", file=path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+        raise CheckpointError("__metadata__ must map strings to strings", file=path)
     data_start = 8 + length
     tensors = [checked_entry(name, e, file, data_start) for name, e in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
@@ -82,46 +82,47 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
         if tensor.offset != position:
             fault = "overlaps the one before" if tensor.offset < position else "leaves a hole"
             raise CheckpointError(
-                f"{path}: tensor {brief(tensor.name)}: starts at byte "
+                "starts at byte "
                 f"{tensor.offset - data_start} of the data, {fault}, which ends at "
-                f"{position - data_start}"
+                f"{position - data_start}",
+                file=path,
+                tensor=tensor.name,
             )
         position += tensor.nbytes
     if position != status.st_size:
         raise CheckpointError(
-            f"{path}: the tensors end at byte {position}, the file at {status.st_size}"
+            f"the tensors end at byte {position}, the file at {status.st_size}", file=path
         )
     return {t.name: t for t in tensors}, metadata
 
 
 def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{file.path}: tensor {brief(name)}: {what}")
+        return CheckpointError(what, file=file.path, tensor=name)
 
     if not is_unicode(name):
-        raise wrong("the name is not Unicode")
+        raise wrong("has a name that is not Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise wrong("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise wrong(f"unknown dtype {brief(dtype)}; known are {', '.join(ITEM_SIZES)}")
+        raise wrong(f"has the unknown dtype {brief(dtype)}; known are {', '.join(ITEM_SIZES)}")
     if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
-        raise wrong(f"shape has {len(shape)} dimensions")
+        raise wrong(f"has {len(shape)} dimensions, more than {MOST_DIMENSIONS}")
     if not isinstance(shape, list) or not all(is_size(n) for n in shape):
-        raise wrong(f"shape must list sizes of at least 0, got {brief(shape)}")
+        raise wrong(f"must have a shape of sizes of at least 0, got {brief(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
-        raise wrong(f"data_offsets must be [begin, end], got {brief(offsets)}")
+        raise wrong(f"must have data_offsets [begin, end], got {brief(offsets)}")
     begin, end = offsets
     if not begin <= end <= file.size - data_start:
         raise wrong(
-            f"data_offsets {offsets} do not lie in the file's "
-            f"{file.size - data_start} bytes of data"
+            f"has data_offsets {offsets} beyond the file's {file.size - data_start} bytes of data"
         )
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if nbytes != end - begin:
         raise wrong(
-            f"shape {brief(shape)} of {dtype} takes {brief(nbytes)} bytes, "
-            f"data_offsets hold {end - begin}"
+            f"has the shape {brief(shape)} of {dtype}, which takes {brief(nbytes)} bytes; "
+            f"its data_offsets hold {end - begin}"
         )
     return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 

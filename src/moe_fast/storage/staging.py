@@ -54,7 +54,7 @@ def staged(
             old.rename(output)
         problem = why_not(output, overwrite=overwrite)
         if problem is not None:
-            raise CheckpointError(problem)
+            raise CheckpointError(problem, file=output)
         remove_all_but(key, work)
         try:
             growing.mkdir(exist_ok=True)
@@ -128,25 +128,25 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
     if not os.path.lexists(output):
         return None
     if not output.is_dir():
-        return f"{output}: exists already and is not a folder; choose another output"
+        return "exists already and is not a folder; choose another output"
     if os.path.ismount(output):
-        return f"{output}: is a mount point, and cannot be replaced; choose a new folder in it"
+        return "is a mount point, and cannot be replaced; choose a new folder in it"
     if is_around(output, os.curdir):
         # The rename would leave whoever works there in a folder that is no more.
-        return f"{output}: is where this runs, and is not replaced; choose a new folder in it"
+        return "is where this runs, and is not replaced; choose a new folder in it"
     if not os.access(output, os.R_OK | os.W_OK | os.X_OK):
-        return f"{output}: exists already and may not be changed; choose another output"
+        return "exists already and may not be changed; choose another output"
     if is_vacant(output):
         return None
     names = {entry.name for entry in output.iterdir()}
     if not names & {"config.json", MANIFEST}:
         return (
-            f"{output}: exists already, holds no model, and is not overwritten; "
+            "exists already, holds no model, and is not overwritten; "
             "choose another output, or empty it yourself if you mean it"
         )
     if not overwrite:
         return (
-            f"{output}: exists already; choose another output, or replace it: --overwrite, "
+            "exists already; choose another output, or replace it: --overwrite, "
             "in Python overwrite=True"
         )
     return None
@@ -219,7 +219,7 @@ def drop(lock: int, path: Path) -> None:
 
 
 def busy(output: Path) -> CheckpointError:
-    return CheckpointError(f"{output}: another build is writing it")
+    return CheckpointError("another build is writing it", file=output)
 
 
 lock_file: Callable[[int], None]

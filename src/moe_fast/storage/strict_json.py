@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.files import open_regular
+from moe_fast.wording import brief as brief
 
 LONGEST_INDEX = 100_000_000
 LONGEST_CONFIG = 10_000_000
@@ -18,7 +18,6 @@ LONGEST_CONFIG = 10_000_000
 # models have: the largest known has some 200,000 tensors, in dozens of files.
 MOST_MARKS = 4_000_000  # commas and opening brackets; a tensor of a header has about ten
 LARGEST_SIZE = 2**63 - 1
-BRIEFLY = reprlib.Repr()
 
 
 def is_size(value: Any) -> bool:
@@ -30,7 +29,7 @@ def read_json(path: Path, limit: int = LONGEST_CONFIG) -> Any:
     with open_regular(path) as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:
-        raise CheckpointError(f"{path}: is longer than {limit} bytes")
+        raise CheckpointError(f"is longer than {limit} bytes", file=path)
     return parse_json(text, path)
 
 
@@ -46,7 +45,7 @@ def parse_json(text: bytes, path: Path) -> Any:
     `MOST_MARKS` commas and opening brackets, each of which can become an object of Python's.
     """
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_MARKS:
-        raise CheckpointError(f"{path}: holds more JSON than any model's")
+        raise CheckpointError("holds more JSON than any model's", file=path)
     try:
         return json.loads(
             text.decode(),
@@ -55,11 +54,13 @@ def parse_json(text: bytes, path: Path) -> Any:
             parse_float=finite,
         )
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise CheckpointError(
+            f"not UTF-8: {error.reason} at byte {error.start}", file=path
+        ) from None
     except RecursionError:
-        raise CheckpointError(f"{path}: not valid JSON: nested too deep") from None
+        raise CheckpointError("not valid JSON: nested too deep", file=path) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"not valid JSON: {error}", file=path) from None
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,8 +80,3 @@ def finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"the number {brief(text)} is too large")
     return number
-
-
-def brief(value: Any) -> str:
-    """`value` for a message, however long it is and whatever is in it."""
-    return BRIEFLY.repr(value)

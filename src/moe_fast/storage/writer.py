@@ -276,7 +276,9 @@ class Output:
             with named(piece.file.path):
                 count = source.readinto(self.buffer[: end - start])
             if not count:
-                raise CheckpointError(f"{piece.file.path}: ended at byte {start} while being read")
+                raise CheckpointError(
+                    f"ended at byte {start} while being read", file=piece.file.path
+                )
             self.write(self.buffer[:count])
             start += count
 
