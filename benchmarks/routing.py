@@ -139,7 +139,7 @@ def rotating(batches: Iterable[Any], call: Callable[[Any], object]) -> Work:
 
 def everything(z: Any, config: MoeConfig) -> Routing:
     result = route(z, config)
-    result._sort()
+    _ = result.permutation
     return result
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_fast import MoeConfig, MoeConfigError, Routing, RoutingError, kernels, route
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import router as routing
+from moe_fast.routing import choose
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("level")
 def shared_out():
     """Even the smallest batch goes to several threads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         yield
 
 
@@ -271,9 +271,9 @@ def test_expert_choice_equals_the_twin(shared_out, logits, data, threads):
 def many_logits(kind):
     """Enough tokens for expert choice to guess its bounds from a sample, by fair means or foul."""
     logits = seeded(7).standard_normal((5000, 8), dtype=np.float32)
-    blocks = len(logits) // routing.LANES
-    sampled = [blocks * i // (routing.SAMPLE // routing.LANES) for i in range(routing.SAMPLE)]
-    in_sample = np.isin(np.arange(len(logits)) // routing.LANES, sampled)
+    blocks = len(logits) // choose.LANES
+    sampled = [blocks * i // (choose.SAMPLE // choose.LANES) for i in range(choose.SAMPLE)]
+    in_sample = np.isin(np.arange(len(logits)) // choose.LANES, sampled)
     if kind == "quantised":
         logits = np.round(logits * 2) / 2
     elif kind == "rising":
@@ -329,7 +329,7 @@ def call(logits, k=4, method="top_k", selection_bias=False, **options):
 
 def assert_same(one, other):
     assert one.weights.tobytes() == other.weights.tobytes()
-    assert one._indices.tobytes() == other._indices.tobytes()
+    assert one.indices.tobytes() == other.indices.tobytes()
     for name in ("tokens_per_expert", "tokens_per_expert_before_drop", "offsets", "permutation"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert (one.num_tokens, one.capacity) == (other.num_tokens, other.capacity)
@@ -345,7 +345,7 @@ def test_level_threads_and_batching_leave_the_bits_alone(dtype, num_experts, opt
         patch.setattr(kernels, "compiled", load("baseline"))
         assert_same(call(logits, **options), result)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         for threads in (2, 3):
             assert_same(call(logits, threads=threads, **options), result)
     if result.capacity is None:
@@ -360,11 +360,11 @@ def test_out_is_written_over(options):
     first, second = seeded(2).standard_normal((2, 50, 16)).astype(np.float32)
     expected = call(second, **options)
     out = call(first, **options)
-    held = out.weights, out._indices, out.permutation, out.offsets
+    held = out.weights, out.indices, out.permutation, out.offsets
     assert call(second, out=out, **options) is out
     assert_same(out, expected)
-    assert (out.weights, out._indices)[0] is held[0]
-    assert out._indices is held[1]
+    assert (out.weights, out.indices)[0] is held[0]
+    assert out.indices is held[1]
     if out.num_dropped == 0:
         assert out.permutation is held[2]
         assert out.offsets is held[3]
@@ -409,8 +409,8 @@ def test_one_token_again_and_again(calls, data):
         logits, config, options = data.draw(st.sampled_from(calls))
         expected = route(logits, config, **options)
         for out in outs:
-            if (out._indices.shape, out.num_experts, out.weights.dtype) == (
-                expected._indices.shape,
+            if (out.indices.shape, out.num_experts, out.weights.dtype) == (
+                expected.indices.shape,
                 expected.num_experts,
                 expected.weights.dtype,
             ):
@@ -484,7 +484,7 @@ def test_a_nan_names_its_token(options, dtype, num_experts):
         with pytest.raises(RoutingError, match=rf"^logits of token {token} hold a NaN$"):
             call(logits, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         with pytest.raises(RoutingError, match="token 32 "):
             call(logits, threads=3, **options)
 

@@ -23,8 +23,7 @@ from moe_fast import (
 )
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import router as routing
-from moe_fast.routing import statistics
+from moe_fast.routing import choose, statistics
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:
@@ -45,8 +44,7 @@ def small_pieces():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "LOGITS_AT_A_TIME", 64)
         patch.setattr(statistics, "TOKENS_AT_A_TIME", 7)
-        patch.setattr(statistics, "LOGITS_PER_THREAD", 0)
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         yield
 
 

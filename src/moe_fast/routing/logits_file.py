@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.dtypes import DTYPE_NAMES, as_dtype
+from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError, RoutingError
-from moe_fast.routing.router import ENCODINGS, RoutingOptions
+from moe_fast.routing.arrays import BFLOAT16_BITS, FLOATS, find_encoding
+from moe_fast.routing.options import RoutingMethodName, RoutingOptions
 from moe_fast.routing.statistics import RoutingStats
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.npy import map_npy
@@ -49,47 +50,47 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
         open_regular(path).close()
         arrays = [(str(path), map_npy(path))]
     elif path.suffix == ".safetensors":
-        tensors = sorted(read_header(path).values(), key=lambda tensor: by_number(tensor.name))
-        arrays = [(f"{path}: tensor {brief(t.name)}", mapped(path, t)) for t in tensors]
+        tensors = sorted(read_header(path).values(), key=lambda tensor: split_numbers(tensor.name))
+        arrays = [(f"{path}: tensor {brief(t.name)}", map_tensor(path, t)) for t in tensors]
     else:
         raise CheckpointError(f"{path}: must end in .npy or .safetensors")
     if not arrays:
         raise CheckpointError(f"{path}: holds no tensor")
     layers = sum(len(array) if array.ndim == 3 else 1 for _, array in arrays)
     for where, array in arrays:
-        check(where, array, arrays[0][1])
+        check_logits(where, array, arrays[0][1])
     if layers > MOST_LAYERS:
         raise CheckpointError(f"{path}: holds {layers} layers, at most {MOST_LAYERS} are read")
-    return [layer for where, array in arrays for layer in layers_of(where, array)]
+    return [layer for where, array in arrays for layer in split_layers(where, array)]
 
 
-def by_number(name: str) -> list[tuple[int, str]]:
+def split_numbers(name: str) -> list[tuple[int, str]]:
     """A key that sorts `layers.2` before `layers.10`."""
     parts = re.split(r"([0-9]+)", name)
     return [(len(part.lstrip("0")), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
-def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
+def map_tensor(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
+    """A tensor of logits, mapped into memory."""
     where = f"{path}: tensor {brief(tensor.name)}"
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{where}: is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}")
     if tensor.nbytes == 0:
         raise CheckpointError(f"{where}: is empty, its shape is {list(tensor.shape)}")
-    dtype = as_dtype(DTYPE_NAMES[tensor.dtype])
+    name = DTYPE_NAMES[tensor.dtype]
+    dtype = BFLOAT16_BITS if name == "bfloat16" else np.dtype(name)
     with open_regular(path) as stream:
         tensor.file.check_unchanged(stream)
         return np.memmap(stream, dtype, "r", tensor.offset, tensor.shape)
 
 
-def check(where: str, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
-    """Raise `CheckpointError` for what is no logits, or of another number of experts than `first`.
+def check_logits(where: str, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
+    """Raise `CheckpointError` unless these are logits, of as many experts as `first`.
 
-    `where` is the beginning of the message.
+    The message begins with `where`.
     """
-    if array.dtype.name not in ENCODINGS:
-        raise CheckpointError(
-            f"{where}: is {array.dtype}; logits are float32, float64, bfloat16 or float16"
-        )
+    if find_encoding(array.dtype)[1] is None:
+        raise CheckpointError(f"{where}: is {array.dtype}; logits are {FLOATS}")
     if array.ndim not in (2, 3):
         raise CheckpointError(
             f"{where}: must have the shape [T, E] or [L, T, E], got {list(array.shape)}"
@@ -102,7 +103,8 @@ def check(where: str, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
         )
 
 
-def layers_of(where: str, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
+def split_layers(where: str, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
+    """The layers of an array of shape `[T, E]` or `[L, T, E]`."""
     if array.ndim == 2:
         yield LayerLogits(where, array)
     else:
@@ -112,7 +114,7 @@ def layers_of(where: str, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
 
 def statistics_of_file(
     path: str | os.PathLike[str],
-    routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+    routing_method: RoutingMethod | RoutingMethodName = RoutingMethod.TOP_K,
     num_experts_per_tok: int | None = None,
     *,
     capacity_factors: Sequence[float] = (),
@@ -130,7 +132,7 @@ def statistics_of_file(
     path : path
         A file that `read_logits` takes.
     routing_method : RoutingMethod or str
-        Who chooses.
+        `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     num_experts_per_tok : int, optional
         By default 1 for Switch and 2 for the others.
     capacity_factors, tokens_per_batch, threads, **options
