@@ -59,10 +59,7 @@ if TYPE_CHECKING:
     from moe_fast.routing.health import RouterHealth as RouterHealth
     from moe_fast.routing.health import predict_load as predict_load
     from moe_fast.routing.logits_file import statistics_of_file as statistics_of_file
-    from moe_fast.routing.options import DropPolicy as DropPolicy
-    from moe_fast.routing.options import RoutingMethodName as RoutingMethodName
     from moe_fast.routing.options import RoutingOptions as RoutingOptions
-    from moe_fast.routing.options import Scores as Scores
     from moe_fast.routing.result import Routing as Routing
     from moe_fast.routing.router import Router as Router
     from moe_fast.routing.router import route as route
@@ -101,7 +98,7 @@ HOMES = {
     "request": ("ExpertSource", "RouterStart"),
     "routing.health": ("RouterHealth", "predict_load"),
     "routing.logits_file": ("statistics_of_file",),
-    "routing.options": ("DropPolicy", "RoutingMethodName", "RoutingOptions", "Scores"),
+    "routing.options": ("RoutingOptions",),
     "routing.result": ("Routing",),
     "routing.router": ("Router", "route"),
     "routing.statistics": ("RoutingStats", "plan_capacity", "update_selection_bias"),

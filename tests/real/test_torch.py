@@ -227,6 +227,19 @@ def test_threads_leave_the_bits_alone(case, experts, monkeypatch):
     assert bits(3) == expected
 
 
+@every_case
+def test_a_router_in_place_of_its_configuration(case):
+    k, method, options = CASES[case]
+    logits = make_logits()
+    router = Router(MoeConfig(8, k, method), **options)
+    one, other = route(logits, router), call(case, logits)
+    assert one.routing == other.routing
+    assert torch.equal(one.weights, other.weights)
+    assert torch.equal(one.load_balancing_loss(), other.load_balancing_loss())
+    with pytest.raises(MoeConfigError, match="sorted is an option of the router that is given"):
+        route(logits, router, sorted=True)
+
+
 def test_without_gradients():
     logits = torch.randn(10, 8)
     assert not route(logits, MoeConfig(8)).weights.requires_grad
