@@ -8,8 +8,8 @@ import pytest
 from moe_fast import MoeConfig, kernels, route
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import gradients
-from moe_fast.routing.router import as_rule
+from moe_fast.routing import choose, gradients
+from moe_fast.routing.options import make_rule
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:
@@ -43,7 +43,7 @@ def assert_close(gradient, expected, given):
 
 
 def rule_of(num_experts, k, scores, normalised, scale=2.5):
-    return as_rule(MoeConfig(num_experts, k), False, scores, normalised, scale)
+    return make_rule(MoeConfig(num_experts, k), False, scores, normalised, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +70,7 @@ def test_expert_choice_equals_the_twin(num_experts, k, scores, dtype):
     routing = route(logits, config, scores=scores)
     chosen = routing.token_indices
     given = seeded(k).standard_normal(chosen.shape).astype(routing.weights.dtype)
-    rule = as_rule(config, False, scores, None, 2.5)
+    rule = make_rule(config, False, scores, None, 2.5)
     result = gradients.pull_back_choice(logits, rule, chosen, given, 1)
     of_scores = np.zeros(logits.shape)
     for expert in range(num_experts):
@@ -157,7 +157,7 @@ def all_gradients(logits, threads=1, k=4):
 def test_level_threads_and_strides_leave_the_bits_alone(dtype, num_experts, level, monkeypatch):
     logits = make_logits(num_experts, dtype, 300)
     expected = list(all_gradients(logits))
-    monkeypatch.setattr(gradients, "LOGITS_PER_THREAD", 0)
+    monkeypatch.setattr(choose, "LOGITS_PER_THREAD", 0)
     assert list(all_gradients(logits, 3)) == expected
     wide = np.full((300, num_experts + 3), np.nan, logits.dtype)
     wide[:, :num_experts] = logits
@@ -182,7 +182,7 @@ def test_infinities_are_limits(num_experts):
     np.testing.assert_allclose(result, expected, rtol=1e-6)
     sigmoid = gradients.pull_back_choice(
         logits,
-        as_rule(MoeConfig(num_experts, 1, "expert_choice"), False, "sigmoid"),
+        make_rule(MoeConfig(num_experts, 1, "expert_choice"), False, "sigmoid"),
         np.tile(np.arange(3, dtype=np.int32), (num_experts, 1)),
         np.ones((num_experts, 3), np.float32),
         1,

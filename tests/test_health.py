@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from moe_fast import (
     ExpertSource,
     MoeConfig,
     MoeConfigError,
+    RoutingError,
     build_moe,
     inspect_model,
     predict_load,
@@ -82,6 +85,24 @@ def test_equal_rows_tie_and_the_lower_index_wins():
     counts = predict_load([router], num_experts_per_tok=1).counts[0]
     assert counts[:40].min() > 0
     assert counts[40:].max() == 0
+
+
+def test_tensors_are_taken_as_they_are(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    generator = torch.Generator().manual_seed(0)
+    routers = torch.randn(3, 5, 16, generator=generator).bfloat16()
+    states = torch.randn(3, 40, 16, generator=generator).bfloat16()
+    layers = [torch.nn.Parameter(router) for router in routers]
+    for hidden_states in (states, states[0], None):
+        same = None if hidden_states is None else hidden_states.float().numpy()
+        expected = predict_load(routers.float().numpy(), same)
+        assert predict_load(routers, hidden_states) == expected
+        assert predict_load(layers, hidden_states) == expected
+    with pytest.raises(RoutingError, match=r"^hidden_states must be on the CPU.*states.cpu\(\)$"):
+        predict_load(routers, states.to("meta"))
+    with pytest.raises(MoeConfigError, match=r"^routers must be tensors of one shape, got"):
+        predict_load([layers[0], layers[1][:4]])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,13 @@ def test_a_tensor_a_layer(tmp_path, code):
     assert statistics_of_file(file) == expected_statistics(layers, 4, 2)
 
 
+def test_bfloat16_without_ml_dtypes(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    words = random_logits(2, 40, 4).view(np.uint32) >> 16
+    file = write_safetensors(tmp_path / "z.safetensors", [("z", "BF16", words.astype(np.uint16))])
+    assert statistics_of_file(file) == expected_statistics((words << 16).view(np.float32), 4, 2)
+
+
 def test_what_cannot_be_read_as_it_stands(tmp_path):
     logits = random_logits(200, 8)
     np.save(tmp_path / "big.npy", logits.astype(">f4"))

@@ -4,16 +4,18 @@ import importlib.util
 import math
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fast import MoeConfig, MoeConfigError, Routing, RoutingError, kernels, route
+from moe_fast import MoeConfig, MoeConfigError, Router, Routing, RoutingError, kernels, route
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import router as routing
+from moe_fast.routing import choose
+from moe_fast.routing.arrays import BFLOAT16_BITS
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("level")
 def shared_out():
     """Even the smallest batch goes to several threads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         yield
 
 
@@ -271,9 +273,9 @@ def test_expert_choice_equals_the_twin(shared_out, logits, data, threads):
 def many_logits(kind):
     """Enough tokens for expert choice to guess its bounds from a sample, by fair means or foul."""
     logits = seeded(7).standard_normal((5000, 8), dtype=np.float32)
-    blocks = len(logits) // routing.LANES
-    sampled = [blocks * i // (routing.SAMPLE // routing.LANES) for i in range(routing.SAMPLE)]
-    in_sample = np.isin(np.arange(len(logits)) // routing.LANES, sampled)
+    blocks = len(logits) // choose.LANES
+    sampled = [blocks * i // (choose.SAMPLE // choose.LANES) for i in range(choose.SAMPLE)]
+    in_sample = np.isin(np.arange(len(logits)) // choose.LANES, sampled)
     if kind == "quantised":
         logits = np.round(logits * 2) / 2
     elif kind == "rising":
@@ -329,7 +331,7 @@ def call(logits, k=4, method="top_k", selection_bias=False, **options):
 
 def assert_same(one, other):
     assert one.weights.tobytes() == other.weights.tobytes()
-    assert one._indices.tobytes() == other._indices.tobytes()
+    assert one.indices.tobytes() == other.indices.tobytes()
     for name in ("tokens_per_expert", "tokens_per_expert_before_drop", "offsets", "permutation"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert (one.num_tokens, one.capacity) == (other.num_tokens, other.capacity)
@@ -345,7 +347,7 @@ def test_level_threads_and_batching_leave_the_bits_alone(dtype, num_experts, opt
         patch.setattr(kernels, "compiled", load("baseline"))
         assert_same(call(logits, **options), result)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         for threads in (2, 3):
             assert_same(call(logits, threads=threads, **options), result)
     if result.capacity is None:
@@ -360,11 +362,11 @@ def test_out_is_written_over(options):
     first, second = seeded(2).standard_normal((2, 50, 16)).astype(np.float32)
     expected = call(second, **options)
     out = call(first, **options)
-    held = out.weights, out._indices, out.permutation, out.offsets
+    held = out.weights, out.indices, out.permutation, out.offsets
     assert call(second, out=out, **options) is out
     assert_same(out, expected)
-    assert (out.weights, out._indices)[0] is held[0]
-    assert out._indices is held[1]
+    assert (out.weights, out.indices)[0] is held[0]
+    assert out.indices is held[1]
     if out.num_dropped == 0:
         assert out.permutation is held[2]
         assert out.offsets is held[3]
@@ -409,8 +411,8 @@ def test_one_token_again_and_again(calls, data):
         logits, config, options = data.draw(st.sampled_from(calls))
         expected = route(logits, config, **options)
         for out in outs:
-            if (out._indices.shape, out.num_experts, out.weights.dtype) == (
-                expected._indices.shape,
+            if (out.indices.shape, out.num_experts, out.weights.dtype) == (
+                expected.indices.shape,
                 expected.num_experts,
                 expected.weights.dtype,
             ):
@@ -484,7 +486,7 @@ def test_a_nan_names_its_token(options, dtype, num_experts):
         with pytest.raises(RoutingError, match=rf"^logits of token {token} hold a NaN$"):
             call(logits, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         with pytest.raises(RoutingError, match="token 32 "):
             call(logits, threads=3, **options)
 
@@ -703,3 +705,176 @@ def test_indices_that_somebody_wrote_over_stay_within_memory(num_experts, writte
     result = route(seeded(0).standard_normal((500, num_experts)), config(num_experts, 2))
     result.tokens_per_expert[:] = written if isinstance(written, int) else 10**6
     assert result.permutation.shape == (1000,)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_router_routes_as_route_does(options, dtype):
+    logits = (seeded(5).standard_normal((2, 300, 16)) * 3).astype(reference_dtype(dtype))
+    router = router_of(16, **options)
+    out = None
+    for batch in logits:
+        expected = call(batch, **options)
+        assert_same(router(batch), expected)
+        assert_same(router(batch, threads=2), expected)
+        out = router(batch, out=out)
+        assert_same(out, expected)
+    assert_same(pickle.loads(pickle.dumps(router))(batch), expected)
+
+
+def router_of(num_experts, k=4, method="top_k", selection_bias=False, **options):
+    """The router of `call`."""
+    if selection_bias:
+        options["selection_bias"] = np.linspace(-0.3, 0.3, num_experts)
+    return Router(
+        config(num_experts, 1 if method == "switch_transformer" else k, method), **options
+    )
+
+
+@given(data=st.data())
+def test_one_token_by_routers_and_by_route(data):
+    """Into the same result, in any order: none takes the other's call for its own."""
+    moe = config(8, 2)
+    ways = [{}, {"norm_topk_prob": False}, {"scores": "sigmoid"}, {"capacity_factor": 0.0}]
+    ways.append({"selection_bias": np.linspace(3, 0, 8)})
+    routers = [Router(moe, **options) for options in ways]
+    out = route(np.zeros((1, 8)), moe)
+    for _ in range(8):
+        logits = seeded(data.draw(st.integers(0, 99))).standard_normal((1, 8))
+        way = data.draw(st.integers(0, len(ways) - 1))
+        if data.draw(st.booleans()):
+            routers[way](logits, out=out)
+        else:
+            route(logits, moe, out=out, **ways[way])
+        assert_same(out, routers[way](logits))
+
+
+def test_the_same_options_are_checked_once(monkeypatch):
+    router = Router(config(4, 2), scores="sigmoid")
+    monkeypatch.setattr(MoeConfig, "validate", lambda self: pytest.fail("checked again"))
+    logits = seeded(6).standard_normal((3, 4))
+    assert router(logits) == router(logits, out=router(logits + 1))
+
+
+def test_a_router_with_other_options():
+    router = Router(config(4, 2), scores="sigmoid", norm_topk_prob=False)
+    other = router.replace(norm_topk_prob=True, capacity_factor=1.0)
+    assert other == Router(config(4, 2), scores="sigmoid", capacity_factor=1.0)
+    assert router.options == {"scores": "sigmoid", "norm_topk_prob": False}
+    assert other.options == {"scores": "sigmoid", "norm_topk_prob": True, "capacity_factor": 1.0}
+    with pytest.raises(MoeConfigError, match="capacity_factor must be at least 0, got -1"):
+        router.replace(capacity_factor=-1)
+
+
+def test_routers_are_equal_if_they_route_alike():
+    router = Router(config(4, 2))
+    assert router == Router(config(4, 2), norm_topk_prob=True, n_group=2, topk_group=2)
+    assert hash(router) == hash(Router(config(4, 2), norm_topk_prob=True))
+    assert router != Router(config(4, 3))
+    assert router != Router(config(4, 2), scores="sigmoid")
+    assert router != "router"
+    biased = [Router(config(4, 2), selection_bias=bias) for bias in ([0.0] * 4, [0] * 4, [1.0] * 4)]
+    assert biased[0] == biased[1]
+    assert biased[0] != biased[2]
+    assert router != biased[0]
+    assert repr(Router(config(4, 2), scores="sigmoid")) == (
+        "Router(MoeConfig(num_experts=4, num_experts_per_tok=2, "
+        "routing_method=<RoutingMethod.TOP_K: 'top_k'>, gate_hidden_dim=None), scores='sigmoid')"
+    )
+
+
+def test_a_router_keeps_its_own_bias():
+    bias = np.zeros(4)
+    router = Router(config(4, 1), selection_bias=bias)
+    bias[3] = 9
+    assert router(np.zeros((1, 4))).expert_indices.tolist() == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (TypeError, "unexpected keyword argument 'score'; its options are scores, ", {"score": 1}),
+        (MoeConfigError, "scores must be 'softmax' or 'sigmoid'", {"scores": "tanh"}),
+        (TypeError, "n_group must be an integer, got True", {"n_group": True}),
+        (MoeConfigError, r"selection_bias must have the shape", {"selection_bias": [0.0]}),
+        (MoeConfigError, "selection_bias must be finite", {"selection_bias": [0, 0, 0, math.inf]}),
+        (TypeError, "selection_bias must hold numbers", {"selection_bias": list("abcd")}),
+    ],
+)
+def test_options_are_checked_when_a_router_is_made(error, match, options):
+    with pytest.raises(error, match=match):
+        Router(config(4, 2), **options)
+
+
+def bfloat16_bits(values):
+    """float32 values cut to bfloat16: as its bits, and as float32."""
+    bits = np.asarray(values, np.float32).view(np.uint32) >> 16
+    return bits.astype(np.uint16).view(BFLOAT16_BITS), (bits << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("num_experts", [8, 264])
+def test_the_bits_of_bfloat16_route_as_float32(options, num_experts):
+    bits, same = bfloat16_bits(seeded(8).standard_normal((70, num_experts)))
+    expected = call(same, **options)
+    assert_same(call(bits, **options), expected)
+    assert_same(call(bits[::-1][::-1], threads=3, **options), expected)
+    assert_same(call(np.asfortranarray(bits), **options), expected)
+    assert_same(call(bits[:1], **options), call(same[:1], **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_tensors_are_taken_as_they_are(options, dtype, monkeypatch):
+    torch = pytest.importorskip("torch")
+    # What the kernels read of a tensor are bits: nothing else needs to know bfloat16.
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    logits = torch.randn(70, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = logits.to(getattr(torch, dtype))
+    # The same values in a dtype that NumPy has; none is rounded.
+    same = (logits if dtype == "float64" else logits.float()).numpy().copy()
+    logits.requires_grad_()
+    expected = call(same, **options)
+    for tensor in (logits, logits.detach(), logits.t().contiguous().t()):
+        assert_same(call(tensor, **options), expected)
+        assert_same(router_of(16, **options)(tensor), expected)
+    out = call(logits[:1], **options)
+    for token in (0, 1, 1, 69):
+        assert call(logits[token : token + 1], out=out, **options) is out
+        assert_same(out, call(same[token : token + 1], **options))
+
+
+def test_a_bias_may_be_a_tensor():
+    torch = pytest.importorskip("torch")
+    bias = torch.nn.Parameter(torch.linspace(-1, 1, 8).bfloat16())
+    logits = seeded(9).standard_normal((50, 8))
+    expected = route(logits, config(8, 2), selection_bias=bias.detach().float().numpy())
+    assert_same(route(logits, config(8, 2), selection_bias=bias), expected)
+    assert_same(Router(config(8, 2), selection_bias=bias)(logits), expected)
+
+
+def test_other_tensors():
+    torch = pytest.importorskip("torch")
+    negative = torch.randn(5, 4, dtype=torch.complex64).conj().imag  # which NumPy cannot share
+    assert_same(route(negative, config(4)), route(-(-negative).numpy(), config(4)))
+    rows = [torch.randn(4).bfloat16() for _ in range(3)]
+    assert_same(route(rows, config(4)), route(torch.stack(rows), config(4)))
+    for error, match, tensor in [
+        (
+            RoutingError,
+            r"^logits must be on the CPU, got a tensor on meta; use logits.cpu\(\)$",
+            torch.zeros(3, 4, device="meta"),
+        ),
+        (TypeError, r"must be dense, got torch.sparse_coo", torch.zeros(3, 4).to_sparse()),
+        (TypeError, r"float16, got int64$", torch.zeros(3, 4, dtype=torch.int64)),
+        (TypeError, r"float16, got torch.float8_e5m2$", torch.zeros(3, 4).to(torch.float8_e5m2)),
+        (RoutingError, r"num_experts = 4\), got \(3, 5\)$", torch.zeros(3, 5).bfloat16()),
+        (
+            MoeConfigError,
+            r"logits must be tensors of one shape, got the shapes \[\(4,\), \(5,\)\]",
+            [torch.zeros(4), torch.zeros(5)],
+        ),
+        (RoutingError, "token 1 hold a NaN", torch.tensor([[0.0] * 4, [torch.nan] * 4]).bfloat16()),
+    ]:
+        with pytest.raises(error, match=match):
+            route(tensor, config(4))

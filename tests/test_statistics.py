@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import math
 import pickle
+import sys
 from functools import reduce
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from moe_fast import (
     MoeConfig,
     MoeConfigError,
+    Router,
     RoutingError,
     RoutingStats,
     kernels,
@@ -23,8 +25,7 @@ from moe_fast import (
 )
 from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
-from moe_fast.routing import router as routing
-from moe_fast.routing import statistics
+from moe_fast.routing import choose, statistics
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:
@@ -45,8 +46,7 @@ def small_pieces():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "LOGITS_AT_A_TIME", 64)
         patch.setattr(statistics, "TOKENS_AT_A_TIME", 7)
-        patch.setattr(statistics, "LOGITS_PER_THREAD", 0)
-        patch.setattr(routing, "LOGITS_PER_THREAD", 0)
+        patch.setattr(choose, "LOGITS_PER_THREAD", 0)
         yield
 
 
@@ -285,6 +285,52 @@ def test_selection_bias_is_raised_where_load_is_low():
     assert after.std() < 0.1 * before.std()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_router_in_place_of_its_configuration(method):
+    logits = np.random.default_rng(2).standard_normal((200, 8))
+    options = {"scores": "sigmoid", "capacity_factor": 1.0}
+    router = Router(config(8, 1, method), **options)
+    stats = RoutingStats(router, capacity_factors=[1.0])
+    stats.update(logits)
+    expected = RoutingStats(config(8, 1, method), capacity_factors=[1.0], **options)
+    expected.update(logits)
+    assert stats == expected
+    assert (stats + expected).num_tokens.tolist() == [400]
+    assert RoutingStats.from_dict(stats.to_dict()) == stats
+    assert stats.router is router
+    if method != "expert_choice":
+        planned = plan_capacity(logits, [0.5, 1.0], router)
+        expected = plan_capacity(logits, [0.5, 1.0], config(8, 1, method), **options)
+        np.testing.assert_array_equal(planned, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_are_taken_as_they_are(method, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    logits = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits.requires_grad_()
+    same = logits.detach().float().numpy()
+    moe = config(8, 1, method)
+    stats, expected = RoutingStats(moe), RoutingStats(moe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "LOGITS_AT_A_TIME", 64)
+        stats.update(logits, tokens_per_batch=100)
+    expected.update(same, tokens_per_batch=100)
+    assert stats == expected
+    if method != "expert_choice":
+        planned = plan_capacity(logits, [0.5, 1.0], moe)
+        np.testing.assert_array_equal(planned, plan_capacity(same, [0.5, 1.0], moe))
+    bias = torch.nn.Parameter(torch.linspace(-1, 1, 8).bfloat16())
+    counts = torch.from_numpy(stats.counts[0])
+    np.testing.assert_array_equal(
+        update_selection_bias(bias, counts),
+        update_selection_bias(bias.detach().float().numpy(), stats.counts[0]),
+    )
+    with pytest.raises(RoutingError, match=r"tokens_per_expert must be on the CPU.*expert.cpu\(\)"):
+        update_selection_bias(bias, counts.to("meta"))
+
+
 STATS = RoutingStats(config(4))
 CHOICE = config(4, 1, "expert_choice")
 LOGITS = np.zeros((1, 4))
@@ -329,6 +375,16 @@ LOGITS = np.zeros((1, 4))
             MoeConfigError,
             "only be added where config",
             lambda: STATS + RoutingStats(config(4), selection_bias=[0] * 4),
+        ),
+        (
+            MoeConfigError,
+            r"scores is an option of the router .* use router.replace\(scores=...\)",
+            lambda: RoutingStats(Router(config(4)), scores="sigmoid"),
+        ),
+        (
+            MoeConfigError,
+            "scores is an option of the router",
+            lambda: plan_capacity(LOGITS, [1.0], Router(config(4)), scores="sigmoid"),
         ),
         (TypeError, "unsupported operand", lambda: STATS + 1),
         (TypeError, "config must be a MoeConfig, got None", lambda: plan_capacity(LOGITS, [1.0])),

@@ -59,8 +59,9 @@ if TYPE_CHECKING:
     from moe_fast.routing.health import RouterHealth as RouterHealth
     from moe_fast.routing.health import predict_load as predict_load
     from moe_fast.routing.logits_file import statistics_of_file as statistics_of_file
-    from moe_fast.routing.router import Routing as Routing
-    from moe_fast.routing.router import RoutingOptions as RoutingOptions
+    from moe_fast.routing.options import RoutingOptions as RoutingOptions
+    from moe_fast.routing.result import Routing as Routing
+    from moe_fast.routing.router import Router as Router
     from moe_fast.routing.router import route as route
     from moe_fast.routing.statistics import RoutingStats as RoutingStats
     from moe_fast.routing.statistics import plan_capacity as plan_capacity
@@ -101,7 +102,9 @@ HOMES = {
     "request": ("ExpertSource", "RouterStart"),
     "routing.health": ("RouterHealth", "predict_load"),
     "routing.logits_file": ("statistics_of_file",),
-    "routing.router": ("Routing", "RoutingOptions", "route"),
+    "routing.options": ("RoutingOptions",),
+    "routing.result": ("Routing",),
+    "routing.router": ("Router", "route"),
     "routing.statistics": ("RoutingStats", "plan_capacity", "update_selection_bias"),
     "routing.weights": ("compute_gate_weights", "compute_router_weights"),
     "routing.weights_file": ("write_router_weights",),

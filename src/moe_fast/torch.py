@@ -10,12 +10,14 @@ from typing import Any, Unpack
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.dtypes import as_dtype
-from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
+from moe_fast.errors import MoeConfigError
 from moe_fast.routing import gradients
-from moe_fast.routing import router as routing
-from moe_fast.routing.router import Routing, RoutingOptions
-from moe_fast.routing.statistics import RoutingStats
+from moe_fast.routing.arrays import as_array
+from moe_fast.routing.choose import drop_overflow
+from moe_fast.routing.options import RoutingOptions, Rule
+from moe_fast.routing.result import Routing
+from moe_fast.routing.router import Router, make_router
+from moe_fast.routing.statistics import ProbabilitySums, divide, sum_probabilities
 from moe_fast.threads import as_threads
 
 try:
@@ -48,34 +50,32 @@ class RoutingTensors:
     routing: Routing
     weights: Tensor
 
-    def __init__(self, logits: Tensor, stats: RoutingStats, threads: int) -> None:
+    def __init__(self, logits: Tensor, router: Router, threads: int) -> None:
         self._logits = logits
-        self._stats = stats
+        self._rule = rule = router.rule
         self._threads = threads
         array = as_array(logits, "logits")
-        rule, options = stats._rule, stats.options
-        if rule.method is RoutingMethod.EXPERT_CHOICE:
-            self.routing = routing.route(array, stats.config, threads=threads, **options)
-        else:
-            unlimited: RoutingOptions = {**options, "capacity_factor": math.inf}
-            self.routing = routing.route(array, stats.config, threads=threads, **unlimited)
-        self._chosen = torch.from_numpy(self.routing._indices)
-        self._weights = Weights.apply(logits, self._chosen, self.routing, rule, threads)
+        is_expert_choice = rule.method is RoutingMethod.EXPERT_CHOICE
+        if not is_expert_choice:  # What a capacity drops is taken out below: losses count it.
+            router = router.replace(capacity_factor=math.inf)
+        self.routing = router(array, threads=threads)
+        self._indices = torch.from_numpy(self.routing.indices)
+        self._weights = Weights.apply(logits, self._indices, self.routing, rule, threads)
         self.weights = self._weights
-        if rule.method is not RoutingMethod.EXPERT_CHOICE:
-            self._drop(rule.capacity(len(array)))
+        if not is_expert_choice:
+            self._drop(rule.compute_capacity(len(array)))
 
     def _drop(self, capacity: int | None) -> None:
-        """Take out what overflows, but not of what losses count."""
-        kept = self.routing
-        kept.capacity = capacity
-        if capacity is None or kept.tokens_per_expert.max(initial=0) <= capacity:
+        """Take out what overflows, of copies of the indices and weights that losses count."""
+        routing = self.routing
+        routing.capacity = capacity
+        if capacity is None or routing.tokens_per_expert.max(initial=0) <= capacity:
             return
-        kept._indices = kept._indices.copy()
-        kept.weights = kept.weights.copy()
-        routing.drop(self._stats._rule, kept, capacity)
-        self.weights = self._weights.masked_fill(torch.from_numpy(kept._indices) < 0, 0.0)
-        kept.weights = self.weights.detach().numpy()
+        routing.indices = routing.indices.copy()
+        routing.weights = routing.weights.copy()
+        drop_overflow(self._rule, routing, capacity)
+        self.weights = self._weights.masked_fill(torch.from_numpy(routing.indices) < 0, 0.0)
+        routing.weights = self.weights.detach().numpy()
 
     @property
     def expert_indices(self) -> Tensor:
@@ -112,12 +112,13 @@ class RoutingTensors:
 
         The convention of the Switch Transformer (Fedus et al. 2022, equation 4) and Megatron-LM.
         """
-        load = torch.from_numpy(self._added.load[0])
+        counts = self.routing.tokens_per_expert_before_drop
+        load = torch.from_numpy(divide(counts, counts.sum()))
         return self._loss(alpha * len(load) * (load * self._mean_probabilities()).sum())
 
     def z_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the mean squared log-sum-exp of the logits (Zoph et al. 2022)."""
-        return self._loss(alpha * MeanSquare.apply(self._logits, self._added, self._threads))
+        return self._loss(alpha * MeanSquare.apply(self._logits, self._sums, self._threads))
 
     def importance_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the squared coefficient of variation of the experts' summed weights.
@@ -129,21 +130,16 @@ class RoutingTensors:
             importance = weights.sum(1)
         else:
             importance = weights.new_zeros(self.routing.num_experts).index_add(
-                0, self._chosen.flatten(), weights.flatten()
+                0, self._indices.flatten(), weights.flatten()
             )
         return self._loss(alpha * importance.var(correction=0) / importance.mean() ** 2)
 
     @cached_property
-    def _added(self) -> RoutingStats:
-        """The statistics of this routing."""
-        stats, num_tokens = self._stats, self.routing.num_tokens
-        stats._add_probabilities(as_array(self._logits, "logits"), 0, num_tokens, self._threads)
-        stats.counts[0] += self.routing.tokens_per_expert_before_drop
-        stats.num_tokens[0] += num_tokens
-        return stats
+    def _sums(self) -> ProbabilitySums:
+        return sum_probabilities(as_array(self._logits, "logits"), self._rule, self._threads)
 
     def _mean_probabilities(self) -> Tensor:
-        return MeanProbabilities.apply(self._logits, self._added, self._threads)
+        return MeanProbabilities.apply(self._logits, self._sums, self._rule, self._threads)
 
     def _loss(self, value: Tensor) -> Tensor:
         return value.to(self.weights.dtype)
@@ -154,7 +150,7 @@ class RoutingTensors:
 
 def route(
     logits: Tensor,
-    config: MoeConfig,
+    config: MoeConfig | Router,
     *,
     threads: int | None = None,
     **options: Unpack[RoutingOptions],
@@ -165,12 +161,13 @@ def route(
     ----------
     logits : Tensor of float32, float64, bfloat16 or float16, shape (T, E)
         On the CPU. Read where they are, whatever the stride of their rows.
-    config : MoeConfig
-        As for `moe_fast.route`.
+    config : MoeConfig or Router
+        As for `moe_fast.route`; a `Router` has its options checked already.
     threads : int, optional
         By default `MOE_FAST_NUM_THREADS`, or 1. Neither results nor gradients depend on it.
     **options
-        Those of `moe_fast.route`; `selection_bias` may be a tensor and gets no gradient.
+        Those of `moe_fast.route`, not for a `Router`; `selection_bias` may be a tensor and gets no
+        gradient.
 
     Returns
     -------
@@ -182,8 +179,6 @@ def route(
         An argument of the wrong type, out of range, or without a meaning for the method.
     RoutingError
         Logits of the wrong shape, on another device, or a NaN among them.
-    ModuleNotFoundError
-        bfloat16 logits without ml_dtypes.
 
     Notes
     -----
@@ -206,10 +201,13 @@ def route(
     tensor([[ 0.0000,  0.1966, -0.1966],
             [ 0.1966, -0.1966,  0.0000]])
     """
-    bias = options.get("selection_bias")
-    if isinstance(bias, torch.Tensor):
-        options["selection_bias"] = as_array(bias, "selection_bias")
-    return RoutingTensors(logits, RoutingStats(config, **options), as_threads(threads))
+    router = make_router(config, options)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(
+            f"logits must be a torch.Tensor, got {type(logits).__name__}; "
+            "moe_fast.route takes arrays"
+        )
+    return RoutingTensors(logits, router, as_threads(threads))
 
 
 def huggingface_load_balancing_loss(
@@ -238,7 +236,8 @@ def huggingface_load_balancing_loss(
     sizes = sorted({routing.routing.num_experts for routing in routings})
     if len(sizes) != 1:
         raise MoeConfigError(
-            f"routings must all be to the same number of experts, got routings to {sizes}"
+            f"must all be to the same number of experts, got routings to {sizes}",
+            argument="routings",
         )
     tokens = sum(routing.routing.num_tokens for routing in routings)
     counts = sum(routing.routing.tokens_per_expert_before_drop for routing in routings)
@@ -252,16 +251,16 @@ class Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, chosen: Tensor, routing: Routing, rule: Any, threads: int
+        ctx: Any, logits: Tensor, indices: Tensor, routing: Routing, rule: Rule, threads: int
     ) -> Tensor:
-        ctx.save_for_backward(logits, chosen)
-        ctx.how = rule, threads
+        ctx.save_for_backward(logits, indices)
+        ctx.arguments = rule, threads
         return torch.from_numpy(routing.weights)
 
     @staticmethod
-    def backward(ctx: Any, of_weights: Tensor) -> tuple[Tensor | None, ...]:
-        logits, chosen = ctx.saved_tensors
-        rule, threads = ctx.how
+    def backward(ctx: Any, weight_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, indices = ctx.saved_tensors
+        rule, threads = ctx.arguments
         if rule.method is RoutingMethod.EXPERT_CHOICE:
             pull_back = gradients.pull_back_choice
         else:
@@ -269,8 +268,8 @@ class Weights(torch.autograd.Function):
         gradient = pull_back(
             as_array(logits, "logits"),
             rule,
-            chosen.numpy(),
-            of_weights.contiguous().numpy(),
+            indices.numpy(),
+            weight_gradient.contiguous().numpy(),
             threads,
         )
         return as_gradient(gradient, logits), None, None, None, None
@@ -280,63 +279,43 @@ class MeanProbabilities(torch.autograd.Function):
     """float64 `[E]`: the mean probability of each expert."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, stats: RoutingStats, threads: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, sums: ProbabilitySums, rule: Rule, threads: int
+    ) -> Tensor:
         ctx.save_for_backward(logits)
-        ctx.how = stats._rule, threads
-        return torch.from_numpy(stats.mean_probabilities[0])
+        ctx.arguments = rule, threads
+        return torch.from_numpy(sums.mean_probabilities)
 
     @staticmethod
-    def backward(ctx: Any, of_means: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, mean_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
-        rule, threads = ctx.how
+        rule, threads = ctx.arguments
         gradient = gradients.pull_back_probabilities(
-            as_array(logits, "logits"), rule, of_means.numpy(), threads
+            as_array(logits, "logits"), rule, mean_gradient.numpy(), threads
         )
-        return as_gradient(gradient, logits), None, None
+        return as_gradient(gradient, logits), None, None, None
 
 
 class MeanSquare(torch.autograd.Function):
     """float64: the mean squared log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, stats: RoutingStats, threads: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, sums: ProbabilitySums, threads: int) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.threads = threads
-        return torch.from_numpy(stats.z_loss()).squeeze(0)
+        return torch.from_numpy(sums.mean_square)
 
     @staticmethod
-    def backward(ctx: Any, of_mean: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, mean_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
         gradient = gradients.pull_back_squares(
-            as_array(logits, "logits"), of_mean.item(), ctx.threads
+            as_array(logits, "logits"), mean_gradient.item(), ctx.threads
         )
         return as_gradient(gradient, logits), None, None
 
 
-def as_array(tensor: Tensor, name: str) -> npt.NDArray[Any]:
-    """The same memory as an array."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ArgumentTypeError(
-            f"must be a torch.Tensor, got {type(tensor).__name__}; moe_fast.route takes arrays",
-            argument=name,
-        )
-    if tensor.layout is not torch.strided:
-        raise ArgumentTypeError(
-            f"must be dense, got {tensor.layout}; {name}.to_dense() is", argument=name
-        )
-    if tensor.device.type != "cpu":
-        raise RoutingError(
-            f"must be on the CPU, got a tensor on {tensor.device}; route {name}.cpu(), "
-            "through which gradients flow back",
-            argument=name,
-        )
-    tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(as_dtype("bfloat16"))  # type: ignore[no-any-return]
-    return tensor.numpy()  # type: ignore[no-any-return]
-
-
 def as_gradient(gradient: npt.NDArray[Any], logits: Tensor) -> Tensor:
+    """A gradient in the dtype of the logits."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "gradients of moe_fast.torch have none themselves: create_graph must be False"

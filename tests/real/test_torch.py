@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import moe_fast
-from moe_fast import MoeConfig, MoeConfigError, RoutingError, RoutingStats
-from moe_fast.routing import gradients as backwards
-from moe_fast.routing import router as routing
+from moe_fast import MoeConfig, MoeConfigError, Router, RoutingError, RoutingStats
+from moe_fast.routing import choose
 from moe_fast.torch import huggingface_load_balancing_loss, route
 
 BIAS = np.linspace(-0.3, 0.3, 8)
@@ -172,13 +171,13 @@ def test_nothing_is_copied(dtype, monkeypatch):
     wide = torch.randn(20, 12).to(dtype)
     logits = wide[:, :8].requires_grad_()
     seen = []
-    plain_route = routing.route
+    plain_call = Router.__call__
 
-    def watched(array, *arguments, **options):
+    def watched(router, array, **options):
         seen.append(array)
-        return plain_route(array, *arguments, **options)
+        return plain_call(router, array, **options)
 
-    monkeypatch.setattr(routing, "route", watched)
+    monkeypatch.setattr(Router, "__call__", watched)
     found = route(logits, MoeConfig(8))
     (array,) = seen
     assert array.ctypes.data == logits.data_ptr() == wide.data_ptr()
@@ -223,10 +222,22 @@ def test_threads_leave_the_bits_alone(case, experts, monkeypatch):
         return found.weights.detach().numpy().tobytes(), gradient.numpy().tobytes()
 
     expected = bits(1)
-    for module in (routing, backwards, moe_fast.routing.statistics):
-        monkeypatch.setattr(module, "LOGITS_PER_THREAD", 0)
+    monkeypatch.setattr(choose, "LOGITS_PER_THREAD", 0)
     assert bits(2) == expected
     assert bits(3) == expected
+
+
+@every_case
+def test_a_router_in_place_of_its_configuration(case):
+    k, method, options = CASES[case]
+    logits = make_logits()
+    router = Router(MoeConfig(8, k, method), **options)
+    one, other = route(logits, router), call(case, logits)
+    assert one.routing == other.routing
+    assert torch.equal(one.weights, other.weights)
+    assert torch.equal(one.load_balancing_loss(), other.load_balancing_loss())
+    with pytest.raises(MoeConfigError, match="sorted is an option of the router that is given"):
+        route(logits, router, sorted=True)
 
 
 def test_without_gradients():
@@ -315,7 +326,7 @@ LOGITS = torch.zeros(3, 4)
         ),
         (
             RoutingError,
-            r"logits must be on the CPU, got a tensor on meta; route logits.cpu\(\)",
+            r"logits must be on the CPU, got a tensor on meta; use logits.cpu\(\)",
             lambda: route(LOGITS.to("meta"), MoeConfig(4)),
         ),
         (

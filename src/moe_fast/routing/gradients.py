@@ -1,4 +1,7 @@
-"""Routing backwards, on arrays: what a framework's automatic differentiation asks for."""
+"""Vector-Jacobian products of routing, on arrays: what automatic differentiation asks for.
+
+Each function takes the gradient by a result of routing and returns that by the logits, `[T, E]`.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +11,67 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.routing.router import (
-    LOGITS_PER_THREAD,
-    Floats,
-    Indices,
-    Rule,
-    readable,
-    specialisation,
-)
+from moe_fast.routing.arrays import get_c_type, view_rows
+from moe_fast.routing.choose import get_tokens_per_thread
+from moe_fast.routing.options import Rule
+from moe_fast.routing.result import Floats, Indices
 from moe_fast.threads import share
 
 
 def pull_back_weights(
-    logits: npt.NDArray[Any], rule: Rule, chosen: Indices, of_weights: Floats, threads: int
+    logits: npt.NDArray[Any],
+    rule: Rule,
+    indices: Indices,
+    weight_gradient: Floats,
+    threads: int,
 ) -> Floats:
-    """The gradient by the logits of tokens, `[T, E]`, given that by their weights, `[T, k]`.
+    """From the gradient by the weights of top-k or Switch, `[T, k]`.
 
-    `chosen` are their experts before any was dropped; what was dropped has the gradient 0.
+    `indices` are the experts before any was dropped; what was dropped has the gradient 0.
     """
-    rows, encoding, dtype = readable(logits, rule.num_experts)
-    gradient: Floats = np.empty(logits.shape, dtype)
-    kernel = kernels.compiled.pull_back_weights[specialisation(dtype)]
+    rows = view_rows(logits, rule.num_experts)
+    gradient: Floats = np.empty(logits.shape, rows.dtype)
+    kernel = kernels.compiled.pull_back_weights[get_c_type(rows.dtype)]
 
     def pull_back(start: int, stop: int) -> None:
         kernel(
-            rows, encoding, rule.is_sigmoid, rule.norm_topk_prob, rule.routed_scaling_factor,
-            chosen, of_weights, gradient, start, stop,
+            rows.bytes, rows.encoding,
+            rule.is_sigmoid, rule.norm_topk_prob, rule.routed_scaling_factor,
+            indices, weight_gradient, gradient, start, stop,
         )  # fmt: skip
 
-    share(pull_back, len(rows), threads, grain=grain(gradient))
+    share(pull_back, len(logits), threads, grain=get_tokens_per_thread(rule.num_experts))
     return gradient
 
 
 def pull_back_choice(
-    logits: npt.NDArray[Any], rule: Rule, chosen: Indices, of_weights: Floats, threads: int
+    logits: npt.NDArray[Any],
+    rule: Rule,
+    indices: Indices,
+    weight_gradient: Floats,
+    threads: int,
 ) -> Floats:
-    """The same for expert choice: `chosen` and `of_weights` are `[E, C]`."""
-    gradient = np.zeros(logits.shape, of_weights.dtype)
+    """From the gradient by the weights of expert choice, `[E, C]`; `indices` are the tokens."""
+    gradient = np.zeros(logits.shape, weight_gradient.dtype)
     experts = np.arange(rule.num_experts)[:, np.newaxis]
-    gradient[chosen, experts] = of_weights * rule.routed_scaling_factor
+    gradient[indices, experts] = weight_gradient * rule.routed_scaling_factor
     return pull_back_scores(logits, gradient, threads, is_sigmoid=rule.is_sigmoid)
 
 
 def pull_back_probabilities(
-    logits: npt.NDArray[Any], rule: Rule, of_means: npt.NDArray[Any], threads: int
+    logits: npt.NDArray[Any], rule: Rule, mean_gradient: npt.NDArray[Any], threads: int
 ) -> Floats:
-    """The same for the mean probability of each expert, `[E]`."""
-    gradient = np.empty(logits.shape, readable(logits, rule.num_experts)[2])
-    gradient[:] = (of_means / max(1, len(logits))).astype(gradient.dtype)
+    """From the gradient by the mean probability of each expert, `[E]`."""
+    gradient = np.empty(logits.shape, view_rows(logits, rule.num_experts).dtype)
+    gradient[:] = (mean_gradient / max(1, len(logits))).astype(gradient.dtype)
     return pull_back_scores(logits, gradient, threads, is_sigmoid=rule.is_sigmoid, normalised=True)
 
 
-def pull_back_squares(logits: npt.NDArray[Any], of_mean: float, threads: int) -> Floats:
-    """The same for the mean of the squared log-sum-exp."""
-    gradient = np.zeros(logits.shape, readable(logits, logits.shape[1])[2])
-    of_square = 2 * of_mean / max(1, len(logits))
-    return pull_back_scores(logits, gradient, threads, of_square=of_square)
+def pull_back_squares(logits: npt.NDArray[Any], mean_gradient: float, threads: int) -> Floats:
+    """From the gradient by the mean of the squared log-sum-exp."""
+    gradient = np.zeros(logits.shape, view_rows(logits, logits.shape[1]).dtype)
+    square_gradient = 2 * mean_gradient / max(1, len(logits))
+    return pull_back_scores(logits, gradient, threads, square_gradient=square_gradient)
 
 
 def pull_back_scores(
@@ -73,19 +81,18 @@ def pull_back_scores(
     *,
     is_sigmoid: bool = False,
     normalised: bool = False,
-    of_square: float = 0.0,
+    square_gradient: float = 0.0,
 ) -> Floats:
-    """Make of the gradient by the scores, in place, that by the logits."""
-    rows, encoding, dtype = readable(logits, logits.shape[1])
-    kernel = kernels.compiled.pull_back_scores[specialisation(dtype)]
+    """From the gradient by the scores, `[T, E]`, which is written over and returned."""
+    num_experts = logits.shape[1]
+    rows = view_rows(logits, num_experts)
+    kernel = kernels.compiled.pull_back_scores[get_c_type(rows.dtype)]
 
     def pull_back(start: int, stop: int) -> None:
-        kernel(rows, encoding, is_sigmoid, normalised, of_square, gradient, start, stop)
+        kernel(
+            rows.bytes, rows.encoding, is_sigmoid, normalised, square_gradient,
+            gradient, start, stop,
+        )  # fmt: skip
 
-    share(pull_back, len(rows), threads, grain=grain(gradient))
+    share(pull_back, len(logits), threads, grain=get_tokens_per_thread(num_experts))
     return gradient
-
-
-def grain(gradient: Floats) -> int:
-    num_experts: int = gradient.shape[1]
-    return LOGITS_PER_THREAD // num_experts + 1

@@ -13,6 +13,7 @@ from moe_fast import kernels
 from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
 from moe_fast.reports import Report, pandas_frame
+from moe_fast.routing.arrays import BFLOAT16_BITS, as_array, widen_bfloat16
 from moe_fast.routing.statistics import RoutingStats
 from moe_fast.wording import numbered
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RouterHealth", "predict_load"]
 RANDOM_TOKENS = 1024
-NUMBERS_AT_A_TIME = 2**22  # of hidden states, which may be a mapped file
+# Of hidden states, which may be a mapped file.
+NUMBERS_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,16 @@ def predict_load(
     *,
     num_experts_per_tok: int = 2,
 ) -> RoutingStats:
-    """Route hidden states by the routers of all layers, top-k, and add up who gets them.
+    """Route hidden states by the routers of all layers, top-k, and add up the load of each expert.
 
     Parameters
     ----------
     routers : array_like, shape (L, E, H)
-        The routers' weights as checkpoints store them.
-    hidden_states : array_like, shape (T, H) or (L, T, H), optional
-        What the routers read: the same in every layer, or each layer's own; a mapped file is read a
-        piece at a time. By default 1024 random tokens, standard normal, each router's drawn as it
-        sees them.
+        The routers' weights as checkpoints store them. Torch tensors on the CPU, or a list with one
+        for each layer, are taken too.
+    hidden_states : array_like or tensor, shape (T, H) or (L, T, H), optional
+        What the routers read: the same in every layer, or each layer's own. A mapped file is read a
+        piece at a time. By default 1024 random tokens, standard normal, for each router its own.
     num_experts_per_tok : int
         Experts that each token is sent to.
 
@@ -86,7 +88,7 @@ def predict_load(
     >>> bool((stats.coefficient_of_variation < 0.2).all())
     True
     """
-    weights = np.asarray(routers)
+    weights = widen_bfloat16(as_array(routers, "routers"))
     if weights.ndim != 3:
         raise MoeConfigError(
             f"must have the shape (L, E, H), got {weights.shape}", argument="routers"
@@ -98,40 +100,44 @@ def predict_load(
         raise MoeConfigError("must be finite in float32", argument="routers")
     if hidden_states is None:
         for layer, router in enumerate(weights):
-            stats.update(as_finite_logits(random_logits(router), layer), layer)
+            logits = draw_random_logits(router)
+            check_finite(logits, layer)
+            stats.update(logits, layer)
         return stats
     tokens = as_hidden_states(hidden_states, num_layers, hidden_size)
     tokens = np.broadcast_to(tokens, (num_layers, *tokens.shape[-2:]))
     step = max(1, NUMBERS_AT_A_TIME // max(hidden_size, num_experts))
     for layer, (router, inputs) in enumerate(zip(weights, tokens, strict=True)):
         # Experts with the same weights tie, whatever order a matrix product adds them up in.
-        equals = first_equals(router)
+        columns = find_first_equal_rows(router)
         for start in range(0, len(inputs), step):
-            some = inputs[start : start + step].astype(np.float32)
-            if not np.isfinite(some).all():
+            piece = widen_bfloat16(inputs[start : start + step]).astype(np.float32)
+            if not np.isfinite(piece).all():
                 raise MoeConfigError(
-                    "must be finite in float32; "
-                    f"a token from {start} to {start + len(some) - 1} read in layer {layer} is not",
+                    f"must be finite in float32; a token from {start} to "
+                    f"{start + len(piece) - 1} read in layer {layer} is not",
                     argument="hidden_states",
                 )
             with np.errstate(over="ignore", invalid="ignore"):
-                logits = (some @ router.T)[:, equals]
-            stats.update(as_finite_logits(logits, layer), layer)
+                logits = (piece @ router.T)[:, columns]
+            check_finite(logits, layer)
+            stats.update(logits, layer)
     return stats
 
 
-def as_finite_logits(logits: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
+def check_finite(logits: npt.NDArray[Any], layer: int) -> None:
+    """Raise if logits have overflowed."""
     if not np.isfinite(logits).all():
         raise RoutingError(f"logits of layer {layer} are beyond float32")
-    return logits
 
 
 def as_hidden_states(
     hidden_states: npt.ArrayLike, num_layers: int, hidden_size: int
 ) -> npt.NDArray[Any]:
-    """The argument `hidden_states`, its dtype and shape checked; no number is looked at."""
-    tokens = np.asarray(hidden_states)
-    if tokens.dtype.kind not in "fiu" and tokens.dtype.name != "bfloat16":
+    """The argument `hidden_states`, its dtype and shape checked, its numbers not."""
+    tokens = as_array(hidden_states, "hidden_states")
+    is_bfloat16 = tokens.dtype == BFLOAT16_BITS or tokens.dtype.name == "bfloat16"
+    if tokens.dtype.kind not in "fiu" and not is_bfloat16:
         raise MoeConfigError(
             f"must hold real numbers, got dtype {tokens.dtype}", argument="hidden_states"
         )
@@ -160,13 +166,13 @@ def router_health(
     source: str,
     remedy: str,
 ) -> RouterHealth:
-    """`predict_load` with what to say of it; `source` names the hidden states.
+    """What `predict_load` predicts, and warnings that end with `remedy`.
 
-    `layers` are the numbers of the layers that the routers belong to. Routers are taken one at a
-    time: those of a large model need much memory together.
+    `source` names the hidden states, `layers` holds the numbers of the routers' layers. Routers are
+    taken one at a time: those of a large model need much memory together.
     """
     variation, entropy = [], []
-    found: dict[str, list[int]] = {}
+    layers_by_problem: dict[str, list[int]] = {}
     for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
         states = hidden_states
         if states is not None and states.ndim == 3:
@@ -175,22 +181,25 @@ def router_health(
         tokens = int(stats.num_tokens[0])
         variation += stats.coefficient_of_variation.tolist()
         entropy += stats.mean_entropy.tolist()
-        text = complaint(router, stats.starving_experts()[0], f"{tokens} {source}")
+        text = find_problem(router, stats.starving_experts()[0], f"{tokens} {source}")
         if text is not None:
-            found.setdefault(text, []).append(layer)
+            layers_by_problem.setdefault(text, []).append(layer)
     return RouterHealth(
         hidden_states=source,
         num_tokens=tokens,
         coefficient_of_variation=tuple(variation),
         mean_entropy=tuple(entropy),
-        warnings=tuple(f"{numbered('layer', n)}: {text}; {remedy}" for text, n in found.items()),
+        warnings=tuple(
+            f"{numbered('layer', numbers)}: {text}; {remedy}"
+            for text, numbers in layers_by_problem.items()
+        ),
     )
 
 
-def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) -> str | None:
-    """What is wrong with a layer's router: experts that tie, or else experts that starve."""
-    equals = first_equals(router)
-    tied = [expert for expert, first in enumerate(equals) if equals.count(first) > 1]
+def find_problem(router: npt.NDArray[Any], starving: Sequence[int], source: str) -> str | None:
+    """Say what is wrong with a layer's router: experts that tie, or else experts that starve."""
+    first = find_first_equal_rows(router)
+    tied = [expert for expert, row in enumerate(first) if first.count(row) > 1]
     if tied:
         return f"the router weights of {numbered('expert', tied)} are the same, and so tie"
     if starving:
@@ -202,31 +211,31 @@ def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) ->
 
 
 def complaint_on_random_tokens(router: npt.NDArray[Any], num_experts_per_tok: int) -> str | None:
-    """The `complaint` about one router, `(E, H)`, that reads random tokens."""
+    """Find the problem of one router, `(E, H)`, that reads random tokens."""
     stats = predict_load(router[np.newaxis], num_experts_per_tok=num_experts_per_tok)
-    return complaint(router, stats.starving_experts()[0], f"{RANDOM_TOKENS} random tokens")
+    return find_problem(router, stats.starving_experts()[0], f"{RANDOM_TOKENS} random tokens")
 
 
-def first_equals(rows: npt.NDArray[Any]) -> list[int]:
+def find_first_equal_rows(rows: npt.NDArray[Any]) -> list[int]:
     """For each row, the number of the first one that is equal to it."""
     first: dict[bytes, int] = {}
     return [first.setdefault((row + 0).tobytes(), i) for i, row in enumerate(rows)]  # -0 is 0
 
 
-def random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """What `router`, `(E, H)`, makes of random tokens, `(RANDOM_TOKENS, E)`.
+def draw_random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits of random tokens, `(RANDOM_TOKENS, E)`, by the Cholesky factor of their covariance.
 
-    Logits of standard normal tokens are normal, and `W W^T` is their covariance. With a root of
-    that matrix they come from E numbers a token in place of H.
+    Logits of standard normal tokens are normal, with the covariance `W W^T`, W being `router`,
+    `(E, H)`. Its factor makes them of E numbers a token in place of H.
     """
     num_experts = len(router)
     numbers = np.empty(RANDOM_TOKENS * num_experts, np.float32)
     kernels.compiled.fill_normal(numbers, 0, numbers.size, 0, 0, 1.0)
     weights = router.astype(np.float64)
     covariance = weights @ weights.T
-    # So that it has a root where rows depend on each other; in float32 nobody sees so little.
+    # It has a factor then even if rows depend on each other. In float32 so little is lost.
     np.fill_diagonal(covariance, covariance.diagonal() + 1e-12 * np.trace(covariance) + 1e-300)
     with np.errstate(over="ignore", invalid="ignore"):
-        root = np.linalg.cholesky(covariance).astype(np.float32)
-        logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ root.T
-    return logits[:, first_equals(router)]  # experts with the same weights tie
+        factor = np.linalg.cholesky(covariance).astype(np.float32)
+        logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ factor.T
+    return logits[:, find_first_equal_rows(router)]  # Experts with the same weights tie.

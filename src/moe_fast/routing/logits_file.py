@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
-from moe_fast.dtypes import DTYPE_NAMES, as_dtype
+from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
-from moe_fast.routing.router import ENCODINGS, RoutingOptions
+from moe_fast.routing.arrays import BFLOAT16_BITS, FLOATS, find_encoding
+from moe_fast.routing.options import RoutingMethodName, RoutingOptions
 from moe_fast.routing.statistics import RoutingStats
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.npy import map_npy
@@ -52,8 +53,8 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
         open_regular(path).close()
         arrays: list[tuple[str | None, npt.NDArray[Any]]] = [(None, map_npy(path))]
     elif path.suffix == ".safetensors":
-        tensors = sorted(read_header(path).values(), key=lambda tensor: by_number(tensor.name))
-        arrays = [(tensor.name, mapped(path, tensor)) for tensor in tensors]
+        tensors = sorted(read_header(path).values(), key=lambda tensor: split_numbers(tensor.name))
+        arrays = [(tensor.name, map_tensor(path, tensor)) for tensor in tensors]
     else:
         raise MoeConfigError(
             f"must end in .npy or .safetensors, got {str(path)!r}", argument="path"
@@ -62,19 +63,19 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
         raise CheckpointError("holds no tensor", file=path)
     layers = sum(len(array) if array.ndim == 3 else 1 for _, array in arrays)
     for name, array in arrays:
-        check(path, name, array, arrays[0][1])
+        check_logits(path, name, array, arrays[0][1])
     if layers > MOST_LAYERS:
         raise CheckpointError(f"holds {layers} layers, at most {MOST_LAYERS} are read", file=path)
-    return [layer for name, array in arrays for layer in layers_of(path, name, array)]
+    return [layer for name, array in arrays for layer in split_layers(path, name, array)]
 
 
-def by_number(name: str) -> list[tuple[int, str]]:
+def split_numbers(name: str) -> list[tuple[int, str]]:
     """A key that sorts `layers.2` before `layers.10`."""
     parts = re.split(r"([0-9]+)", name)
     return [(len(part.lstrip("0")), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
-def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
+def map_tensor(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"is {tensor.dtype}; logits are {', '.join(DTYPE_NAMES)}", file=path, tensor=tensor.name
@@ -83,19 +84,22 @@ def mapped(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
         raise CheckpointError(
             f"is empty, its shape is {list(tensor.shape)}", file=path, tensor=tensor.name
         )
-    dtype = as_dtype(DTYPE_NAMES[tensor.dtype])
+    name = DTYPE_NAMES[tensor.dtype]
+    dtype = BFLOAT16_BITS if name == "bfloat16" else np.dtype(name)
     with open_regular(path) as stream:
         tensor.file.check_unchanged(stream)
         return np.memmap(stream, dtype, "r", tensor.offset, tensor.shape)
 
 
-def check(path: Path, name: str | None, array: npt.NDArray[Any], first: npt.NDArray[Any]) -> None:
+def check_logits(
+    path: Path, name: str | None, array: npt.NDArray[Any], first: npt.NDArray[Any]
+) -> None:
     """Raise `CheckpointError` for an array that is no logits, or has another number of experts.
 
     `name` is that of its tensor, if the file has any. The number of experts is that of `first`.
     """
-    if array.dtype.name not in ENCODINGS:
-        what = f"is {array.dtype}; logits are float32, float64, bfloat16 or float16"
+    if find_encoding(array.dtype)[1] is None:
+        what = f"is {array.dtype}; logits are {FLOATS}"
     elif array.ndim not in (2, 3):
         what = f"must have the shape [T, E] or [L, T, E], got {list(array.shape)}"
     elif not array.size:
@@ -107,7 +111,7 @@ def check(path: Path, name: str | None, array: npt.NDArray[Any], first: npt.NDAr
     raise CheckpointError(what, file=path, tensor=name)
 
 
-def layers_of(path: Path, name: str | None, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
+def split_layers(path: Path, name: str | None, array: npt.NDArray[Any]) -> Iterator[LayerLogits]:
     if array.ndim == 2:
         yield LayerLogits(path, name, None, array)
     else:
@@ -117,7 +121,7 @@ def layers_of(path: Path, name: str | None, array: npt.NDArray[Any]) -> Iterator
 
 def statistics_of_file(
     path: str | os.PathLike[str],
-    routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+    routing_method: RoutingMethod | RoutingMethodName = RoutingMethod.TOP_K,
     num_experts_per_tok: int | None = None,
     *,
     capacity_factors: Sequence[float] = (),
@@ -135,7 +139,7 @@ def statistics_of_file(
     path : path
         A file that `read_logits` takes.
     routing_method : RoutingMethod or str
-        Who chooses.
+        `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     num_experts_per_tok : int, optional
         By default 1 for Switch and 2 for the others.
     capacity_factors, tokens_per_batch, threads, **options

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -17,18 +17,11 @@ from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.reports import pandas_frame
-from moe_fast.routing.router import (
-    LANES,
-    LOGITS_PER_THREAD,
-    Routing,
-    RoutingOptions,
-    as_bias,
-    as_rule,
-    raise_for_nan,
-    readable,
-    route,
-    specialisation,
-)
+from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloat16
+from moe_fast.routing.choose import LANES, get_tokens_per_thread, raise_for_nan
+from moe_fast.routing.options import RoutingOptions, Rule
+from moe_fast.routing.result import Counts, Routing
+from moe_fast.routing.router import Router, make_router
 from moe_fast.threads import as_threads, share
 
 if TYPE_CHECKING:
@@ -37,14 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RoutingStats", "plan_capacity", "update_selection_bias"]
 Float64 = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
 # Sums are kept as integers in these units, so that their order does not matter.
 UNIT = 2.0**-32
 ENTROPY_UNIT = 2.0**-24
 # With more, the probabilities of one expert could add up to more than 64 bits.
 MOST_TOKENS = 2**31
-# What is routed and then added up while it is still in the cache; a kernel adds up to 2^20 tokens
-# exactly.
+# So many logits are routed, then added up while they are in the cache. A kernel adds up to 2^20
+# tokens exactly.
 LOGITS_AT_A_TIME = 2**20
 TOKENS_AT_A_TIME = 2**20
 # Experts starve below this part of an even load, and dominate above this multiple of it, or where
@@ -64,8 +56,65 @@ SUMS = (
     "_square",
 )
 KEYS = ("config", "options", "capacity_factors", "num_layers", "sums")
-# What of a summary is no single number.
-LISTS = ("load", "starving_experts", "dominating_experts", "description")
+# The columns of a summary that hold more than a number.
+LIST_COLUMNS = ("load", "starving_experts", "dominating_experts", "description")
+
+
+@dataclass(frozen=True)
+class ProbabilitySums:
+    """Sums over tokens that depend on probabilities alone, not on a choice.
+
+    The probabilities of each expert, uint64 `[E]`, and the squares of the log-sum-exp are in units
+    of 2^-32; the entropies of tokens are in units of 2^-24.
+    """
+
+    num_tokens: int
+    probability: npt.NDArray[np.uint64]
+    entropy: int
+    square: int | float
+
+    @property
+    def mean_probabilities(self) -> Float64:
+        """`[E]`: each expert's mean probability."""
+        return divide(self.probability * UNIT, self.num_tokens)
+
+    @property
+    def mean_square(self) -> Float64:
+        """`[]`: the mean of the squared log-sum-exp."""
+        return divide(self.square * UNIT, self.num_tokens)
+
+
+def sum_probabilities(
+    logits: npt.NDArray[Any], rule: Rule, threads: int, start: int = 0, stop: int | None = None
+) -> ProbabilitySums:
+    """Add up the probabilities of the tokens from `start` to `stop`."""
+    stop = len(logits) if stop is None else stop
+    num_experts = rule.num_experts
+    rows = view_rows(logits[start:stop], num_experts)
+    kernel = kernels.compiled.add_statistics[get_c_type(rows.dtype)]
+    ends: list[tuple[int, Float64, Float64]] = []
+
+    def add(first: int, start: int, stop: int) -> None:
+        work = np.empty((2, LANES * num_experts), rows.dtype)
+        probability, totals = np.zeros(num_experts), np.zeros(3)
+        bad = kernel(
+            rows.bytes, rows.encoding, num_experts, rule.is_sigmoid, work, probability, totals,
+            first + start, first + stop,
+        )  # fmt: skip
+        ends.append((bad, probability, totals))
+
+    for first in range(0, stop - start, TOKENS_AT_A_TIME):
+        size = min(TOKENS_AT_A_TIME, stop - start - first)
+        share(partial(add, first), size, threads, grain=get_tokens_per_thread(num_experts))
+    raise_for_nan(bad + start for bad, _, _ in ends if bad >= 0)
+    total = np.zeros(num_experts, np.uint64)
+    entropy = 0
+    square: int | float = 0
+    for _, probability, (entropies, whole, rest) in ends:
+        total += to_units(probability)
+        entropy += int(entropies / ENTROPY_UNIT)
+        square += whole if math.isinf(whole) else int(whole) * 2**32 + int(rest / UNIT)
+    return ProbabilitySums(stop - start, total, entropy, square)
 
 
 class RoutingStats:
@@ -77,17 +126,19 @@ class RoutingStats:
 
     Parameters
     ----------
-    config : MoeConfig
+    config : MoeConfig or Router
         What is routed, and how; E is its number of experts, k its number of experts a token.
     num_layers : int
         L, the routers that are told apart.
     capacity_factors : sequence of float
         For each, what it would drop is counted too.
     **options
-        Those of `route`.
+        Those of `route`; not for a `Router`, which has its own.
 
     Attributes
     ----------
+    router : Router
+        What routes the tokens.
     num_tokens : int64 [L]
         Tokens added.
     counts : int64 [L, E]
@@ -112,21 +163,16 @@ class RoutingStats:
 
     def __init__(
         self,
-        config: MoeConfig,
+        config: MoeConfig | Router,
         num_layers: int = 1,
         *,
         capacity_factors: Sequence[float] = (),
         **options: Unpack[RoutingOptions],
     ) -> None:
-        self.config = config
-        self.options = options
-        bias = options.get("selection_bias")
-        checked = {name: value for name, value in options.items() if name != "selection_bias"}
-        self._rule = as_rule(config, bias is not None, **checked)
-        as_bias(bias, config.num_experts, np.dtype(np.float64))
-        self.capacity_factors = as_factors(capacity_factors)
+        self.router = make_router(config, options)
+        self.capacity_factors = check_factors(capacity_factors)
         num_layers = as_index(num_layers, "num_layers", minimum=1)
-        shape = (num_layers, config.num_experts)
+        shape = (num_layers, self.config.num_experts)
         self.num_tokens = np.zeros(num_layers, np.int64)
         self.counts = np.zeros(shape, np.int64)
         self.num_dropped = np.zeros(num_layers, np.int64)
@@ -137,6 +183,16 @@ class RoutingStats:
         # Python's integers, which do not overflow; a square may be infinite.
         self._entropy = np.zeros(num_layers, object)
         self._square = np.zeros(num_layers, object)
+
+    @property
+    def config(self) -> MoeConfig:
+        """The configuration of the router."""
+        return self.router.config
+
+    @property
+    def options(self) -> RoutingOptions:
+        """The options that the router was given."""
+        return self.router.options
 
     @property
     def num_layers(self) -> int:
@@ -156,7 +212,7 @@ class RoutingStats:
         Parameters
         ----------
         logits : array_like of float32, float64, bfloat16 or float16, shape (T, E)
-            Memory-mapped arrays are read a piece at a time.
+            Memory-mapped arrays are read a piece at a time. Torch tensors are taken as by `route`.
         layer : int
             Which of the layers these are of.
         tokens_per_batch : int, optional
@@ -177,135 +233,118 @@ class RoutingStats:
                 f"must be below {self.num_layers}, the number of layers, got {layer}",
                 argument="layer",
             )
-        array = np.asarray(logits)
+        array = as_array(logits, "logits")
         if array.ndim == 3:
             raise RoutingError(
-                f"of shape {array.shape} are those of several layers; give one at a time, as in "
-                "update(logits[2], layer=2)",
-                argument="logits",
+                f"logits {array.shape} are those of several layers; give one at a time, as in "
+                "update(logits[2], layer=2)"
             )
-        # What cannot be read as it stands is copied, and that only a piece at a time.
-        readable(array[:0] if array.ndim == 2 else array, self.config.num_experts)
+        # Logits that cannot be read in place are copied, a piece at a time.
+        view_rows(array[:0] if array.ndim == 2 else array, self.config.num_experts)
         num_tokens = len(array)
         if self.num_tokens[layer] + num_tokens > MOST_TOKENS:
-            raise MoeConfigError(
-                f"hold too many tokens: at most {MOST_TOKENS} to a layer", argument="logits"
-            )
-        added = RoutingStats(self.config, capacity_factors=self.capacity_factors, **self.options)
+            raise MoeConfigError(f"logits hold too many tokens: at most {MOST_TOKENS} to a layer")
         size = num_tokens if tokens_per_batch is None else tokens_per_batch
         size = max(1, as_index(size, "tokens_per_batch", minimum=0 if num_tokens == 0 else 1))
+        added = RoutingStats(self.router, capacity_factors=self.capacity_factors)
+        unlimited = self.router.replace(capacity_factor=math.inf)
         for start in range(0, num_tokens, size):
-            added._add_batch(array, start, min(start + size, num_tokens), as_threads(threads))
+            stop = min(start + size, num_tokens)
+            if self.router.rule.method is RoutingMethod.EXPERT_CHOICE:
+                added._add_expert_choice(array, start, stop, as_threads(threads))
+            else:
+                added._add_batch(array, start, stop, as_threads(threads), unlimited)
         for name in SUMS:
             getattr(self, name)[layer] += getattr(added, name)[0]
 
-    def _add_batch(self, logits: npt.NDArray[Any], start: int, stop: int, threads: int) -> None:
-        """Add one batch, which shares a capacity."""
-        if self._rule.method is RoutingMethod.EXPERT_CHOICE:
-            self._add_probabilities(logits, start, stop, threads)
-            routing = route(logits[start:stop], self.config, threads=threads, **self.options)
-            self._add_choice(routing)
-            self.num_unrouted[0] += routing.num_unrouted
-            self.num_tokens[0] += stop - start
-            return
+    def _add_expert_choice(
+        self, logits: npt.NDArray[Any], start: int, stop: int, threads: int
+    ) -> None:
+        """Add one batch, which shares a capacity, routed by expert choice."""
+        self._add_probabilities(sum_probabilities(logits, self.router.rule, threads, start, stop))
+        routing = self.router(logits[start:stop], threads=threads)
+        self._add_choice(routing)
+        self.num_unrouted[0] += routing.num_unrouted
+
+    def _add_batch(
+        self, logits: npt.NDArray[Any], start: int, stop: int, threads: int, unlimited: Router
+    ) -> None:
+        """Add one batch, which shares a capacity, routed by top-k or Switch.
+
+        What the capacity drops follows from the counts of `unlimited`, which routes without one.
+        """
+        rule = self.router.rule
         before = self.counts[0].copy()
-        unlimited: RoutingOptions = {**self.options, "capacity_factor": math.inf}
-        size = max(1, LOGITS_AT_A_TIME // self.config.num_experts)
+        size = max(1, LOGITS_AT_A_TIME // rule.num_experts)
         out = None
         for first in range(start, stop, size):
             last = min(first + size, stop)
-            self._add_probabilities(logits, first, last, threads)
+            self._add_probabilities(sum_probabilities(logits, rule, threads, first, last))
             if last - first < size:
                 out = None
-            out = route(logits[first:last], self.config, out=out, threads=threads, **unlimited)
+            out = unlimited(logits[first:last], out=out, threads=threads)
             self._add_choice(out)
         tokens = stop - start
-        self.num_tokens[0] += tokens
         counts = self.counts[0] - before
         for i, factor in enumerate(self.capacity_factors):
-            capacity = dataclasses.replace(self._rule, capacity_factor=factor).capacity(tokens)
-            self._dropped_by_factor[0, i] += overflow(counts, capacity)
-        dropped = overflow(counts, self._rule.capacity(tokens))
+            capacity = rule.compute_capacity(tokens, factor)
+            self._dropped_by_factor[0, i] += count_overflow(counts, capacity)
+        dropped = count_overflow(counts, rule.compute_capacity(tokens))
         self.num_dropped[0] += dropped
-        if self._rule.num_experts_per_tok == 1:
+        if rule.num_experts_per_tok == 1:
             self.num_unrouted[0] += dropped
         elif dropped:
-            routing = route(logits[start:stop], self.config, threads=threads, **self.options)
+            routing = self.router(logits[start:stop], threads=threads)
             self.num_unrouted[0] += routing.num_unrouted
 
-    def _add_probabilities(
-        self, logits: npt.NDArray[Any], start: int, stop: int, threads: int
-    ) -> None:
-        num_experts = self.config.num_experts
-        rows, encoding, dtype = readable(logits[start:stop], num_experts)
-        kernel = kernels.compiled.add_statistics[specialisation(dtype)]
-        ends: list[tuple[int, Float64, Float64]] = []
-
-        def add(first: int, start: int, stop: int) -> None:
-            work = np.empty((2, LANES * num_experts), dtype)
-            probability, totals = np.zeros(num_experts), np.zeros(3)
-            bad = kernel(
-                rows, encoding, num_experts, self._rule.is_sigmoid, work, probability, totals,
-                first + start, first + stop,
-            )  # fmt: skip
-            ends.append((bad, probability, totals))
-
-        for first in range(0, stop - start, TOKENS_AT_A_TIME):
-            last = min(first + TOKENS_AT_A_TIME, stop - start)
-            share(
-                partial(add, first),
-                last - first,
-                threads,
-                grain=LOGITS_PER_THREAD // num_experts + 1,
-            )
-        raise_for_nan(bad + start for bad, _, _ in ends if bad >= 0)
-        for _, probability, (entropy, whole, rest) in ends:
-            self._probability[0] += in_units(probability)
-            self._entropy[0] += int(entropy / ENTROPY_UNIT)
-            self._square[0] += whole if math.isinf(whole) else int(whole) * 2**32 + int(rest / UNIT)
+    def _add_probabilities(self, sums: ProbabilitySums) -> None:
+        self.num_tokens[0] += sums.num_tokens
+        self._probability[0] += sums.probability
+        self._entropy[0] += sums.entropy
+        self._square[0] += sums.square
 
     def _add_choice(self, routing: Routing) -> None:
         self.counts[0] += routing.tokens_per_expert_before_drop
-        indices, weights = routing._indices, routing.weights
-        if self._rule.method is RoutingMethod.EXPERT_CHOICE:
+        indices, weights = routing.indices, routing.weights
+        if routing.method is RoutingMethod.EXPERT_CHOICE:
             indices = np.broadcast_to(
                 np.arange(routing.num_experts, dtype=np.int32)[:, np.newaxis], weights.shape
             ).copy()
-        kernel = kernels.compiled.add_weights[specialisation(weights.dtype)]
+        kernel = kernels.compiled.add_weights[get_c_type(weights.dtype)]
         for pairs in range(0, weights.size, TOKENS_AT_A_TIME):
             importance = np.zeros(routing.num_experts)
             kernel(
                 indices.reshape(-1)[pairs : pairs + TOKENS_AT_A_TIME],
                 weights.reshape(-1)[pairs : pairs + TOKENS_AT_A_TIME],
-                self._rule.routed_scaling_factor,
+                self.router.rule.routed_scaling_factor,
                 importance,
             )
-            self._importance[0] += in_units(importance)
+            self._importance[0] += to_units(importance)
 
     @property
     def load(self) -> Float64:
         """`[L, E]`: the share of all choices that fell on each expert; 1 / E where even."""
-        return quotient(self.counts, self.counts.sum(axis=1, keepdims=True))
+        return divide(self.counts, self.counts.sum(axis=1, keepdims=True))
 
     @property
     def mean_probabilities(self) -> Float64:
         """`[L, E]`: each expert's mean probability; sigmoid scores are divided by their sum."""
-        return quotient(self._probability * UNIT, self.num_tokens[:, np.newaxis])
+        return divide(self._probability * UNIT, self.num_tokens[:, np.newaxis])
 
     @property
     def importance(self) -> Float64:
         """`[L, E]`: sums of weights before any was dropped (Shazeer et al. 2017, equation 6)."""
-        return self._importance.astype(np.float64) * (UNIT * self._rule.routed_scaling_factor)
+        return self._importance.astype(np.float64) * (UNIT * self.router.rule.routed_scaling_factor)
 
     @property
     def mean_entropy(self) -> Float64:
         """`[L]`: the mean entropy of a token's probabilities, in nats; ln E where undecided."""
-        return quotient(self._entropy.astype(np.float64) * ENTROPY_UNIT, self.num_tokens)
+        return divide(self._entropy.astype(np.float64) * ENTROPY_UNIT, self.num_tokens)
 
     @property
     def coefficient_of_variation(self) -> Float64:
         """`[L]`: standard deviation over mean of the load; 0 where even."""
-        return np.sqrt(squared_variation(self.counts))
+        return np.sqrt(compute_squared_variation(self.counts))
 
     @property
     def effective_num_experts(self) -> Float64:
@@ -318,17 +357,17 @@ class RoutingStats:
     @property
     def share_dropped(self) -> Float64:
         """`[L]`: the share of all choices that did not fit into their expert's capacity."""
-        return quotient(self.num_dropped, self.counts.sum(axis=1))
+        return divide(self.num_dropped, self.counts.sum(axis=1))
 
     @property
     def share_unrouted(self) -> Float64:
         """`[L]`: the share of tokens that no expert takes."""
-        return quotient(self.num_unrouted, self.num_tokens)
+        return divide(self.num_unrouted, self.num_tokens)
 
     @property
     def share_dropped_by_capacity_factor(self) -> Float64:
         """`[L, F]`: what each of `capacity_factors` would drop, as a share of all choices."""
-        return quotient(self._dropped_by_factor, self.counts.sum(axis=1, keepdims=True))
+        return divide(self._dropped_by_factor, self.counts.sum(axis=1, keepdims=True))
 
     def load_balancing_loss(self, alpha: float = 1.0) -> Float64:
         """`[L]`: `alpha * E * sum(f * P)`, f the load and P the mean probabilities; alpha if even.
@@ -344,8 +383,8 @@ class RoutingStats:
         `alpha * k` where the load is even.
         """
         tokens = self.num_tokens.sum()
-        f = quotient(self.counts.sum(axis=0), tokens)
-        p = quotient((self._probability * UNIT).sum(axis=0), tokens)
+        f = divide(self.counts.sum(axis=0), tokens)
+        p = divide((self._probability * UNIT).sum(axis=0), tokens)
         return float(alpha * self.config.num_experts * (f * p).sum())
 
     def z_loss(self, alpha: float = 1.0) -> Float64:
@@ -354,14 +393,14 @@ class RoutingStats:
         Infinite where a log-sum-exp exceeds 65536.
         """
         squares = np.array([square * UNIT for square in self._square.tolist()], np.float64)
-        return alpha * quotient(squares, self.num_tokens)
+        return alpha * divide(squares, self.num_tokens)
 
     def importance_loss(self, alpha: float = 1.0) -> Float64:
         """`[L]`: `alpha` times the squared coefficient of variation of `importance`.
 
         Shazeer et al. 2017, equation 7.
         """
-        return alpha * squared_variation(self._importance * UNIT)
+        return alpha * compute_squared_variation(self._importance * UNIT)
 
     def starving_experts(self, below: float = STARVING) -> list[list[int]]:
         """For each layer, the experts with less than `below` times an even load."""
@@ -375,16 +414,17 @@ class RoutingStats:
         relative = self.load * self.config.num_experts
         dominates = relative > above
         if self.config.num_experts_per_tok < self.config.num_experts:
-            dominates |= quotient(self.counts, self.num_tokens[:, np.newaxis]) >= NEARLY_ALL
+            dominates |= divide(self.counts, self.num_tokens[:, np.newaxis]) >= NEARLY_ALL
         return [np.flatnonzero(row).tolist() for row in dominates]
 
     def describe(self) -> str:
         """The state of each layer in words: even or uneven, who starves, who dominates."""
-        return "\n".join(f"layer {layer}: {words}" for layer, words in enumerate(self._words()))
+        layers = enumerate(self._describe_layers())
+        return "\n".join(f"layer {layer}: {words}" for layer, words in layers)
 
-    def _words(self) -> Iterator[str]:
+    def _describe_layers(self) -> Iterator[str]:
         load, num_experts = self.load, self.config.num_experts
-        numbers = zip(
+        columns = zip(
             self.num_tokens.tolist(),
             self.coefficient_of_variation.tolist(),
             self.effective_num_experts.tolist(),
@@ -394,7 +434,7 @@ class RoutingStats:
             strict=True,
         )
         for layer, (tokens, variation, effective, dropped, starving, dominating) in enumerate(
-            numbers
+            columns
         ):
             if tokens == 0:
                 yield "no tokens yet"
@@ -407,7 +447,7 @@ class RoutingStats:
             for experts, verb in ((dominating, "dominate"), (starving, "starve")):
                 if experts:
                     of_load = 100 * load[layer, experts].sum()
-                    parts.append(f"{named(experts, verb)} with {of_load:.1f} % of the load")
+                    parts.append(f"{name_experts(experts, verb)} with {of_load:.1f} % of the load")
             if dropped:
                 parts.append(f"{100 * dropped:.1f} % of the choices dropped")
             yield "; ".join(parts)
@@ -426,22 +466,22 @@ class RoutingStats:
         """
         columns: dict[str, Sequence[Any]] = {
             "num_tokens": self.num_tokens.tolist(),
-            "coefficient_of_variation": numbers(self.coefficient_of_variation),
-            "effective_num_experts": numbers(self.effective_num_experts),
-            "mean_entropy": numbers(self.mean_entropy),
-            "load_balancing_loss": numbers(self.load_balancing_loss()),
-            "z_loss": numbers(self.z_loss()),
-            "importance_loss": numbers(self.importance_loss()),
-            "share_dropped": numbers(self.share_dropped),
-            "share_unrouted": numbers(self.share_unrouted),
+            "coefficient_of_variation": to_plain_numbers(self.coefficient_of_variation),
+            "effective_num_experts": to_plain_numbers(self.effective_num_experts),
+            "mean_entropy": to_plain_numbers(self.mean_entropy),
+            "load_balancing_loss": to_plain_numbers(self.load_balancing_loss()),
+            "z_loss": to_plain_numbers(self.z_loss()),
+            "importance_loss": to_plain_numbers(self.importance_loss()),
+            "share_dropped": to_plain_numbers(self.share_dropped),
+            "share_unrouted": to_plain_numbers(self.share_unrouted),
             "share_dropped_by_capacity_factor": [
-                dict(zip(map(str, self.capacity_factors), numbers(row), strict=True))
+                dict(zip(map(str, self.capacity_factors), to_plain_numbers(row), strict=True))
                 for row in self.share_dropped_by_capacity_factor
             ],
-            "load": [numbers(row) for row in self.load],
+            "load": [to_plain_numbers(row) for row in self.load],
             "starving_experts": self.starving_experts(),
             "dominating_experts": self.dominating_experts(),
-            "description": list(self._words()),
+            "description": list(self._describe_layers()),
         }
         return [
             {"layer": layer, **dict(zip(columns, row, strict=True))}
@@ -461,7 +501,7 @@ class RoutingStats:
             by_factor = row.pop("share_dropped_by_capacity_factor")
             row |= {f"share_dropped_at_{factor}": share for factor, share in by_factor.items()}
         return pandas_frame(
-            {name: [row[name] for row in rows] for name in rows[0] if name not in LISTS}
+            {name: [row[name] for row in rows] for name in rows[0] if name not in LIST_COLUMNS}
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -474,9 +514,9 @@ class RoutingStats:
         >>> RoutingStats.from_dict(stats.to_dict()) == stats
         True
         """
-        options = dict(self.options)
+        options: dict[str, Any] = {**self.options}
         if options.get("selection_bias") is not None:
-            options["selection_bias"] = np.asarray(self.options["selection_bias"]).tolist()
+            options["selection_bias"] = options["selection_bias"].tolist()
         values = {
             "config": self.config.to_dict(),
             "options": options,
@@ -484,7 +524,7 @@ class RoutingStats:
             "num_layers": self.num_layers,
             "sums": {name.lstrip("_"): getattr(self, name).tolist() for name in SUMS},
         }
-        plain: dict[str, Any] = without_infinity(values)
+        plain: dict[str, Any] = encode_infinity(values)
         return plain
 
     @classmethod
@@ -499,7 +539,7 @@ class RoutingStats:
         missing = [name for name in KEYS if name not in values]
         if missing:
             raise MoeConfigError(f"statistics lack {missing[0]!r}")
-        known: dict[str, Any] = with_infinity({name: values[name] for name in KEYS})
+        known: dict[str, Any] = decode_infinity({name: values[name] for name in KEYS})
         stats = cls(
             MoeConfig.from_dict(known["config"]),
             known["num_layers"],
@@ -508,7 +548,7 @@ class RoutingStats:
         )
         for name in SUMS:
             total = getattr(stats, name)
-            total[...] = as_sums(known["sums"], name.lstrip("_"), total.shape)
+            total[...] = read_sums(known["sums"], name.lstrip("_"), total.shape)
         return stats
 
     def _repr_html_(self) -> str:
@@ -524,7 +564,7 @@ class RoutingStats:
     def __iadd__(self, other: RoutingStats) -> Self:
         if not isinstance(other, RoutingStats):
             return NotImplemented
-        if self._kind() != other._kind():
+        if not self._adds_up_with(other):
             raise MoeConfigError(
                 "statistics can only be added where config, options, capacity_factors and "
                 f"num_layers are the same, got {self!r} and {other!r}"
@@ -549,49 +589,49 @@ class RoutingStats:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingStats):
             return NotImplemented
-        return self._kind() == other._kind() and all(
+        return self._adds_up_with(other) and all(
             np.array_equal(getattr(self, name), getattr(other, name)) for name in SUMS
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
 
-    def _kind(self) -> tuple[Any, ...]:
-        bias = self.options.get("selection_bias")
-        bias = None if bias is None else np.asarray(bias, np.float64).tolist()
-        return self._rule, bias, self.capacity_factors, self.num_layers
+    def _adds_up_with(self, other: RoutingStats) -> bool:
+        mine = self.router, self.capacity_factors, self.num_layers
+        return mine == (other.router, other.capacity_factors, other.num_layers)
 
     def __repr__(self) -> str:
         return (
-            f"RoutingStats(method={str(self._rule.method)!r}, num_layers={self.num_layers}, "
-            f"num_experts={self.config.num_experts}, "
+            f"RoutingStats(method={str(self.config.routing_method)!r}, "
+            f"num_layers={self.num_layers}, num_experts={self.config.num_experts}, "
             f"num_experts_per_tok={self.config.num_experts_per_tok}, "
             f"num_tokens={self.num_tokens.tolist()})"
         )
 
 
-def numbers(values: Float64) -> list[float | None]:
+def to_plain_numbers(values: Float64) -> list[float | None]:
     """Plain numbers, `None` for those that JSON does not have."""
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def without_infinity(value: Any) -> Any:
+def encode_infinity(value: Any) -> Any:
     """Plain values in which infinity, which JSON does not have, is the string "inf"."""
     if isinstance(value, dict):
-        return {name: without_infinity(item) for name, item in value.items()}
+        return {name: encode_infinity(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_infinity(item) for item in value]
+        return [encode_infinity(item) for item in value]
     return "inf" if isinstance(value, float) and value == math.inf else value
 
 
-def with_infinity(value: Any) -> Any:
+def decode_infinity(value: Any) -> Any:
+    """Plain values in which the string "inf" is infinity again."""
     if isinstance(value, Mapping):
-        return {name: with_infinity(item) for name, item in value.items()}
+        return {name: decode_infinity(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [with_infinity(item) for item in value]
+        return [decode_infinity(item) for item in value]
     return math.inf if isinstance(value, str) and value == "inf" else value
 
 
-def as_sums(sums: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def read_sums(sums: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The integers `sums[name]`, of this shape; squares may be infinite."""
     try:
         found = np.array(sums[name], object).reshape(shape)
@@ -607,7 +647,7 @@ def as_sums(sums: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     return found
 
 
-def named(experts: list[int], verb: str) -> str:
+def name_experts(experts: list[int], verb: str) -> str:
     """`expert 3 starves`, `experts 3, 4 starve`, and no more than five by number."""
     if len(experts) == 1:
         return f"expert {experts[0]} {verb}s"
@@ -616,7 +656,7 @@ def named(experts: list[int], verb: str) -> str:
     return f"{len(experts)} experts ({', '.join(map(str, experts[:4]))}, ...) {verb}"
 
 
-def quotient(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Float64:
+def divide(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Float64:
     """Elementwise, NaN over 0: there is no share of nothing."""
     top, bottom = np.broadcast_arrays(np.asarray(numerator), np.asarray(denominator))
     result = np.full(top.shape, np.nan)
@@ -624,20 +664,23 @@ def quotient(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Float64:
     return result
 
 
-def squared_variation(values: npt.NDArray[Any]) -> Float64:
+def compute_squared_variation(values: npt.NDArray[Any]) -> Float64:
     """The squared coefficient of variation of each row."""
-    return quotient(values.var(axis=1), values.mean(axis=1) ** 2)
+    return divide(values.var(axis=1), values.mean(axis=1) ** 2)
 
 
-def in_units(exact: Float64) -> npt.NDArray[np.uint64]:
+def to_units(exact: Float64) -> npt.NDArray[np.uint64]:
+    """Sums of multiples of 2^-32, exact in float64, as integers."""
     return (exact / UNIT).astype(np.uint64)
 
 
-def overflow(counts: Counts, capacity: int | None) -> int:
+def count_overflow(counts: Counts, capacity: int | None) -> int:
+    """Pairs that exceed the capacity of their expert."""
     return 0 if capacity is None else int(np.maximum(counts - capacity, 0).sum())
 
 
-def as_factors(capacity_factors: Sequence[float]) -> tuple[float, ...]:
+def check_factors(capacity_factors: Sequence[float]) -> tuple[float, ...]:
+    """The argument `capacity_factors` as floats."""
     factors = tuple(as_number(factor, "capacity_factors") for factor in capacity_factors)
     for factor in factors:
         if not factor >= 0:
@@ -648,7 +691,7 @@ def as_factors(capacity_factors: Sequence[float]) -> tuple[float, ...]:
 def plan_capacity(
     source: npt.ArrayLike | RoutingStats,
     capacity_factors: Sequence[float],
-    config: MoeConfig | None = None,
+    config: MoeConfig | Router | None = None,
     *,
     tokens_per_batch: int | None = None,
     threads: int | None = None,
@@ -663,14 +706,14 @@ def plan_capacity(
         all its tokens, which is the least that can be dropped, since smaller batches vary more.
     capacity_factors : sequence of float
         F factors.
-    config : MoeConfig
+    config : MoeConfig or Router
         How logits are routed: top-k or Switch. Not for statistics, which have their own.
     tokens_per_batch : int, optional
         Tokens that share a capacity; by default all. Only for logits.
     threads : int, optional
         As for `route`.
     **options
-        Those of `route`; only for logits.
+        Those of `route`; only for logits, and not for a `Router`, which has its own.
 
     Returns
     -------
@@ -685,7 +728,7 @@ def plan_capacity(
     >>> plan_capacity(logits, [1.0, 1.25, 2.0], MoeConfig(), tokens_per_batch=128).round(3)
     array([0.065, 0.003, 0.   ])
     """
-    factors = as_factors(capacity_factors)
+    factors = check_factors(capacity_factors)
     if isinstance(source, RoutingStats):
         if config is not None or options or tokens_per_batch is not None:
             raise MoeConfigError(
@@ -695,14 +738,17 @@ def plan_capacity(
         shares = np.empty((source.num_layers, len(factors)))
         for layer, counts in enumerate(source.counts):
             for i, factor in enumerate(factors):
-                rule = dataclasses.replace(source._rule, capacity_factor=factor)
-                dropped = overflow(counts, rule.capacity(int(source.num_tokens[layer])))
-                shares[layer, i] = quotient(dropped, counts.sum())
+                num_tokens = int(source.num_tokens[layer])
+                capacity = source.router.rule.compute_capacity(num_tokens, factor)
+                dropped = count_overflow(counts, capacity)
+                shares[layer, i] = divide(dropped, counts.sum())
         return shares
-    if not isinstance(config, MoeConfig):
-        raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
-    refuse_expert_choice(config)
+    if config is None:
+        raise ArgumentTypeError(
+            "must be a MoeConfig, got None: logits do not say how to route them", argument="config"
+        )
     stats = RoutingStats(config, capacity_factors=factors, **options)
+    refuse_expert_choice(stats.config)
     stats.update(source, tokens_per_batch=tokens_per_batch, threads=threads)
     shares = stats.share_dropped_by_capacity_factor
     return shares.reshape(len(factors))
@@ -721,7 +767,7 @@ def update_selection_bias(
     Parameters
     ----------
     selection_bias : array_like, shape (E,)
-        The bias that was routed with.
+        The bias that was routed with. Torch tensors on the CPU are taken too.
     tokens_per_expert : array_like of int, shape (E,)
         How many tokens chose each expert, before any was dropped.
     update_rate : float
@@ -733,8 +779,8 @@ def update_selection_bias(
     >>> update_selection_bias([0.0, 0.0, 0.0], [10, 20, 30])
     array([ 0.001,  0.   , -0.001])
     """
-    bias = np.asarray(selection_bias, np.float64)
-    counts = np.asarray(tokens_per_expert)
+    bias = widen_bfloat16(as_array(selection_bias, "selection_bias")).astype(np.float64)
+    counts = widen_bfloat16(as_array(tokens_per_expert, "tokens_per_expert"))
     if bias.ndim != 1 or bias.shape != counts.shape:
         raise MoeConfigError(
             "selection_bias and tokens_per_expert must both have the shape (num_experts,), "

@@ -103,7 +103,7 @@ def compute_gate_weights(
 
 def compute_router_weights(
     num_layers: int,
-    hidden_dim: int,
+    hidden_size: int,
     num_experts: int,
     init: RouterInit | str = RouterInit.BALANCED,
     *,
@@ -118,7 +118,8 @@ def compute_router_weights(
 ) -> npt.NDArray[Any]:
     """Router weights of layers `layer` to `layer + num_layers`, stacked along a new first axis.
 
-    `result[i]` is `compute_gate_weights(..., layer=layer + i)`, whose arguments these are.
+    `result[i]` is `compute_gate_weights(..., layer=layer + i)`, whose arguments these are:
+    `hidden_size` is its `hidden_dim`.
 
     Examples
     --------
@@ -132,14 +133,14 @@ def compute_router_weights(
     """
     layers = (as_index(num_layers, "num_layers"),)
     return draw_routers(
-        layers, hidden_dim, num_experts, init, dtype, layer, rows, out, threads, full_range,
+        layers, hidden_size, num_experts, init, dtype, layer, rows, out, threads, full_range,
         remove_base, transpose,
     )  # fmt: skip
 
 
 def draw_routers(
     layers: tuple[int, ...],
-    hidden_dim: int,
+    hidden_size: int,
     num_experts: int,
     init: RouterInit | str,
     dtype: npt.DTypeLike | None,
@@ -152,9 +153,9 @@ def draw_routers(
     transpose: bool,
 ) -> npt.NDArray[Any]:
     """Router weights of shape `layers` followed by one layer's; from `layer` on."""
-    how = layers, hidden_dim, num_experts, init, layer, full_range, remove_base, transpose
+    what = layers, hidden_size, num_experts, init, layer, full_range, remove_base, transpose
     threads = as_threads(threads)
-    draws = remembered_draws(*how) if rows is None else draws_of(*how, rows)
+    draws = plan_draws_once(*what) if rows is None else plan_draws(*what, rows)
     out = as_output(out, draws.shape, dtype)
     if not kernel_name(out.dtype):
         raise wrong_dtype("out.dtype", out.dtype)
@@ -169,7 +170,7 @@ def draw_router_bits(
 
     bfloat16 takes no `ml_dtypes` here: its bits come as unsigned integers.
     """
-    draws = draws_of((), hidden_size, num_experts, init, layer, False, remove_base, True)
+    draws = plan_draws((), hidden_size, num_experts, init, layer, False, remove_base, True)
     bits = np.empty(draws.shape, np.uint16 if dtype.endswith("16") else dtype)
     fill(bits, dtype, draws, threads=1)
     return bits
@@ -200,9 +201,9 @@ class Draws(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def draws_of(
+def plan_draws(
     layers: tuple[int, ...],
-    hidden_dim: int,
+    hidden_size: int,
     num_experts: int,
     init: RouterInit | str,
     layer: int,
@@ -211,20 +212,22 @@ def draws_of(
     transpose: bool,
     rows: tuple[int, int] | None = None,
 ) -> Draws:
-    """The draws that the arguments ask for, each checked."""
-    hidden_dim = as_index(hidden_dim, "hidden_dim", maximum=LARGEST_INDEX)
+    """Check the arguments, and say what to draw."""
+    # One layer is compute_gate_weights, whose arguments have the reference's names.
+    name = "hidden_size" if layers else "hidden_dim"
+    hidden_size = as_index(hidden_size, name, maximum=LARGEST_INDEX)
     num_experts = as_index(num_experts, "num_experts", maximum=LARGEST_INDEX)
     layer = as_index(layer, "layer")
     seed, spread, has_base = DRAWS[as_member(init, RouterInit, "init")]
-    size, row_length = (num_experts, hidden_dim) if transpose else (hidden_dim, num_experts)
-    start, stop = (0, size) if rows is None else as_rows(rows, size)
+    size, row_length = (num_experts, hidden_size) if transpose else (hidden_size, num_experts)
+    start, stop = (0, size) if rows is None else check_rows(rows, size)
     num_rows = stop - start
     shape = (*layers, num_rows, row_length)
     if not math.prod(shape):
         return Draws(shape, False, ())
 
     # Draws from one layer, row and column to the next, and to the first of all.
-    to_layer = hidden_dim * num_experts
+    to_layer = hidden_size * num_experts
     to_row, to_column = (1, num_experts) if transpose else (num_experts, 1)
     first = layer * to_layer + start * to_row
     if not transpose:  # Rows follow one another in the stream: they are one long row.
@@ -232,7 +235,7 @@ def draws_of(
     if row_length == to_layer:  # And so do layers.
         row_length = math.prod(shape)
     base = 1.0 / num_experts if has_base and not remove_base else 0.0
-    scale = spread / math.sqrt(hidden_dim)
+    scale = spread / math.sqrt(hidden_size)
     arguments = (
         num_rows, row_length, seed, first % PERIOD, to_layer % PERIOD, to_row % PERIOD, to_column,
         full_range, base, scale,
@@ -240,23 +243,23 @@ def draws_of(
     return Draws(shape, not spread, arguments)
 
 
-def remembered_draws(*arguments: Any) -> Draws:
-    """`draws_of`, which remembers what it was asked, also for what cannot be remembered."""
+def plan_draws_once(*arguments: Any) -> Draws:
+    """`plan_draws`, called once for the same arguments, if they can be hashed."""
     try:
         return cached_draws(*arguments)
-    except TypeError:
-        return draws_of(*arguments)
+    except TypeError:  # An argument that cannot be hashed, or that `plan_draws` finds wrong.
+        return plan_draws(*arguments)
 
 
 # 1 and True are equal, and only one of them is an integer here.
-cached_draws = lru_cache(maxsize=256, typed=True)(draws_of)
+cached_draws = lru_cache(maxsize=256, typed=True)(plan_draws)
 
 
 def fill_range(fill: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
     fill(flat, begin, end, *draws)
 
 
-def as_rows(rows: Any, size: int) -> tuple[int, int]:
+def check_rows(rows: Any, size: int) -> tuple[int, int]:
     """The argument `rows` as `(start, stop)` within `range(size)`."""
     try:
         start, stop = rows
@@ -278,7 +281,7 @@ def as_output(
 ) -> npt.NDArray[Any]:
     """The argument `out`, checked, or a new array."""
     if out is None:
-        return aligned(shape, as_dtype(dtype))
+        return allocate_aligned(shape, as_dtype(dtype))
     if not isinstance(out, np.ndarray):
         raise ArgumentTypeError(f"must be a NumPy array, got {type(out).__name__}", argument="out")
     wanted = out.dtype if dtype is None else as_dtype(dtype)
@@ -292,7 +295,7 @@ def as_output(
     return out
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def allocate_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """A new array whose address JAX takes without a copy: a multiple of `ALIGNMENT`."""
     size = math.prod(shape) * dtype.itemsize
     try:

@@ -62,7 +62,7 @@ def write_router_weights(
             if path.suffix == ".npy":
                 np.save(stream, weights, allow_pickle=False)
             else:
-                stream.write(header_of(weights))
+                stream.write(make_header(weights))
                 weights.tofile(stream)
             nbytes = stream.tell()
         partial.replace(path)
@@ -72,7 +72,8 @@ def write_router_weights(
     return nbytes
 
 
-def header_of(weights: npt.NDArray[Any]) -> bytes:
+def make_header(weights: npt.NDArray[Any]) -> bytes:
+    """The header of a safetensors file with one tensor a layer."""
     dtype = DTYPE_CODES[weights.dtype.name]
     entries = [
         (f"layers.{layer}.gate.weight", dtype, weights.shape[1:], weights[layer].nbytes)
