@@ -17,6 +17,7 @@ from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.output import Progress
+from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
@@ -177,9 +178,10 @@ def check_moe(
     >>> report.passed, report["experts"].summary
     (True, '8 experts equal their sources, byte for byte')
     """
-    folder = Path(output)
+    folder = as_path(output, "output")
     check_is_folder(folder)
-    sources = [against] if isinstance(against, (str, os.PathLike)) else list(against)
+    listed = [against] if isinstance(against, (str, os.PathLike)) else against
+    sources = [as_path(source, "against") for source in listed]
     try:
         model = open_moe_model(folder)
     except CheckpointError as error:

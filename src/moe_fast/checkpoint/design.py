@@ -24,6 +24,7 @@ from moe_fast.checkpoint.output import (
     find_obstacles,
     write_output,
 )
+from moe_fast.checks import as_path
 from moe_fast.config import Dtype
 from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, ITEM_SIZES, as_stored_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError
@@ -53,7 +54,7 @@ class Design:
     ['model.embed_tokens.weight', 'model.layers.0.self_attn.q_proj.weight']
     >>> router = "model.layers.0.block_sparse_moe.gate.weight"
     >>> design.shape(router), design.dtype(router), design.read(router, rows=slice(0, 2)).shape
-    ((4, 64), 'bfloat16', (2, 64))
+    ((4, 64), 'float32', (2, 64))
     """
 
     weights: Mapping[str, Weight] = field(repr=False)
@@ -191,7 +192,7 @@ class Design:
             The disk is full, or a file cannot be read or written.
         """
         writing = Writing() if writing is None else writing
-        output = Path(output)
+        output = as_path(output, "output")
         files = list(self.source_files())
         sources = tuple(SourceRecord.of(file) for file in files)
         problems = [

@@ -19,6 +19,7 @@ from moe_fast.checkpoint.card import changes, distinct_names
 from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.convert import ConvertRequest
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_fast.checks import as_path
 from moe_fast.drawing.html import plan_picture, shares_picture, table
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
@@ -101,11 +102,11 @@ def write_report(
     >>> write_report(f"{folder}/moe").name
     'moe-report.html'
     """
-    folder = Path(path)
-    file = default_file(folder) if output is None else Path(output)
+    folder = as_path(path, "path")
+    file = default_file(folder) if output is None else as_path(output, "output")
     page = report_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is no report; choose another --output", file=file)
+        raise CheckpointError("exists and is no report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

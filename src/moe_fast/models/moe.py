@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_fast.checks import as_path
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
@@ -137,7 +138,7 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     CheckpointError
         For a folder that holds no model, and for headers that do not hold.
     """
-    folder = Path(path)
+    folder = as_path(path, "path")
     config = read_config(folder)
     tensors = read_checkpoint(folder)
     return MoeModel(folder, config, tensors, find_layers(tensors))

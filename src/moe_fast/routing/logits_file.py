@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.config import MoeConfig, RoutingMethod
+from moe_fast.checks import as_path
+from moe_fast.config import MoeConfig, RoutingMethod, RoutingMethodName
 from moe_fast.dtypes import DTYPE_NAMES, as_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
 from moe_fast.routing.router import ENCODINGS, RoutingOptions
@@ -47,7 +48,7 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
     CheckpointError
         For a file that holds anything else: the message names the tensor. Nothing is unpickled.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if path.suffix == ".npy":
         open_regular(path).close()
         arrays: list[tuple[str | None, npt.NDArray[Any]]] = [(None, map_npy(path))]
@@ -117,7 +118,7 @@ def layers_of(path: Path, name: str | None, array: npt.NDArray[Any]) -> Iterator
 
 def statistics_of_file(
     path: str | os.PathLike[str],
-    routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+    routing_method: RoutingMethod | RoutingMethodName = RoutingMethod.TOP_K,
     num_experts_per_tok: int | None = None,
     *,
     capacity_factors: Sequence[float] = (),
