@@ -488,7 +488,7 @@ def test_the_command():
     [
         (["--experts", "8"], "--experts is for models; write it into the recipe"),
         (["--router-init", "balanced"], "--router-init is for models; write it into the recipe"),
-        (["a"], "a recipe stands alone, without models or other recipes"),
+        (["a"], "give a recipe alone, without models or other recipes"),
     ],
 )
 def test_the_command_says_what_a_recipe_overrides(arguments, message):

@@ -35,7 +35,7 @@ from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
-from moe_fast.wording import numbered
+from moe_fast.wording import format_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -326,7 +326,7 @@ def warn_of_rounding(
             if text is not None and complaint_on_random_tokens(before, top_k) is None:
                 found.setdefault(text, []).append(layer.number)
     return [
-        f"{numbered('layer', layers)}: rounded to {dtype}, {text}; "
+        f"{format_numbers('layer', layers)}: rounded to {dtype}, {text}; "
         f"build the MoE in {dtype} instead, or convert it after training"
         for text, layers in found.items()
     ]

@@ -1,4 +1,4 @@
-"""The command: parses, calls, prints. No logic of its own."""
+"""The command: it parses, calls a function of the package and prints; it decides nothing."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def build(
     in_recipe = OPTIONS_OF_MODELS if from_recipe else ()
     with reported_errors(context, in_recipe), progress_bar() as progress:
         how: dict[str, Any] = {
-            "hidden_states": states_of(hidden_states),
+            "hidden_states": open_states(hidden_states),
             "max_shard_size": max_shard_size,
             "overwrite": overwrite,
             "threads": threads,
@@ -210,7 +210,7 @@ def build(
 def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
     """Raise for models and their options beside a recipe, which says all that itself."""
     if len(models) > 1:
-        raise typer.BadParameter("a recipe stands alone, without models or other recipes")
+        raise typer.BadParameter("give a recipe alone, without models or other recipes")
     for name in OPTIONS_OF_MODELS:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
@@ -243,7 +243,7 @@ def check(
 ) -> None:
     with reported_errors(context), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
-            output, against=against or (), text=text_of(text), progress=progress
+            output, against=against or (), text=read_text(text), progress=progress
         )
     show(report, show_check, as_json)
     if not report.passed:
@@ -335,7 +335,7 @@ def inspect(
 ) -> None:
     with reported_errors(context):
         report = moe_fast.inspect_model(
-            model, copies=copies, hidden_states=states_of(hidden_states)
+            model, copies=copies, hidden_states=open_states(hidden_states)
         )
     show(report, show_model, as_json)
 
@@ -518,8 +518,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def text_of(text: str | None) -> str | None:
-    """The text of a file of that name, else the text itself."""
+def read_text(text: str | None) -> str | None:
+    """The text of the file of that name, if there is one, and else `text` itself."""
     if text is None:
         return None
     try:
@@ -530,13 +530,13 @@ def text_of(text: str | None) -> str | None:
         try:
             return Path(text).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise CheckpointError("is no text in UTF-8", file=text) from None
+            raise CheckpointError("is not text in UTF-8", file=text) from None
     if LIKE_A_FILE.fullmatch(text):
-        raise CheckpointError("there is no such file; a text to run has several words", file=text)
+        raise CheckpointError("there is no such file; a text has more than one word", file=text)
     return text
 
 
-def states_of(file: Path | None) -> Any:
+def open_states(file: Path | None) -> Any:
     return None if file is None else map_npy(file)
 
 
@@ -583,26 +583,26 @@ def fail(error: BaseException, code: int) -> NoReturn:
 
 
 def parse_factors(text: str, method: RoutingMethod) -> list[float]:
-    """Numbers between commas; none for expert choice, which drops nothing."""
+    """The numbers between commas; no numbers for expert choice, which drops nothing."""
     if method is RoutingMethod.EXPERT_CHOICE:
         return []
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} are no numbers; write 1,1.25,2", param_hint="--capacity-factors"
+            f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
         ) from None
 
 
 def parse_layers(text: str) -> list[int]:
-    """`0,5` or `0-3,7` as the layers that it names."""
+    """The layers that `0,5` or `0-3,7` names."""
     layers: list[int] = []
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = match.groups(match[1]) if match else ("1", "0")
         if int(first) > int(last):
             raise typer.BadParameter(
-                f"{text!r} names no layers; write 0,5 or 0-3", param_hint="--dense-layers"
+                f"{text!r} is not a list of layers; write 0,5 or 0-3", param_hint="--dense-layers"
             )
         layers += range(int(first), int(last) + 1)
     return layers

@@ -14,7 +14,7 @@ from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.routing.statistics import RoutingStats
-from moe_fast.wording import numbered
+from moe_fast.wording import format_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -183,7 +183,9 @@ def router_health(
         num_tokens=tokens,
         coefficient_of_variation=tuple(variation),
         mean_entropy=tuple(entropy),
-        warnings=tuple(f"{numbered('layer', n)}: {text}; {remedy}" for text, n in found.items()),
+        warnings=tuple(
+            f"{format_numbers('layer', n)}: {text}; {remedy}" for text, n in found.items()
+        ),
     )
 
 
@@ -192,10 +194,10 @@ def complaint(router: npt.NDArray[Any], starving: Sequence[int], source: str) ->
     equals = first_equals(router)
     tied = [expert for expert, first in enumerate(equals) if equals.count(first) > 1]
     if tied:
-        return f"the router weights of {numbered('expert', tied)} are the same, and so tie"
+        return f"the router weights of {format_numbers('expert', tied)} are the same, and so tie"
     if starving:
         return (
-            f"{numbered('expert', starving)} would get less than a quarter of an even load "
+            f"{format_numbers('expert', starving)} would get less than a quarter of an even load "
             f"of {source}"
         )
     return None
