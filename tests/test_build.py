@@ -148,7 +148,7 @@ def test_sixteen_bit_weights_are_copied_as_they_are(dense, tmp_path, dtype):
 def test_shards_in_and_out(dense, tmp_path):
     build_moe(dense, tmp_path / "single", CONFIG)
     in_shards(dense, 3)
-    build_moe(dense, tmp_path / "moe", CONFIG, max_shard_size=200_000)
+    build_moe(dense, tmp_path / "moe", CONFIG, max_shard_size="200kB")
     shards = sorted((tmp_path / "moe").glob("model-*-of-*.safetensors"))
     assert len(shards) > 2
     index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
@@ -393,7 +393,7 @@ def test_wrong_arguments(dense, tmp_path):
         build_moe(dense, output, MoeConfig(num_experts=1))
     with pytest.raises(MoeConfigError, match="routers must be one of"):
         build_moe(dense, output, routers="kaiming")
-    with pytest.raises(MoeConfigError, match="max_shard_size must be at least 1, got 0"):
+    with pytest.raises(MoeConfigError, match="max_shard_size must be at least 1 MB, got 0"):
         build_moe(dense, output, max_shard_size=0)
     assert not output.exists()
 

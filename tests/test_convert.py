@@ -119,9 +119,9 @@ def test_the_function_stays(tmp_path):
 
 
 def test_shards_in_and_out(moe, tmp_path):
-    report = convert_moe(moe, tmp_path / "sharded", max_shard_size=300_000)
+    report = convert_moe(moe, tmp_path / "sharded", max_shard_size="300kB")
     assert report.num_files > 2
-    convert_moe(tmp_path / "sharded", tmp_path / "fused", layout="fused", max_shard_size=400_000)
+    convert_moe(tmp_path / "sharded", tmp_path / "fused", layout="fused", max_shard_size="400kB")
     convert_moe(tmp_path / "fused", tmp_path / "back", layout="per-expert")
     assert contents(tmp_path / "back") == contents(moe)
     with safe_open(next((tmp_path / "sharded").glob("*.safetensors")), "numpy") as file:
@@ -271,7 +271,7 @@ def test_a_conversion_to_a_dtype_is_what_a_build_in_it_gives(tmp_path, name, lay
 def test_dtypes_are_those_of_ml_dtypes(moe, tmp_path):
     from ml_dtypes import bfloat16
 
-    convert_moe(moe, tmp_path / "out", dtype="bfloat16", max_shard_size=300_000)
+    convert_moe(moe, tmp_path / "out", dtype="bfloat16", max_shard_size="300kB")
     before = load_file(moe / "model.safetensors")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     after = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}

@@ -205,7 +205,7 @@ def test_weights_beyond_float16_are_counted_and_reported(tmp_path):
 def test_what_an_interrupted_build_counted_is_not_lost(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
     rewrite(dense, large)
-    options = {"dtype": "float16", "max_shard_size": 20_000}
+    options = {"dtype": "float16", "max_shard_size": "20kB"}
     whole = build_moe(dense, tmp_path / "whole", CONFIG, **options)
 
     def interrupt(written, total):
@@ -224,7 +224,7 @@ def test_overflow_is_counted_by_threads_and_processes_alike(tmp_path):
 
     dense = make_model(tmp_path / "dense", "llama")
     rewrite(dense, large)
-    options = {"dtype": "float16", "max_shard_size": 20_000}
+    options = {"dtype": "float16", "max_shard_size": "20kB"}
     inline = build_moe(dense, tmp_path / "inline", CONFIG, **options)
     threads = build_moe(dense, tmp_path / "threads", CONFIG, threads=3, **options)
     with ProcessPoolExecutor(1) as executor:

@@ -102,7 +102,7 @@ def test_noise_does_not_depend_on_shards_or_chunks(dense, tmp_path, monkeypatch)
     noisy = ExpertSource(dense, noise_scale=0.02, residual_scale=1.5)
     build_moe([dense, noisy], tmp_path / "one", PAIR)
     monkeypatch.setattr("moe_fast.storage.pieces.CHUNK", 1028)
-    build_moe([dense, noisy], tmp_path / "many", PAIR, max_shard_size=100_000)
+    build_moe([dense, noisy], tmp_path / "many", PAIR, max_shard_size="100kB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
     assert bits(tmp_path / "one") == bits(tmp_path / "many")
 

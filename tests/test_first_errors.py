@@ -34,11 +34,15 @@ def dense(tmp_path):
     return tmp_path / "dense"
 
 
-def test_an_old_numpy():
-    code = "import numpy; numpy.__version__ = '1.25.2'; import moe_fast"
+@pytest.mark.parametrize(("use", "start"), [
+    ("import moe_fast; moe_fast.MoeConfig", "ImportError: "),
+    ("from moe_fast import route", "ImportError: "),
+    ("from moe_fast.__main__ import run; run(['doctor'])", "error: "),
+])  # fmt: skip
+def test_an_old_numpy(use, start):
+    code = f"import numpy; numpy.__version__ = '1.25.2'; {use}"
     assert error_of(code) == (
-        "ImportError: moe_fast needs NumPy 1.26 or later, this is 1.25.2: "
-        "pip install --upgrade numpy"
+        f"{start}moe_fast needs NumPy 1.26 or later, this is 1.25.2: pip install --upgrade numpy"
     )
 
 
@@ -48,7 +52,7 @@ def test_kernels_that_were_never_compiled(tmp_path):
         tmp_path / "moe_fast",
         ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"),
     )
-    message = error_of("import moe_fast", PYTHONPATH=str(tmp_path))
+    message = error_of("from moe_fast import route", PYTHONPATH=str(tmp_path))
     assert message.startswith(f"ImportError: {tmp_path}")
     assert "In a checkout: make build" in message
     assert "pip install --force-reinstall moe-fast" in message
@@ -78,8 +82,6 @@ def test_no_compiler(tmp_path):
 
 
 @pytest.mark.parametrize(("package", "code", "message"), [
-    ("safetensors", "from moe_fast.demo import make_dense_model; make_dense_model('m', seed=0)",
-     "the demo's models need safetensors: pip install 'moe-fast[checkpoint]'"),
     ("ml_dtypes", "from moe_fast import compute_gate_weights as c; c(4, 2, dtype='bfloat16')",
      "dtype 'bfloat16' needs ml_dtypes: pip install 'moe-fast[checkpoint]'"),
     ("typer", "from moe_fast.__main__ import main; main()",
@@ -110,6 +112,25 @@ def test_interrupted_before_the_command_is_loaded():
         "        if name == 'moe_fast.command.cli':\n"
         "            raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Impatient())\n"
+        "from moe_fast.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_interrupted_while_numpy_is_loaded():
+    """NumPy makes an ImportError of an exception that comes up in the modules it loads."""
+    code = (
+        "import signal, sys\n"
+        # Ignored where the tests themselves run in the background of a shell.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy._core.multiarray':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "sys.argv = ['moe-fast', 'doctor']\n"
         "from moe_fast.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

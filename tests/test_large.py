@@ -120,7 +120,7 @@ def test_models_in_more_files_than_a_process_may_open(tmp_path):
         import resource
         from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
         resource.setrlimit(resource.RLIMIT_NOFILE, (88, 88))
-        build_moe({list(map(str, models))}, "moe", MoeConfig(8), max_shard_size=20_000)
+        build_moe({list(map(str, models))}, "moe", MoeConfig(8), max_shard_size="20kB")
         assert len(list(Path("moe").glob("*.safetensors"))) > 88
         assert check_moe("moe").passed
         convert_moe("moe", "fused", layout="fused")

@@ -20,7 +20,7 @@ from moe_fast.demo import make_dense_model
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("manifest")
     make_dense_model(folder / "dense", seed=0)
-    build_moe(folder / "dense", folder / "moe", MoeConfig(3), max_shard_size=100_000, checksum=True)
+    build_moe(folder / "dense", folder / "moe", MoeConfig(3), max_shard_size="100kB", checksum=True)
     return folder
 
 

@@ -23,6 +23,7 @@ from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.demo import make_dense_model
 from moe_fast.errors import Problem
 from moe_fast.families.registry import moe_families
+from moe_fast.storage.hub import repository_name
 
 
 def test_arguments_are_called_as_the_command_calls_them():
@@ -59,7 +60,7 @@ def folder(tmp_path_factory):
     ("build dense -o out --experts 1", 2,
      "error: --experts-per-token must be at most 1, the number of experts, got 2\n"),
     ("build dense -o out --dense-layers 7", 2, "error: --dense-layers lists layer 7; the base"),
-    ("build dense -o out --dense-layers 3-1", 2, "--dense-layers: '3-1' names no layers"),
+    ("build dense -o out --dense-layers 3-1", 2, "--dense-layers: '3-1' is not a list of layers"),
     ("build dense -o out --max-shard-size 0", 2, "--max-shard-size must be at least 1 MB, got 0"),
     ("build dense -o out --max-shard-size 5", 2, "write '5GB' for gigabytes, or '5B' if you mean"),
     ("build dense -o out --threads 0", 2, "--threads must be at least 1, got 0"),
@@ -68,23 +69,23 @@ def folder(tmp_path_factory):
     ("build dense -o out --layout x", 2, "--layout"),
     ("build dense -o out --dtype int8", 2, "error: --dtype must be one of 'float32', 'bfloat16'"),
     ("build recipe.yml -o out --target mixtral", 2, "--target is for models; write it into the"),
-    ("build recipe.yml dense -o out", 2, "a recipe stands alone"),
+    ("build recipe.yml dense -o out", 2, "give a recipe alone"),
     ("build recipe.yml -o out", 1, "error: dense_layers lists layer 7; the base model has 2,"),
     ("build absent -o out", 1, "absent: is not a folder with a model; there is nothing of that"),
     ("build dense", 2, "Missing option '--output' / '-o'"),
-    ("build", 2, "Missing argument 'MODEL...'"),
+    ("build", 2, "Missing argument 'MODEL"),
     ("build dense -o out --expert 2", 2, "No such option: --expert"),
     ("convert dense -o out --max-shard-size 1x", 2, "--max-shard-size must be a size such as"),
     ("plan 0 2", 2, "error: MODELS must be at least 1, got 0"),
     ("plan 2 2 --hidden-size -1", 2, "error: --hidden-size must be at least 0, got -1"),
     ("plan 2 1000000000", 2, "error: LAYERS must be at most 134217728, got 1000000000"),
     ("route logits.npy --groups 3", 2, "error: --groups must divide 8, the number of experts"),
-    ("route logits.npy --capacity-factors a", 2, "--capacity-factors: 'a' are no numbers"),
+    ("route logits.npy --capacity-factors a", 2, "--capacity-factors: 'a' is not a list of"),
     ("route logits.npy --plot picture", 2, "error: --plot must end in the format of the picture"),
     ("route absent.npy", 1, "error: absent.npy: No such file"),
     ("gates 64 8 -o out.npy --dtype int8", 2, "error: --dtype must be one of float64"),
     ("gates 64 8 -o out.pt", 2, "error: --output must end in .npy or .safetensors, got 'out.pt'"),
-    ("gates 0 8 -o out.npy", 2, "0 is not in the range x>=1"),
+    ("gates 0 8 -o out.npy", 2, "Invalid value for 'HIDDEN_SIZE'"),
     ("check dense --text letter.txt", 1, "letter.txt: there is no such file"),
     ("inspect .", 1, "has no config.json; its folders with models are dense"),
     ("biuld", 2, "No such command 'biuld'"),
@@ -95,6 +96,97 @@ def test_what_a_wrong_value_is_told(folder, monkeypatch, arguments, code, messag
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.txt", "recipe.YAML", "recipe.yaml", "recipe"])
+def test_a_recipe_is_known_by_what_is_in_it(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    Path(name).write_text("# two experts\nmodels: [dense]\nnum_experts: 2\n")
+    done = run("build", name, "-o", "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "2 per layer" in done.stdout
+
+
+def test_other_files_are_no_recipes(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("notes.txt").write_text("The models: many.\n")
+    done = run("build", "notes.txt", "-o", "out")
+    assert done.returncode == 1
+    assert "notes.txt: is not a folder with a model; it is a file" in done.stderr
+
+
+@pytest.mark.parametrize(("address", "name"), [
+    ("https://huggingface.co/org/name", "org/name"),
+    ("https:/huggingface.co/org/name", "org/name"),  # as pathlib has it
+    ("http://www.huggingface.co/org/name/", "org/name"),
+    ("https://hf.co/org/name.v2?library=x#usage", "org/name.v2"),
+    ("https://huggingface.co/org/name/tree/v1.0", "org/name@v1.0"),
+    ("https://huggingface.co/org/name/blob/main/config.json", None),
+    ("https://huggingface.co/datasets/org/name", None),
+    ("https://example.org/org/name", None),
+    ("org/name@main", None),
+    ("dense", None),
+])  # fmt: skip
+def test_the_address_of_a_models_page_is_its_name(address, name):
+    assert repository_name(address) == (name or address)
+
+
+def test_an_address_is_looked_for_on_the_hub(folder, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    done = run("build", "https://huggingface.co/org/name", "-o", "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 'org/name' is no folder here, and no model that")
+
+
+def test_paths_in_the_home_folder(folder, monkeypatch):
+    from moe_fast import (
+        build_moe,
+        build_recipe,
+        check_moe,
+        convert_moe,
+        inspect_model,
+        read_recipe,
+        statistics_of_file,
+        write_report,
+        write_router_weights,
+    )
+
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(folder))
+    monkeypatch.chdir(folder.parent)
+    assert build_moe("~/dense", "~/home/moe").output == folder / "home" / "moe"
+    assert convert_moe("~/home/moe", "~/home/fused", layout="fused").layout == "fused"
+    assert check_moe("~/home/moe", against="~/dense").passed
+    assert inspect_model("~/home/fused").num_experts == 8
+    assert write_report("~/home/moe", "~/home/page.html") == folder / "home" / "page.html"
+    assert statistics_of_file("~/logits.npy").num_layers == 1
+    write_router_weights("~/home/r.npy", np.zeros((1, 2, 2)))
+    make_dense_model("~/home/dense", seed=0)
+    (folder / "home" / "r.yml").write_text("models: [~/dense]\n")
+    assert read_recipe("~/home/r.yml").request.base == str(folder / "dense")
+    build_recipe("~/home/r.yml", "~/home/of-recipe")
+    found = {path.name for path in (folder / "home").iterdir()}
+    assert found == {"moe", "fused", "page.html", "r.npy", "dense", "r.yml", "of-recipe"}
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("level", ["-O", "-OO"])
+def test_help_without_docstrings(level):
+    done = subprocess.run(
+        [sys.executable, level, "-m", "moe_fast", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for help in (command.help for command in typer.main.get_command(app).commands.values()):
+        assert help[:30] in done.stdout
+
+
+def test_no_arguments_are_a_wrong_command_line():
+    done = run()
+    assert done.returncode == 2
+    assert "Usage: " in done.stdout + done.stderr
 
 
 def test_a_file_makes_its_folder(folder, monkeypatch):

@@ -251,7 +251,7 @@ def test_the_hubs_library_reads_the_card(dense, tmp_path):
 
 def test_metadata_is_in_every_shard(tmp_path):
     make_model(tmp_path / "dense", "qwen3")
-    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, max_shard_size=200_000)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, max_shard_size="200kB")
     shards = sorted((tmp_path / "moe").glob("*.safetensors"))
     assert len(shards) > 1
     for shard in shards:

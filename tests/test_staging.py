@@ -46,7 +46,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def build(dense: Path, output: Path, **options: object) -> None:
-    build_moe(dense, output, CONFIG, max_shard_size=SHARD, **options)
+    build_moe(dense, output, CONFIG, max_shard_size=f"{SHARD}B", **options)
 
 
 def stop_after(count: int):
@@ -154,7 +154,7 @@ def test_a_build_from_changed_sources_starts_afresh(dense, place, change):
 def test_another_build_starts_afresh(dense, place):
     interrupt(dense, place / "moe")
     for output in ("moe", "whole"):
-        build_moe(dense, place / output, MoeConfig(2), max_shard_size=SHARD)
+        build_moe(dense, place / output, MoeConfig(2), max_shard_size=f"{SHARD}B")
     assert contents(place / "moe") == contents(place / "whole")
     assert names_in(place) == ["moe", "whole"]
 
@@ -536,7 +536,7 @@ def test_what_an_unfinished_build_takes_counts_as_free(dense, place, monkeypatch
 
 def test_a_dry_run_writes_nothing(dense, place):
     before = contents(dense)
-    report = build_moe(dense, place / "moe", CONFIG, max_shard_size=SHARD, dry_run=True)
+    report = build_moe(dense, place / "moe", CONFIG, max_shard_size=f"{SHARD}B", dry_run=True)
     assert report.dry_run
     assert names_in(place) == []
     assert contents(dense) == before
@@ -560,7 +560,17 @@ def test_durable_before_it_appears(dense, place, monkeypatch):
 
 
 def command(dense: Path, output: Path, *options: str) -> list[str]:
-    arguments = ["build", dense, "-o", output, "--experts", 3, "--max-shard-size", SHARD, *options]
+    arguments = [
+        "build",
+        dense,
+        "-o",
+        output,
+        "--experts",
+        3,
+        "--max-shard-size",
+        f"{SHARD}B",
+        *options,
+    ]
     return [sys.executable, "-m", "moe_fast", *map(str, arguments)]
 
 
@@ -605,7 +615,7 @@ def test_dry_run_of_the_command(dense, place):
         assert expected in done.stdout
     assert names_in(place) == []
     done = subprocess.run(
-        command(dense, place / "moe", "--dry-run", "--max-shard-size", "1"),
+        command(dense, place / "moe", "--dry-run", "--max-shard-size", "1B"),
         capture_output=True,
         text=True,
     )

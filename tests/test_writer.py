@@ -355,7 +355,7 @@ def test_a_write_that_fails_halfway_is_named_and_gone_on_from(tmp_path):
             limit = int(sys.argv[1])
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             build_moe({str(tmp_path / "dense")!r}, {str(tmp_path / "moe")!r}, MoeConfig(3),
-                      max_shard_size=200_000)
+                      max_shard_size="200kB")
         except OSError as error:
             print(error.errno, error.filename, *error.__notes__)
         """

@@ -46,6 +46,8 @@ def run(arguments: list[str]) -> None:
         sys.exit(
             f"moe-fast: the command needs {error.name}: pip install 'moe-fast[checkpoint,cli]'"
         )
+    except ImportError as error:  # too old a NumPy, or no kernels; the message says what to do
+        sys.exit(f"error: {error}")
     if guarded:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 SIZE = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>(?P<prefix>[KMGT]?)(?P<binary>i?)B?)", re.I
+    r"(?P<number>\d{1,20}(?:\.\d{1,20})?)\s*(?P<unit>(?P<prefix>[KMGT]?)(?P<binary>i?)B?)", re.I
 )
 # Someone who types 5 means gigabytes. A size with a unit is meant, however small.
 SMALLEST_SIZE_WITHOUT_UNIT = 1_000_000

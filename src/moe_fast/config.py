@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 from moe_fast.checks import as_index, as_member
 from moe_fast.errors import MoeConfigError
 from moe_fast.wording import brief_number
 
 __all__ = ["Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
+
+
+RoutingMethodName = Literal["top_k", "switch_transformer", "expert_choice"]
+RouterInitName = Literal["random", "uniform", "balanced"]
+LayoutName = Literal["per-expert", "fused"]
+DtypeName = Literal[
+    "float32", "fp32", "f32", "float", "torch.float32",
+    "bfloat16", "bf16", "torch.bfloat16",
+    "float16", "fp16", "f16", "half", "torch.float16",
+]  # fmt: skip
 
 
 class RoutingMethod(StrEnum):
@@ -98,7 +108,7 @@ class MoeConfig:
         self,
         num_experts: SupportsIndex = 8,
         num_experts_per_tok: SupportsIndex = 2,
-        routing_method: RoutingMethod | str = RoutingMethod.TOP_K,
+        routing_method: RoutingMethod | RoutingMethodName = RoutingMethod.TOP_K,
         gate_hidden_dim: SupportsIndex | None = None,
     ) -> None:
         put = object.__setattr__

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 
 from moe_fast.checkpoint.build import BuildReport, build_moe
 from moe_fast.checkpoint.check import CheckReport, check_moe
 from moe_fast.checkpoint.output import Writing, find_obstacles
+from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.staging import is_vacant, staged
@@ -42,7 +42,7 @@ def make_demo(
     >>> built.num_experts, checked.passed
     (8, True)
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     places = [folder / name for name in (*DENSE, MOE)]
     there = [place.name for place in places if folder.is_dir() and not is_vacant(place)]
     if there and not overwrite:
@@ -78,14 +78,14 @@ def make_dense_model(
 
     Examples
     --------
-    >>> from moe_fast import inspect_model, make_dense_model
     >>> import tempfile
+    >>> from moe_fast import inspect_model, make_dense_model
     >>> folder = tempfile.mkdtemp()
-    >>> make_dense_model(folder, seed=0)
+    >>> make_dense_model(folder, seed=0, hidden_size=32)
     >>> inspect_model(folder).num_parameters
-    90432
+    39072
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.Generator(np.random.PCG64(seed))
 

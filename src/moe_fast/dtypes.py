@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import reprlib
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.checks import unknown_choice
+from moe_fast.config import Dtype, DtypeName
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    DtypeLike = Dtype | DtypeName | type[Any] | np.dtype[Any] | torch.dtype
 
 ITEM_SIZES = {
     "BOOL": 1,
@@ -56,6 +63,16 @@ ML_DTYPES_NAMES = {
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # what can be built from, and converted to
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+# Other names for them, those apart that NumPy has for other dtypes than torch.
+ALIASES = {
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "fp16": "float16",
+    "f32": "float32",
+    "fp32": "float32",
+    "fp64": "float64",
+}
+TORCH_ALIASES = {"float": "float32", "half": "float16"}
 
 
 @cache
@@ -66,6 +83,11 @@ def kernel_name(dtype: np.dtype[Any]) -> str:
 
 def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
     """The argument `dtype` as one of the dtypes that the kernels write."""
+    given = dtype
+    if type(dtype).__module__ == "torch":
+        dtype = str(dtype).removeprefix("torch.")
+    if isinstance(dtype, str):
+        dtype = ALIASES.get(dtype, dtype)
     if isinstance(dtype, str) and dtype == "bfloat16":
         try:
             from ml_dtypes import bfloat16
@@ -80,8 +102,38 @@ def as_dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
     except TypeError:
         found = None
     if found is None or not kernel_name(found):
-        raise wrong_dtype("dtype", dtype)
+        raise wrong_dtype("dtype", given)
     return found
+
+
+def as_weight_dtype(value: Any, name: str) -> Dtype:
+    """`value` as one of the dtypes that weights can be converted to.
+
+    It may be a `Dtype`, one of NumPy's or torch's dtypes, or a name: `"bfloat16"`, `"bf16"`,
+    `"torch.bfloat16"`.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Neither a dtype nor a string.
+    MoeConfigError
+        Another dtype.
+    """
+    if isinstance(value, str):
+        text = value.lower().removeprefix("torch.")
+        text = TORCH_ALIASES.get(text, text)
+    elif isinstance(value, (type, np.dtype)):
+        text = np.dtype(value).name
+    elif type(value).__module__ == "torch":
+        text = str(value).removeprefix("torch.")
+    else:
+        raise ArgumentTypeError(
+            f"must be a dtype or the name of one, got {reprlib.repr(value)}", argument=name
+        )
+    text = ALIASES.get(text, text)
+    if text not in list(Dtype):
+        raise unknown_choice(value, list(Dtype), name)
+    return Dtype(text)
 
 
 def wrong_dtype(name: str, dtype: object) -> MoeConfigError:

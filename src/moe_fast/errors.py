@@ -23,17 +23,17 @@ MOST_LISTED = 100
 class Problem(str):
     """One thing that is wrong, as a sentence that knows what it is about.
 
-    Parameters
+    Attributes
     ----------
     what : str
         What is wrong, without its subject: `"must be at least 1, got 0"`.
-    argument : str, optional
+    argument : str or None
         The argument of a function that is wrong.
-    file : path, optional
+    file : Path or None
         The file or folder that is wrong.
-    line : int, optional
+    line : int or None
         The line of the file.
-    tensor : str, optional
+    tensor : str or None
         The tensor of the file, or of the folder, that is wrong.
 
     Examples

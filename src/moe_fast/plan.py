@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.checks import as_index, as_member
-from moe_fast.config import MoeConfig, RouterInit
+from moe_fast.config import MoeConfig, RouterInit, RouterInitName
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.wording import brief_number
@@ -250,7 +250,7 @@ class MoeConstructionPlan:
         source_layer: npt.ArrayLike,
         *,
         num_models: SupportsIndex | None = None,
-        router_init: RouterInit | str = RouterInit.BALANCED,
+        router_init: RouterInit | RouterInitName = RouterInit.BALANCED,
     ) -> None:
         models = index_array(source_model, "source_model")
         layers = index_array(source_layer, "source_layer")
@@ -500,7 +500,7 @@ def restore_plan(
     layers: npt.NDArray[np.int64],
     layers_shape: Shape,
     num_models: int,
-    router_init: str,
+    router_init: RouterInitName,
 ) -> MoeConstructionPlan:
     return MoeConstructionPlan(
         repeated(models, models_shape),

@@ -6,12 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Self
 
+from moe_fast.errors import MoeConfigError
 from moe_fast.plain import plain, typed
+from moe_fast.wording import brief
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Report", "frame_of", "pandas_frame"]
+__all__ = ["JSON_VERSION", "Report", "frame_of", "json_document", "pandas_frame"]
+# Of the keys of JSON documents. Keys may be added to a version; one that goes or means another
+# thing makes a new version.
+JSON_VERSION = 1
 
 
 class Report:
@@ -44,20 +49,36 @@ class Report:
         MoeConfigError
             A key that is missing or unknown, or a value of another type: the message names it.
         """
-        report: Self = typed(values, cls, cls.__name__)
+        report: Self = typed(without_version(values), cls, cls.__name__)
         return report
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON text."""
-        import json
-
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+        """The report as the JSON that the command prints: `to_dict` behind the key `version`."""
+        return json_document(self.to_dict(), indent)
 
     def _repr_html_(self) -> str:
         from moe_fast.drawing.html import pairs_table
 
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return pairs_table({name.replace("_", " "): getattr(self, name) for name in names})
+
+
+def json_document(values: Mapping[str, Any], indent: int | None = 2) -> str:
+    """JSON whose first key is the version of its keys."""
+    import json
+
+    document = {"version": JSON_VERSION, **values}
+    return json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The other values of a JSON document; `MoeConfigError` if its keys are another version's."""
+    version = values.get("version", JSON_VERSION)
+    if version != JSON_VERSION:
+        raise MoeConfigError(
+            f"version {brief(version)} of the keys is not known here, only {JSON_VERSION}"
+        )
+    return {key: value for key, value in values.items() if key != "version"}
 
 
 def frame_of(rows: Iterable[Any], kind: type) -> DataFrame:

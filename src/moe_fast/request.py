@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, get_args
 
-from moe_fast.checks import as_choice, as_index, as_number
+from moe_fast.checks import as_choice, as_index, as_number, as_path_text
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
 ModelPath = str | os.PathLike[str]
@@ -122,7 +122,7 @@ class ExpertSource:
     negative_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", os.fspath(self.model))
+        object.__setattr__(self, "model", as_path_text(self.model, "model"))
         for name in ("noise_scale", "residual_scale"):
             number = as_number(getattr(self, name), name)
             if not math.isfinite(number):

@@ -1,4 +1,4 @@
-"""Shares the rows of a result out among threads: the package's one pool."""
+"""Work shared among threads, from the one pool of the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_THREADS = 1024
 
 @functools.cache
 def default_threads() -> int:
-    """What `MOE_FAST_NUM_THREADS` says when it is first asked, or 1."""
+    """The value of `MOE_FAST_NUM_THREADS` when it is first needed, or 1."""
     value = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
     if not (value.isdecimal() and 1 <= int(value) <= MOST_THREADS):
         raise MoeConfigError(
@@ -50,10 +50,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def share(work: Callable[[int, int], object], size: int, threads: int, *, grain: int = 1) -> None:
-    """Call `work(start, stop)` for ranges that together are `range(size)`, one a thread.
+    """Call `work(start, stop)` for parts of `range(size)`, one part a thread.
 
-    The calling thread does the first range itself. Where `size` does not give every thread `grain`
-    to do, fewer threads work. `work` must release the GIL and write only what belongs to its range.
+    The calling thread does the first range itself. Fewer threads work if some would get less than
+    `grain`. `work` must release the GIL and write only what belongs to its range.
     """
     threads = min(threads, size // grain)
     if threads < 2:

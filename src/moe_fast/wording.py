@@ -22,12 +22,12 @@ def brief_number(number: int) -> str:
     return f"{'-' if number < 0 else ''}2**{number.bit_length() - 1} or more"
 
 
-def counted(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """`1 file`, `3 files`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def compact(number: int, unit: str = "") -> str:
+def format_quantity(number: int, unit: str = "") -> str:
     """`1.38 G` for 1380000000, with the unit `B` `1.38 GB`: decimal, as disks and hubs count."""
     scaled = float(number)
     for prefix in ("", "k", "M", "G", "T"):
@@ -37,18 +37,18 @@ def compact(number: int, unit: str = "") -> str:
     return f"{scaled:.3g} {prefix}{unit}".rstrip()
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def format_range(values: Sequence[float], digits: int = 3) -> str:
     """The range of some numbers: `0.031`, or `0.031 to 0.042`."""
     ends = (min(values), max(values))
     return " to ".join(dict.fromkeys(f"{value:.{digits}f}" for value in ends))
 
 
-def numbered(noun: str, numbers: Sequence[int]) -> str:
+def format_numbers(noun: str, numbers: Sequence[int]) -> str:
     """`layer 3`, `layers 0-4, 7`."""
-    return f"{noun if len(numbers) == 1 else noun + 's'} {ranges(numbers)}"
+    return f"{noun if len(numbers) == 1 else noun + 's'} {format_runs(numbers)}"
 
 
-def ranges(numbers: Iterable[int]) -> str:
+def format_runs(numbers: Iterable[int]) -> str:
     """`0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for number in numbers:

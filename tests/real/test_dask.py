@@ -50,7 +50,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[Client]:
 
 
 def build(dense: Path, output: Path, **how: object) -> None:
-    build_moe(dense, output, MoeConfig(8), max_shard_size=SHARD, checksum=True, **how)
+    build_moe(dense, output, MoeConfig(8), max_shard_size=f"{SHARD}B", checksum=True, **how)
 
 
 def kill_or_write(marker: Path, write: Callable[[Shard], FileRecord], shard: Shard) -> FileRecord:

@@ -25,7 +25,7 @@ class Build(context.Process):
 
     def __init__(self, dense: Path, output: Path, **how: Any) -> None:
         # Waiting for the disk makes writing the longest part, the one to be killed in.
-        how |= {"max_shard_size": 150_000, "checksum": True, "fsync": True}
+        how |= {"max_shard_size": "150kB", "checksum": True, "fsync": True}
         super().__init__(target=build_moe, args=(dense, output, MoeConfig(8)), kwargs=how)
         self.start()
 
@@ -67,7 +67,7 @@ def test_killed_at_random_moments(tmp_path, replacing):
         assert rounds < 10 * KILLS, (died, went_on)
         if replacing:
             build_moe(
-                tmp_path / "dense-0", output, MoeConfig(8), overwrite=True, max_shard_size=150_000
+                tmp_path / "dense-0", output, MoeConfig(8), overwrite=True, max_shard_size="150kB"
             )
             old = contents(output)
         how = {"overwrite": replacing, "threads": choose.choice([1, 3])}

@@ -27,10 +27,13 @@ from moe_fast.checks import (
     as_index,
     as_member,
     as_number,
+    as_path,
+    as_path_text,
+    as_size,
     collect,
 )
-from moe_fast.config import Dtype, Layout, MoeConfig
-from moe_fast.dtypes import DTYPE_CODES
+from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig
+from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
@@ -53,6 +56,8 @@ from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from moe_fast.dtypes import DtypeLike
 
 ReinitSets = Literal["shared", "separate"]
 Backbone = Literal["base", "mean"]
@@ -191,8 +196,8 @@ def build_moe(
     config: MoeConfig | None = None,
     *,
     target: str = "auto",
-    layout: Layout | str | None = None,
-    dtype: Dtype | str | None = None,
+    layout: Layout | LayoutName | None = None,
+    dtype: DtypeLike | None = None,
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
@@ -205,7 +210,7 @@ def build_moe(
     reinit_sets: ReinitSets = "shared",
     backbone: Backbone | Sequence[float] = "base",
     hidden_states: npt.ArrayLike | None = None,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
@@ -237,12 +242,13 @@ def build_moe(
         The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
         `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
         place for everything the base has.
-    layout : Layout or str, optional
+    layout : str or Layout, optional
         `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
         transformers 5. GraniteMoE has a fused layout of its own and no other.
-    dtype : Dtype or str, optional
-        `"float32"`, `"bfloat16"` or `"float16"`: what every weight is converted to, rounded to
-        nearest and to even. By default weights keep the sources' dtype, which then must be one.
+    dtype : str or dtype, optional
+        `"float32"`, `"bfloat16"` or `"float16"`, shorter `"fp32"`, `"bf16"`, `"fp16"`, or that
+        dtype of torch or NumPy: what every weight is converted to, rounded to nearest and to even.
+        By default weights keep the sources' dtype, which then must be one.
     base : path, optional
         The model that gives attention, embeddings, norms and tokenizer; by default the first.
     shared_experts : path, ExpertSource, or sequence of them
@@ -292,8 +298,10 @@ def build_moe(
         What the routers of the L layers with experts will read, to predict the load from, as
         `predict_load` does; no byte of the output depends on it. By default the tokens of the
         prompts where routers are made from what they will read of them, else random ones.
-    max_shard_size : int
-        Bytes of weights per file, at most, unless a single tensor is larger.
+    max_shard_size : int or str
+        Weights per file, at most, unless a single tensor is larger: a number of bytes, or a string
+        such as `"500MB"`, `"5GB"` or `"5GiB"`. Less than a megabyte needs a unit (`"300kB"`), so
+        that nobody gets files of 5 bytes for a 5.
     overwrite : bool
         Whether an existing `output` may be replaced; it stays until the new one is complete.
     threads : int, optional
@@ -353,8 +361,8 @@ def design_moe(
     config: MoeConfig | None = None,
     *,
     target: str = "auto",
-    layout: Layout | str | None = None,
-    dtype: Dtype | str | None = None,
+    layout: Layout | LayoutName | None = None,
+    dtype: DtypeLike | None = None,
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
@@ -366,7 +374,7 @@ def design_moe(
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
     backbone: Backbone | Sequence[float] = "base",
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Design:
     """The checkpoint that `build_moe` would write, as tensors to list and to read; none is written.
 
@@ -401,8 +409,8 @@ def as_request(
     models: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     config: MoeConfig | None,
     target: str,
-    layout: Layout | str | None,
-    dtype: Dtype | str | None,
+    layout: Layout | LayoutName | None,
+    dtype: DtypeLike | None,
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
@@ -414,7 +422,7 @@ def as_request(
     reinit: float,
     reinit_sets: ReinitSets,
     backbone: Backbone | Sequence[float],
-    max_shard_size: int,
+    max_shard_size: int | str,
 ) -> BuildRequest:
     """The arguments of a build, each checked."""
     granularity = as_index(granularity, "granularity", minimum=1)
@@ -423,18 +431,18 @@ def as_request(
     if not isinstance(config, MoeConfig):
         raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
     config.validate()
-    experts = as_expert_sources(models)
+    experts = as_expert_sources(models, "models")
     if not experts:
         raise MoeConfigError("must name at least one model", argument="models")
     backbone, backbone_weights = as_backbone(backbone, len(experts))
     return BuildRequest(
         models=experts,
-        base=experts[0].model if base is None else os.fspath(base),
+        base=experts[0].model if base is None else as_path_text(base, "base"),
         config=config,
         target=as_target_name(target),
         layout=None if layout is None else as_member(layout, Layout, "layout"),
-        dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
-        shared_experts=as_expert_sources(shared_experts),
+        dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
+        shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
         routers=routers if isinstance(routers, RouterStart) else RouterStart(routers),
         seed=as_index(seed, "seed"),
@@ -445,15 +453,22 @@ def as_request(
         reinit_sets=cast(ReinitSets, as_choice(reinit_sets, get_args(ReinitSets), "reinit_sets")),
         backbone=backbone,
         backbone_weights=backbone_weights,
-        max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
+        max_shard_size=as_size(max_shard_size, "max_shard_size"),
     )
 
 
-def as_expert_sources(models: Any) -> tuple[ExpertSource, ...]:
+def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
     """The argument `models` or `shared_experts`."""
     if isinstance(models, (str, os.PathLike, ExpertSource)):
         models = [models]
-    return tuple(m if isinstance(m, ExpertSource) else ExpertSource(m) for m in models)
+    if not isinstance(models, Iterable):
+        raise ArgumentTypeError(
+            f"must be a model or a list of models, got {models!r}", argument=name
+        )
+    return tuple(
+        model if isinstance(model, ExpertSource) else ExpertSource(as_path_text(model, name))
+        for model in models
+    )
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -493,6 +508,7 @@ def build(
 
     `recipe` is the file that the request was read from, which the output must not replace.
     """
+    output = as_path(output, "output")
     started = time.perf_counter()
     mapped = hidden_states.filename if isinstance(hidden_states, np.memmap) else None
     also_read = [Path(file) for file in (recipe, mapped) if file is not None]
@@ -502,7 +518,7 @@ def build(
     health = design.predict_health(hidden_states)
     records = design.write(output, writing)
     seconds = time.perf_counter() - started
-    return describe_build(design, Path(output), health, records, writing, seconds)
+    return describe_build(design, output, health, records, writing, seconds)
 
 
 @design_of.register

@@ -22,7 +22,7 @@ from moe_fast.storage.companions import has_tokenizer
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.tensors import FORMAT
 from moe_fast.version import __version__
-from moe_fast.wording import ranges
+from moe_fast.wording import format_runs
 
 CARD = "README.md"
 LONGEST_CARD = 1_000_000
@@ -63,7 +63,7 @@ def origins(construction: Construction) -> list[Origin]:
             Origin(
                 tuple(experts),
                 ", ".join(dict.fromkeys(names[source.model] for source in used)),
-                "the same" if list(layers) == rows else ranges(layers),
+                "the same" if list(layers) == rows else format_runs(layers),
                 ", ".join(dict.fromkeys(changes(source) for source in used)),
             )
         )
@@ -103,7 +103,7 @@ def model_name(path: str) -> str:
 
 def file_metadata(construction: Construction) -> dict[str, str]:
     """What every safetensors file of the output says of itself; short, and strings alone."""
-    experts = "; ".join(f"{ranges(o.experts)}: {o.models}" for o in origins(construction))
+    experts = "; ".join(f"{format_runs(o.experts)}: {o.models}" for o in origins(construction))
     if len(experts) > LONGEST_METADATA:
         experts = experts[:LONGEST_METADATA] + " ..."
     return FORMAT | {"moe_fast": __version__, "experts": printable(experts)}
@@ -143,11 +143,11 @@ def model_card(
         "|---|---|---|---|",
     ]
     for origin in origins(construction):
-        cells = (ranges(origin.experts), escaped(origin.models), origin.layers, origin.changes)
+        cells = (format_runs(origin.experts), escaped(origin.models), origin.layers, origin.changes)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Everything else comes from {escaped(base)}."]
     if construction.dense_layers:
-        listed = ranges(construction.dense_layers)
+        listed = format_runs(construction.dense_layers)
         lines[-1] += f" So do the FFNs of the layers that have no experts: {listed}."
     shared = [names[source.model] for source in construction.shared_experts]
     if shared:

@@ -17,6 +17,7 @@ from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.output import Progress
+from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
@@ -35,7 +36,7 @@ from moe_fast.storage.files import is_plain_name, read_exactly
 from moe_fast.storage.pieces import FileRange, Piece, Remembered
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.writer import FileRecord, sha256_of
-from moe_fast.wording import counted, spread
+from moe_fast.wording import format_count, format_range
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,7 +70,7 @@ def finding(
     if not problems:
         return Finding(check, Status.PASSED, summary)
     if failed is None:
-        failed = counted(len(problems), "problem")
+        failed = format_count(len(problems), "problem")
     return Finding(check, Status.FAILED, failed, tuple(problems))
 
 
@@ -177,9 +178,10 @@ def check_moe(
     >>> report.passed, report["experts"].summary
     (True, '8 experts equal their sources, byte for byte')
     """
-    folder = Path(output)
+    folder = as_path(output, "output")
     check_is_folder(folder)
-    sources = [against] if isinstance(against, (str, os.PathLike)) else list(against)
+    listed = [against] if isinstance(against, (str, os.PathLike)) else against
+    sources = [as_path(source, "against") for source in listed]
     try:
         model = open_moe_model(folder)
     except CheckpointError as error:
@@ -513,8 +515,8 @@ def check_routing(model: MoeModel) -> Finding:
     entropies = [e for router in reports if (e := router.mean_entropy) is not None]
     if variations:
         summary += (
-            f"; predicted on random tokens: load cv {spread(variations)} (0 is even), "
-            f"entropy {spread(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
+            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (

@@ -32,7 +32,7 @@ from moe_fast.request import ExpertSource
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
-from moe_fast.wording import numbered
+from moe_fast.wording import format_numbers
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,8 @@ def plan_experts(
     absent = [layer for layer in dense_layers if not 0 <= layer < num_layers]
     problems = []
     if absent:
-        what = f"lists {numbered('layer', absent)}; the base model has {num_layers}, from 0 on"
+        missing = format_numbers("layer", absent)
+        what = f"lists {missing}; the base model has {num_layers}, from 0 on"
         problems.append(Problem(what, argument="dense_layers"))
     elif len({*dense_layers}) == num_layers:
         what = "lists every layer; an MoE has experts in at least one"

@@ -15,9 +15,9 @@ from moe_fast.checkpoint.card import CARD, updated_card
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
-from moe_fast.checks import as_index, as_member
-from moe_fast.config import Dtype, Layout
-from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES
+from moe_fast.checks import as_member, as_path, as_size
+from moe_fast.config import Dtype, Layout, LayoutName
+from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, read_rope
 from moe_fast.families.moe import MoeFamily, joined
@@ -35,10 +35,12 @@ from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
-from moe_fast.wording import numbered
+from moe_fast.wording import format_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from moe_fast.dtypes import DtypeLike
 
 __all__ = ["ConvertReport", "convert_moe"]
 
@@ -106,9 +108,9 @@ def convert_moe(
     model: ModelPath,
     output: ModelPath,
     *,
-    layout: Layout | str | None = None,
-    dtype: Dtype | str | None = None,
-    max_shard_size: int = 5_000_000_000,
+    layout: Layout | LayoutName | None = None,
+    dtype: DtypeLike | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
@@ -129,15 +131,12 @@ def convert_moe(
         A folder with an MoE of a family that `build_moe` can build.
     output : path
         The folder to create.
-    layout : Layout or str, optional
+    layout : str or Layout, optional
         `"per-expert"` or `"fused"`; by default the one it has, in new files.
-    dtype : Dtype or str, optional
-        `"float32"`, `"bfloat16"` or `"float16"`: what every weight is converted to, rounded to
-        nearest and to even. By default weights keep theirs. The report warns of weights that
+    dtype : str or dtype, optional
+        As in `build_moe`; by default weights keep theirs. The report warns of weights that
         float16 does not hold, and of experts whose router weights rounding makes the same.
-    max_shard_size : int
-        Bytes of weights per file, at most, unless a single tensor is larger.
-    overwrite, threads, executor, checksum, fsync, dry_run, progress
+    max_shard_size, overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
     Returns
@@ -164,18 +163,19 @@ def convert_moe(
     ('per-expert', 'fused', 20)
     """
     request = ConvertRequest(
-        model=str(Path(model).absolute()),
+        model=str(as_path(model, "model").absolute()),
         layout=None if layout is None else as_member(layout, Layout, "layout"),
-        dtype=None if dtype is None else as_member(dtype, Dtype, "dtype"),
-        max_shard_size=as_index(max_shard_size, "max_shard_size", minimum=1),
+        dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
+        max_shard_size=as_size(max_shard_size, "max_shard_size"),
     )
+    output = as_path(output, "output")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     started = time.perf_counter()
     design = make_design(request, output, writing)
     assert isinstance(design, ConvertDesign)
     records = design.write(output, writing)
     return ConvertReport(
-        output=Path(output),
+        output=output,
         model_type=design.family,
         layout_before=design.model.layout,
         layout=str(design.layout),
@@ -326,7 +326,7 @@ def warn_of_rounding(
             if text is not None and complaint_on_random_tokens(before, top_k) is None:
                 found.setdefault(text, []).append(layer.number)
     return [
-        f"{numbered('layer', layers)}: rounded to {dtype}, {text}; "
+        f"{format_numbers('layer', layers)}: rounded to {dtype}, {text}; "
         f"build the MoE in {dtype} instead, or convert it after training"
         for text, layers in found.items()
     ]

@@ -24,6 +24,7 @@ from moe_fast.checkpoint.output import (
     find_obstacles,
     write_output,
 )
+from moe_fast.checks import as_path
 from moe_fast.config import Dtype
 from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, ITEM_SIZES, as_stored_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError
@@ -193,7 +194,7 @@ class Design:
             The disk is full, or a file cannot be read or written.
         """
         writing = Writing() if writing is None else writing
-        output = Path(output)
+        output = as_path(output, "output")
         files = list(self.source_files())
         sources = tuple(SourceRecord.of(file) for file in files)
         problems = [

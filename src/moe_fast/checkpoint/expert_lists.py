@@ -21,7 +21,7 @@ from moe_fast.errors import CheckpointError
 from moe_fast.models.moe import MoeModel, is_mtp
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, parse_json
-from moe_fast.wording import ranges
+from moe_fast.wording import format_runs
 
 Keep = dict[str, tuple[int, ...]]
 Scores = dict[str, npt.NDArray[np.float64]]
@@ -104,7 +104,7 @@ def unknown_layers(layers: Mapping[str, Any], model: MoeModel, where: str) -> It
 def listed(keys: Sequence[str]) -> str:
     numbers = [int(key) for key in keys if key.isdecimal()]
     others = [key for key in keys if not key.isdecimal()]
-    return ", ".join(filter(None, (ranges(numbers), *others)))
+    return ", ".join(filter(None, (format_runs(numbers), *others)))
 
 
 def by_layer(value: Any, where: str, model: MoeModel) -> tuple[dict[str, Any], list[str]]:
@@ -237,13 +237,13 @@ def check_groups(groups: Mapping[str, Sequence[Group]], model: MoeModel, where: 
         problems += list_problems(members, count, here)
         absent = sorted(set(range(count)) - set(members))
         if absent:
-            problems.append(f"{here}: no group has expert {ranges(absent)}")
+            problems.append(f"{here}: no group has expert {format_runs(absent)}")
     problems += unknown_layers(groups, model, where)
     counts = {key: len(found) for key, found in groups.items()}
     if not problems and len(set(counts.values())) > 1:
         problems.append(
-            f"{where}: layers have {ranges(sorted(set(counts.values())))} groups; config.json of a "
-            f"{model.model_type} holds one number for all layers"
+            f"{where}: layers have {format_runs(sorted(set(counts.values())))} groups; config.json "
+            f"of a {model.model_type} holds one number for all layers"
         )
     if problems:
         raise CheckpointError(*problems)

@@ -26,7 +26,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index
+from moe_fast.checks import as_index, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -63,7 +63,7 @@ def prune_moe(
     scores: ModelPath | Mapping[str, Any] | None = None,
     by: str = "reap",
     ungroup: bool = False,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
     executor: Executor | None = None,
@@ -96,7 +96,7 @@ def prune_moe(
     ungroup : bool
         Whether to leave out the groups that the router chooses from first, which otherwise all
         keep the same number of experts. Routing then changes, and the report warns of it.
-    max_shard_size : int
+    max_shard_size : int or str
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
@@ -124,7 +124,7 @@ def prune_moe(
     >>> report.num_experts_before, report.num_experts, report.num_experts_per_tok
     (4, 3, 2)
     """
-    shard_size = as_index(max_shard_size, "max_shard_size", minimum=1)
+    shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     opened = open_moe_model(model)
     require_experts(opened)

@@ -1,12 +1,10 @@
-"""The command: parses, calls, prints. No logic of its own."""
+"""The command: it parses, calls a function of the package and prints; it decides nothing."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -33,7 +31,7 @@ from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
 from moe_fast.plan import plan_moe_construction
-from moe_fast.reports import Report
+from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
 from moe_fast.routing.logits_file import statistics_of_file
 from moe_fast.routing.weights import compute_router_weights
@@ -48,9 +46,8 @@ app = typer.Typer(
     "it, look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
     "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
 )
-RECIPE_ENDINGS = (".yml", ".yaml")
 LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
-SAID_BY_RECIPES = (
+OPTIONS_OF_MODELS = (
     "experts",
     "experts_per_token",
     "target",
@@ -64,13 +61,7 @@ CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
-    int,
-    typer.Option(
-        parser=lambda text: parse_size(str(text)),
-        metavar="SIZE",
-        help="Bytes of weights per file, such as 500MB or 5GB.",
-        show_default="5GB",
-    ),
+    str, typer.Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Threads = Annotated[
@@ -113,7 +104,7 @@ AnyReport = TypeVar("AnyReport", bound=Report)
 
 def print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"moe-fast {version('moe-fast')}")
+        typer.echo(f"moe-fast {moe_fast.__version__}")
         raise typer.Exit
 
 
@@ -129,14 +120,16 @@ def commands(
     pass
 
 
-@app.command()
+@app.command(
+    help="Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."
+)
 def build(
     context: typer.Context,
     models: Annotated[
         list[Path],
         typer.Argument(
             metavar="MODEL",
-            help="Dense models, folders or names on the Hub; or one recipe (.yml or .yaml).",
+            help="Dense models, folders or names on the Hub; or one recipe, a YAML file.",
         ),
     ],
     output: OutputFolder,
@@ -155,8 +148,13 @@ def build(
         typer.Option(help="How experts are stored.", show_default="per-expert where there is one"),
     ] = None,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="the sources'"),
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help=CONVERT_TO,
+            autocompletion=lambda: list(Dtype),
+            show_default="the sources'",
+        ),
     ] = None,
     base: Annotated[
         Path | None,
@@ -177,7 +175,7 @@ def build(
         ),
     ] = "balanced",
     hidden_states: HiddenStates = None,
-    max_shard_size: MaxShardSize = 5_000_000_000,
+    max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
     checksum: Checksum = False,
@@ -185,12 +183,13 @@ def build(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."""
-    from_recipe = any(model.suffix in RECIPE_ENDINGS for model in models)
-    in_recipe = SAID_BY_RECIPES if from_recipe else ()
+    from moe_fast.recipes.recipe import is_recipe  # loads the builder, as `make_demo` does
+
+    from_recipe = any(is_recipe(model) for model in models)
+    in_recipe = OPTIONS_OF_MODELS if from_recipe else ()
     with reported_errors(context, in_recipe), progress_bar() as progress:
         how: dict[str, Any] = {
-            "hidden_states": states_of(hidden_states),
+            "hidden_states": open_states(hidden_states),
             "max_shard_size": max_shard_size,
             "overwrite": overwrite,
             "threads": threads,
@@ -209,7 +208,7 @@ def build(
                 MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
                 target=target,
                 layout=layout,
-                dtype=dtype,
+                dtype=cast(Any, dtype),
                 base=base,
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
@@ -219,17 +218,19 @@ def build(
 
 
 def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
-    """A recipe says which models and what of them: nothing on the command line does as well."""
+    """Raise for models and their options beside a recipe, which says all that itself."""
     if len(models) > 1:
-        raise typer.BadParameter("a recipe stands alone, without models or other recipes")
-    for name in SAID_BY_RECIPES:
+        raise typer.BadParameter("give a recipe alone, without models or other recipes")
+    for name in OPTIONS_OF_MODELS:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             option = "--" + name.replace("_", "-")
             raise typer.BadParameter(f"{option} is for models; write it into the recipe")
 
 
-@app.command()
+@app.command(
+    help="Check an MoE: its files, each expert byte for byte, its configuration, who can load it."
+)
 def check(
     context: typer.Context,
     output: Annotated[
@@ -250,17 +251,18 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an MoE: its files, each expert byte for byte, its configuration, who can load it."""
     with reported_errors(context), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
-            output, against=against or (), text=text_of(text), progress=progress
+            output, against=against or (), text=read_text(text), progress=progress
         )
     show(report, show_check, as_json)
     if not report.passed:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."
+)
 def convert(
     context: typer.Context,
     model: Annotated[
@@ -272,10 +274,15 @@ def convert(
         typer.Option(help="How experts are stored.", show_default="as they are"),
     ] = None,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(metavar="DTYPE", help=CONVERT_TO, show_default="as they are"),
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help=CONVERT_TO,
+            autocompletion=lambda: list(Dtype),
+            show_default="as they are",
+        ),
     ] = None,
-    max_shard_size: MaxShardSize = 5_000_000_000,
+    max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
     checksum: Checksum = False,
@@ -283,13 +290,12 @@ def convert(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."""
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.convert_moe(
             model,
             output,
             layout=layout,
-            dtype=dtype,
+            dtype=cast(Any, dtype),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -301,7 +307,7 @@ def convert(
     show(report, show_conversion, as_json)
 
 
-@app.command()
+@app.command(help="Write an MoE with fewer experts: those of a list, or the best by their scores.")
 def prune(
     context: typer.Context,
     model: MoeFolder,
@@ -318,7 +324,7 @@ def prune(
     ungroup: Annotated[
         bool, typer.Option("--ungroup", help="Make the groups of experts one; routing changes.")
     ] = False,
-    max_shard_size: MaxShardSize = 5_000_000_000,
+    max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
     checksum: Checksum = False,
@@ -326,7 +332,6 @@ def prune(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an MoE with fewer experts: those of a list, or the best by their scores."""
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.prune_moe(
             model,
@@ -347,7 +352,7 @@ def prune(
     show(report, show_operation, as_json)
 
 
-@app.command()
+@app.command(help="Write one HTML page about a model: experts, sources, sizes, routers, readers.")
 def report(
     context: typer.Context,
     model: Annotated[
@@ -361,7 +366,6 @@ def report(
         bool, typer.Option("--check", help="Check the model first; reads it and its sources.")
     ] = False,
 ) -> None:
-    """Write one HTML page about a model: experts, sources, sizes, routers, readers."""
     with reported_errors(context):
         checked = None
         if with_check:
@@ -371,7 +375,7 @@ def report(
     say(f"{file}")
 
 
-@app.command()
+@app.command(help="Show what is in a model: experts, sizes, dtypes, routers, copies.")
 def inspect(
     context: typer.Context,
     model: Annotated[
@@ -384,15 +388,14 @@ def inspect(
     hidden_states: HiddenStates = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a model: experts, sizes, dtypes, routers, copies."""
     with reported_errors(context):
         report = moe_fast.inspect_model(
-            model, copies=copies, hidden_states=states_of(hidden_states)
+            model, copies=copies, hidden_states=open_states(hidden_states)
         )
     show(report, show_model, as_json)
 
 
-@app.command()
+@app.command(help="Show which model every expert would come from, by numbers alone.")
 def plan(
     context: typer.Context,
     models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
@@ -403,18 +406,17 @@ def plan(
     intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Show which model every expert would come from, by numbers alone."""
     with reported_errors(context):
         config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
         made = plan_moe_construction(models, layers, config)
         report = made.report(hidden_size, intermediate_size, experts)
     if as_json:
-        typer.echo(json.dumps({"plan": made.to_dict(), "report": report.to_dict()}, indent=2))
+        print_json({"plan": made.to_dict(), "report": report.to_dict()})
     else:
         show_plan(made, report)
 
 
-@app.command()
+@app.command(help="Write the weights of new routers to a file.")
 def gates(
     context: typer.Context,
     hidden_size: Annotated[
@@ -439,7 +441,6 @@ def gates(
     ] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the weights of new routers to a file."""
     with reported_errors(context):
         weights = compute_router_weights(
             layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
@@ -449,7 +450,7 @@ def gates(
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
-@app.command()
+@app.command(help="Show what routers do with saved logits: load, losses, collapse, drops.")
 def route(
     context: typer.Context,
     logits: Annotated[
@@ -515,7 +516,6 @@ def route(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what routers do with saved logits: load, losses, collapse, drops."""
     with reported_errors(context, path="logits"):
         stats = statistics_of_file(
             logits,
@@ -535,20 +535,21 @@ def route(
         with reported_errors(context, path="plot"):
             save_load_picture(stats.counts, plot)
     if as_json:
-        typer.echo(json.dumps(stats.to_dict() | {"layers": stats.summary()}, indent=2))
+        print_json(stats.to_dict() | {"layers": stats.summary()})
     else:
         show_routing(stats)
 
 
-@app.command()
+@app.command(help="Show what is installed, which kernels run, and what is missing for what.")
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
-    """Show what is installed, which kernels run, and what is missing for what."""
     with reported_errors(context):
         diagnosis = diagnose()
     show(diagnosis, show_diagnosis, as_json)
 
 
-@app.command()
+@app.command(
+    help="Make two small dense models, dense-a and dense-b, build moe from them, check it."
+)
 def demo(
     context: typer.Context,
     folder: Annotated[
@@ -559,13 +560,12 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make two small dense models, dense-a and dense-b, build moe from them, check it."""
     from moe_fast.demo import make_demo  # loads builder and check, which other commands do without
 
     with reported_errors(context):
         built, checked = make_demo(folder, overwrite=overwrite)
     if as_json:
-        typer.echo(json.dumps({"build": built.to_dict(), "check": checked.to_dict()}, indent=2))
+        print_json({"build": built.to_dict(), "check": checked.to_dict()})
     else:
         show_build(built)
         show_check(checked)
@@ -573,8 +573,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def text_of(text: str | None) -> str | None:
-    """The text of a file of that name, else the text itself."""
+def read_text(text: str | None) -> str | None:
+    """The text of the file of that name, if there is one, and else `text` itself."""
     if text is None:
         return None
     try:
@@ -585,21 +585,25 @@ def text_of(text: str | None) -> str | None:
         try:
             return Path(text).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise CheckpointError("is no text in UTF-8", file=text) from None
+            raise CheckpointError("is not text in UTF-8", file=text) from None
     if LIKE_A_FILE.fullmatch(text):
-        raise CheckpointError("there is no such file; a text to run has several words", file=text)
+        raise CheckpointError("there is no such file; a text has more than one word", file=text)
     return text
 
 
-def states_of(file: Path | None) -> Any:
+def open_states(file: Path | None) -> Any:
     return None if file is None else map_npy(file)
 
 
 def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:
     if as_json:
-        typer.echo(report.to_json())
+        print_json(report.to_dict())
     else:
         as_table(report)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    typer.echo(json_document(values))
 
 
 @contextmanager
@@ -634,34 +638,26 @@ def fail(error: BaseException, code: int) -> NoReturn:
 
 
 def parse_factors(text: str, method: RoutingMethod) -> list[float]:
-    """Numbers between commas; none for expert choice, which drops nothing."""
+    """The numbers between commas; no numbers for expert choice, which drops nothing."""
     if method is RoutingMethod.EXPERT_CHOICE:
         return []
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} are no numbers; write 1,1.25,2", param_hint="--capacity-factors"
+            f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
         ) from None
 
 
-def parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 500MB or 5GB")
-    number, unit = match.groups()
-    return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
-
-
 def parse_layers(text: str) -> list[int]:
-    """`0,5` or `0-3,7` as the layers that it names."""
+    """The layers that `0,5` or `0-3,7` names."""
     layers: list[int] = []
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = match.groups(match[1]) if match else ("1", "0")
         if int(first) > int(last):
             raise typer.BadParameter(
-                f"{text!r} names no layers; write 0,5 or 0-3", param_hint="--dense-layers"
+                f"{text!r} is not a list of layers; write 0,5 or 0-3", param_hint="--dense-layers"
             )
         layers += range(int(first), int(last) + 1)
     return layers

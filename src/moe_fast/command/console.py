@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import compact, counted, ranges, spread
+from moe_fast.wording import format_count, format_quantity, format_range, format_runs
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -61,11 +61,11 @@ def show_build(report: BuildReport) -> None:
         {
             "output": f"{report.output} ({report.target})",
             "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
-            "layers": f"{report.num_layers}{dense(report.dense_layers)}",
+            "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
             "parameters": f"{report.num_parameters:,}",
             "load balance": f"{report.load_balance:.4f} (0 is even)",
-            "router load": f"{predicted(report.routers)}",
-            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "router load": f"{describe_prediction(report.routers)}",
+            "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
             "seconds": f"{report.seconds:.2f}",
         }
     )
@@ -79,8 +79,8 @@ def show_build(report: BuildReport) -> None:
         warn(warning)
 
 
-def dense(layers: Sequence[int]) -> str:
-    return f", dense: {ranges(layers)}" if layers else ""
+def name_dense_layers(layers: Sequence[int]) -> str:
+    return f", dense: {format_runs(layers)}" if layers else ""
 
 
 def show_layout(report: BuildReport) -> None:
@@ -90,18 +90,18 @@ def show_layout(report: BuildReport) -> None:
         same.setdefault(models, []).append(expert)
     say("\nexperts of each layer")
     for models, experts in same.items():
-        say(f"  {ranges(experts)}  {', '.join(models)}")
+        say(f"  {format_runs(experts)}  {', '.join(models)}")
     say("\nfiles")
-    lines = [f"  {name}  {compact(nbytes, 'B')}" for name, nbytes in report.files.items()]
+    lines = [f"  {name}  {format_quantity(nbytes, 'B')}" for name, nbytes in report.files.items()]
     if len(lines) > MOST_FILES:
         lines[MOST_FILES - 2 : -1] = [f"  and {len(lines) - MOST_FILES + 1} more"]
     for line in lines:
         say(line)
 
 
-def predicted(health: RouterHealth) -> str:
+def describe_prediction(health: RouterHealth) -> str:
     return (
-        f"{spread(health.coefficient_of_variation, 4)} (0 is even), "
+        f"{format_range(health.coefficient_of_variation, 4)} (0 is even), "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
     )
 
@@ -124,7 +124,7 @@ def show_check(report: CheckReport) -> None:
             say(f"  and {len(problems) - MOST_PROBLEMS} more, which --json lists")
     show_readers(reader for reader in report.readers if not reader.loads)
     failed = sum(finding.status == "failed" for finding in report.findings)
-    verdict = f"{counted(failed, 'check')} failed" if failed else "passed"
+    verdict = f"{format_count(failed, 'check')} failed" if failed else "passed"
     if impossible:
         verdict += f"; {len(impossible)} of {len(report.findings)} checks were not possible"
     say(f"{report.path}: {verdict}")
@@ -138,7 +138,7 @@ def show_conversion(report: ConvertReport) -> None:
             "layout": " to ".join(dict.fromkeys((report.layout_before, report.layout))),
             "dtype": " to ".join(dict.fromkeys(dtypes)),
             "tensors": f"{report.num_tensors:,}",
-            "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+            "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
             "seconds": f"{report.seconds:.2f}",
         }
     )
@@ -159,7 +159,7 @@ def show_operation(report: OperationReport) -> None:
         "experts": f"{change(report.num_experts_before, report.num_experts)} per layer, "
         f"{change(report.num_experts_per_tok_before, report.num_experts_per_tok)} per token",
         "parameters": change(report.num_parameters_before, report.num_parameters),
-        "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+        "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "seconds": f"{report.seconds:.2f}",
     }
     if not report.num_experts:
@@ -188,13 +188,13 @@ def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
     if report.total_params_estimate:
         pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
     if report.unused_models:
-        pairs["no expert"] = f"comes from {counted(len(report.unused_models), 'model')}"
+        pairs["no expert"] = f"comes from {format_count(len(report.unused_models), 'model')}"
     show_pairs(pairs)
     say("\nexperts of each layer, each from the same layer of its model")
     experts = plan.source_model[0]
     for model in range(min(plan.num_models, plan.num_experts, MOST_LINES)):
         numbers = np.flatnonzero(experts == model).tolist()
-        say(f"  model {model}: {ranges(numbers)}")
+        say(f"  model {model}: {format_runs(numbers)}")
     if min(plan.num_models, plan.num_experts) > MOST_LINES:
         say("  ...")
 
@@ -204,8 +204,10 @@ def show_model(report: ModelReport) -> None:
         "model": f"{report.path}",
         "family": f"{report.model_type} ({report.architecture or 'no architecture named'})",
         "parameters": f"{report.num_parameters:,}",
-        "dtypes": ", ".join(f"{d} {compact(n, 'B')}" for d, n in report.bytes_by_dtype.items()),
-        "bytes": f"{report.num_bytes:,} in {counted(report.num_files, 'file')}",
+        "dtypes": ", ".join(
+            f"{d} {format_quantity(n, 'B')}" for d, n in report.bytes_by_dtype.items()
+        ),
+        "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
     if report.num_moe_layers:
@@ -263,7 +265,7 @@ def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
             lines.setdefault(f"experts {places}", [])
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
-        say(f"  {experts}" + (f" in layers {ranges(where)}" if where else ""))
+        say(f"  {experts}" + (f" in layers {format_runs(where)}" if where else ""))
 
 
 def show_routing(stats: RoutingStats) -> None:
@@ -295,8 +297,8 @@ def show_routing(stats: RoutingStats) -> None:
                     "load_balancing_loss", "z_loss", "importance_loss",
                 )
             ),
-            *map(percent, (row["share_dropped"], row["share_unrouted"])),
-            *map(percent, row["share_dropped_by_capacity_factor"].values()),
+            *map(format_percent, (row["share_dropped"], row["share_unrouted"])),
+            *map(format_percent, row["share_dropped_by_capacity_factor"].values()),
         )  # fmt: skip
     say("\nlayers (load cv and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
     if stats.capacity_factors:
@@ -308,7 +310,7 @@ def show_routing(stats: RoutingStats) -> None:
         say(f"layer {row['layer']}: {row['description']}")
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 

@@ -1,4 +1,4 @@
-"""What is installed, which kernels run, and what is missing for what."""
+"""What is installed, which kernels run, and what is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REQUIREMENT = re.compile(
 
 @dataclass(frozen=True)
 class Package:
-    """A package that an extra brings: the version it needs at least, and the one that is there."""
+    """A package that an extra needs: the oldest version that will do, and the installed one."""
 
     name: str
     minimum: str | None
@@ -42,12 +42,12 @@ class Package:
         """Whether it is installed, and new enough."""
         if self.installed is None:
             return False
-        return self.minimum is None or numbers(self.installed) >= numbers(self.minimum)
+        return self.minimum is None or release_of(self.installed) >= release_of(self.minimum)
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part: what it is for and whether everything for it is there."""
+    """An optional part: what it is for, and whether all its packages are installed."""
 
     name: str
     purpose: str
@@ -77,7 +77,7 @@ def diagnose() -> Diagnosis:
 
     Examples
     --------
-    >>> from moe_fast.command.doctor import diagnose
+    >>> from moe_fast import diagnose
     >>> diagnosis = diagnose()
     >>> diagnosis.level in diagnosis.levels_available
     True
@@ -134,7 +134,7 @@ def find_extras() -> tuple[Extra, ...]:
         match = REQUIREMENT.fullmatch(requirement)
         if match is None or match["extra"] is None or match["name"] == DISTRIBUTION:
             continue
-        package = Package(match["name"], match["minimum"], installed_version(match["name"]))
+        package = Package(match["name"], match["minimum"], find_version(match["name"]))
         packages.setdefault(match["extra"], []).append(package)
     return tuple(
         Extra(
@@ -148,13 +148,13 @@ def find_extras() -> tuple[Extra, ...]:
     )
 
 
-def installed_version(name: str) -> str | None:
+def find_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version, `(1, 26, 4)` of `1.26.4rc1`; enough to compare with a minimum."""
+def release_of(version: str) -> tuple[int, ...]:
+    """The release segment of a version: `(1, 26, 4)` for `1.26.4rc1`."""
     return tuple(int(n) for n in re.findall(r"\d+", re.match(r"[\d.]*", version)[0]))  # type: ignore[index]

@@ -1,7 +1,7 @@
-"""A finished checkpoint as one HTML page: what it is, where it came from, how its routers stand.
+"""A checkpoint as one HTML page: what it is, where its experts come from, what its routers do.
 
-The page needs nothing beside itself: no script, no network, no picture file. It names models by
-their folders, never by a path: who is shown a report has no business with somebody else's home.
+The page needs no script, no network and no other file. It calls models by the names of their
+folders, never by whole paths: those who read a report need not know its author's home folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from moe_fast.checkpoint.card import changes, distinct_names
 from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.convert import ConvertRequest
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_fast.checks import as_path
 from moe_fast.drawing.html import plan_picture, shares_picture, table
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
@@ -26,7 +27,7 @@ from moe_fast.models.inspection import ModelReport, inspect_model
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.plan import MoeConstructionPlan
 from moe_fast.storage.companions import has_tokenizer
-from moe_fast.wording import compact, numbered, ranges, spread
+from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs
 
 __all__ = ["write_report"]
 MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
@@ -101,11 +102,11 @@ def write_report(
     >>> write_report(f"{folder}/moe").name
     'moe-report.html'
     """
-    folder = Path(path)
-    file = default_file(folder) if output is None else Path(output)
-    page = report_page(folder, check).encode()
+    folder = as_path(path, "path")
+    file = choose_file(folder) if output is None else as_path(output, "output")
+    page = make_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is no report; choose another --output", file=file)
+        raise CheckpointError("exists and is no report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -119,7 +120,7 @@ def write_report(
     return file
 
 
-def default_file(folder: Path) -> Path:
+def choose_file(folder: Path) -> Path:
     folder = folder.resolve()
     return folder.parent / f"{folder.name}-report.html"
 
@@ -131,7 +132,7 @@ def is_report(file: Path) -> bool:
         return stream.read(len(MARK)) == MARK
 
 
-def report_page(folder: Path, check: CheckReport | None) -> str:
+def make_page(folder: Path, check: CheckReport | None) -> str:
     """The whole page."""
     model = open_moe_model(folder)
     found = inspect_model(folder, copies=False)
@@ -139,14 +140,14 @@ def report_page(folder: Path, check: CheckReport | None) -> str:
     name = folder.resolve().name
     body = [
         f"<h1>{escape(name)}</h1>",
-        *heading(found, manifest),
-        *section("Problems", problem_list(found.problems, "failed")),
-        *section("Check", check_part(check)),
-        *section("Where the experts come from", origin_part(folder, manifest)),
-        *section("What takes the space", space_part(model)),
-        *section("Routers", router_part(found)),
-        *section("Who loads it", reader_part(model)),
-        *section("Files", file_part(model, manifest)),
+        *make_heading(found, manifest),
+        *make_section("Problems", list_problems(found.problems, "failed")),
+        *make_section("Check", describe_check(check)),
+        *make_section("Where the experts come from", describe_origin(folder, manifest)),
+        *make_section("What takes the space", describe_sizes(model)),
+        *make_section("Routers", describe_routers(found)),
+        *make_section("Who loads it", describe_readers(model)),
+        *make_section("Files", describe_files(model, manifest)),
     ]
     made = f"moe_fast {manifest.moe_fast}" if manifest else "another tool than moe_fast"
     body.append(f"<footer>Made by {escape(made)}. This page by moe_fast.</footer>")
@@ -157,15 +158,15 @@ def report_page(folder: Path, check: CheckReport | None) -> str:
     )
 
 
-def section(title: str, content: Iterable[str]) -> Iterator[str]:
-    """A heading and what is under it; nothing where there is nothing."""
+def make_section(title: str, content: Iterable[str]) -> Iterator[str]:
+    """A heading and its content; nothing if there is no content."""
     lines = list(content)
     if lines:
         yield f"<h2>{escape(title)}</h2>"
         yield from lines
 
 
-def heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
+def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     family = found.architecture or found.model_type
     if found.num_moe_layers:
         per_token = f", {found.num_experts_per_tok} per token" if found.num_experts_per_tok else ""
@@ -180,11 +181,11 @@ def heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
         text = f"{family}: a dense model, without experts"
     yield f'<p class="lead">{escape(text)}.</p>'
     facts = {
-        "parameters": compact(found.num_parameters),
+        "parameters": format_quantity(found.num_parameters),
         "active per token": "–"
         if found.active_parameters is None
-        else compact(found.active_parameters),
-        "on disk": compact(found.num_bytes, "B"),
+        else format_quantity(found.active_parameters),
+        "on disk": format_quantity(found.num_bytes, "B"),
         "layers": str(found.num_layers)
         if found.num_moe_layers in (0, found.num_layers)
         else f"{found.num_layers}, {found.num_moe_layers} with experts",
@@ -195,25 +196,25 @@ def heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     yield f'<dl class="facts">{cards}</dl>'
 
 
-def problem_list(problems: Sequence[str], kind: str) -> Iterator[str]:
+def list_problems(problems: Sequence[str], kind: str) -> Iterator[str]:
     if problems:
         items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
         yield f'<ul class="{kind}">{items}</ul>'
 
 
-def check_part(check: CheckReport | None) -> Iterator[str]:
+def describe_check(check: CheckReport | None) -> Iterator[str]:
     if check is None:
         return
     verdict = "passed" if check.passed else "failed"
-    text = "All that was checked has passed" if check.passed else "Not all is as it should be"
+    text = "Every check passed" if check.passed else "Some checks failed"
     yield f'<p class="{verdict}">{text}.</p>'
     marks = {Status.PASSED: "✓", Status.FAILED: "✗", Status.NOT_POSSIBLE: "–"}
     rows = [(f"{marks[f.status]} {f.status}", f.check, f.summary) for f in check.findings]
     yield table(("result", "check", "found"), rows)
-    yield from problem_list(check.problems, "failed")
+    yield from list_problems(check.problems, "failed")
 
 
-def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
+def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
     if manifest is None or not isinstance(manifest.request, BuildRequest):
         return
     request = manifest.request
@@ -237,11 +238,12 @@ def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
     )
     yield plan_picture(plan, labels)
     if dense:
-        yield f"<p>Without experts, and not shown here: layers {ranges(request.dense_layers)}.</p>"
+        layers = format_numbers("layer", request.dense_layers)
+        yield f"<p>Not in the picture, because without experts: {layers}.</p>"
     rows = []
     for number, source in enumerate(request.models):
         layers, experts = (plan.source_model == number).nonzero()
-        places = ranges(sorted(set(experts.tolist()))) if len(experts) else "none"
+        places = format_runs(sorted(set(experts.tolist()))) if len(experts) else "none"
         rows.append((str(number), labels[number], places, f"{len(layers):,}", changes(source)))
     yield table(("", "model", "experts", "in all", "changes on the way"), rows)
     if shared:
@@ -253,11 +255,11 @@ def origin_part(folder: Path, manifest: Manifest | None) -> Iterator[str]:
     )
 
 
-def space_part(model: MoeModel) -> Iterator[str]:
+def describe_sizes(model: MoeModel) -> Iterator[str]:
     sizes: dict[str, int] = {}
     counts: dict[str, int] = {}
     for name, tensor in model.tensors.items():
-        part = finer_part_of(name)
+        part = find_part(name)
         sizes[part] = sizes.get(part, 0) + tensor.nbytes
         counts[part] = counts.get(part, 0) + math.prod(tensor.shape)
     parts = sorted(sizes, key=lambda part: -sizes[part])
@@ -270,8 +272,8 @@ def space_part(model: MoeModel) -> Iterator[str]:
     yield table(("part", "parameters", "bytes", "share"), rows, numbers=(1, 2, 3))
 
 
-def finer_part_of(name: str) -> str:
-    """What a tensor belongs to, told by its name."""
+def find_part(name: str) -> str:
+    """The part of the model that a tensor belongs to, by its name."""
     part = part_of(name)
     if part != "other weights":
         return part
@@ -279,34 +281,36 @@ def finer_part_of(name: str) -> str:
     return next(fitting, "norms and the rest")
 
 
-def router_part(found: ModelReport) -> Iterator[str]:
+def describe_routers(found: ModelReport) -> Iterator[str]:
     if not found.routers:
         return
-    ill = [router.layer for router in found.routers if not router.finite]
+    broken = [router.layer for router in found.routers if not router.finite]
     tied = [router.layer for router in found.routers if router.tied_experts]
     problems = []
-    if ill:
-        problems.append(f"{numbered('layer', ill)}: the router has numbers that are not finite")
+    if broken:
+        layers = format_numbers("layer", broken)
+        problems.append(f"{layers}: the router has numbers that are not finite")
     if tied:
-        problems.append(f"{numbered('layer', tied)}: experts with the same row always tie")
-    yield from problem_list(problems, "failed")
+        layers = format_numbers("layer", tied)
+        problems.append(f"{layers}: experts with the same row always tie")
+    yield from list_problems(problems, "failed")
     if not problems:
         yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
     variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
     if variations:
         yield (
             "<p>Predicted on random tokens, the load’s coefficient of variation is "
-            f"{spread(variations)}, where 0 is even. Training moves it.</p>"
+            f"{format_range(variations)}, where 0 is even. Training moves it.</p>"
         )
     rows = [
         (
             str(router.layer),
-            number_text(router.smallest_norm),
-            number_text(router.greatest_norm),
-            number_text(router.most_alike, 6),
+            format_number(router.smallest_norm),
+            format_number(router.greatest_norm),
+            format_number(router.most_alike, 6),
             str(router.tied_experts),
-            number_text(router.coefficient_of_variation),
-            number_text(router.mean_entropy),
+            format_number(router.coefficient_of_variation),
+            format_number(router.mean_entropy),
         )
         for router in found.routers
     ]
@@ -320,11 +324,11 @@ def router_part(found: ModelReport) -> Iterator[str]:
     )
 
 
-def number_text(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:#.{digits}g}"
 
 
-def reader_part(model: MoeModel) -> Iterator[str]:
+def describe_readers(model: MoeModel) -> Iterator[str]:
     if not model.layers:
         return
     readers = find_readers(
@@ -337,7 +341,7 @@ def reader_part(model: MoeModel) -> Iterator[str]:
     yield table(("reader", ""), rows)
 
 
-def file_part(model: MoeModel, manifest: Manifest | None) -> Iterator[str]:
+def describe_files(model: MoeModel, manifest: Manifest | None) -> Iterator[str]:
     sizes = {Path(t.file.path).name: t.file.size for t in model.tensors.values()}
     digests = {name: r.sha256 for name, r in manifest.files.items()} if manifest else {}
     rows = [(name, f"{size:,}", digests.get(name) or "") for name, size in sorted(sizes.items())]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checks import as_index
+from moe_fast.checks import as_index, as_path
 from moe_fast.drawing.colours import MODEL_COLORS, SCALE, ExpertOrigins
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
@@ -162,7 +161,7 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
     ModuleNotFoundError, TypeError, MoeConfigError
         As `plot_load`; also for an ending that matplotlib does not write.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if not path.suffix:
         raise MoeConfigError(
             f"must end in the format of the picture, such as .png or .svg, got '{path}'",

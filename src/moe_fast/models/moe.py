@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_fast.checks import as_path
 from moe_fast.config import Layout
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError, Problem
@@ -24,7 +25,7 @@ from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1
 from moe_fast.families.registry import expert_axes
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
-from moe_fast.wording import counted
+from moe_fast.wording import format_count
 
 LAYER = re.compile(
     r"(?P<layer>(?P<model>(?:.+?\.)?)(?:layers|blocks)\.(?P<number>\d{1,6}))\.(?P<rest>.+)",
@@ -274,7 +275,7 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     CheckpointError
         For a folder that holds no model, and for headers that do not hold.
     """
-    folder = Path(path)
+    folder = as_path(path, "path")
     config = read_config(folder)
     tensors = read_checkpoint(folder)
     key = language_key(config)
@@ -331,7 +332,7 @@ def assumption(axis: ExpertAxis, layers: tuple[MoeLayer, ...]) -> str:
     names = sorted({name for layer in layers for name in layer.counted})
     block = f"{axis.block}." if axis.block else ""
     return (
-        f"experts are taken to be {block}experts of {counted(len(layers), 'layer')}, and what "
+        f"experts are taken to be {block}experts of {format_count(len(layers), 'layer')}, and what "
         f"counts them besides: {', '.join(names) or 'nothing'}"
     )
 

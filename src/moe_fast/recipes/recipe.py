@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +14,15 @@ from typing import Any
 import numpy.typing as npt
 
 from moe_fast.checkpoint.build import BuildReport, BuildRequest, build
-from moe_fast.checkpoint.output import Writing
+from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checks import as_path, as_size
 from moe_fast.config import Dtype, Layout, MoeConfig
 from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.families.choice import as_target_name
 from moe_fast.families.registry import moe_families
 from moe_fast.models.folder import read_config
 from moe_fast.recipes.nodes import (
+    LARGEST_FILE,
     Entries,
     Entry,
     Node,
@@ -37,8 +41,14 @@ from moe_fast.recipes.nodes import (
     text,
 )
 from moe_fast.reports import Report
-from moe_fast.request import ROUTER_METHODS, ExpertSource, RouterMethod, RouterStart
-from moe_fast.storage.hub import REPOSITORY, find_model
+from moe_fast.request import (
+    DEFAULT_SHARD_SIZE,
+    ROUTER_METHODS,
+    ExpertSource,
+    RouterMethod,
+    RouterStart,
+)
+from moe_fast.storage.hub import REPOSITORY, find_model, repository_name
 
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
 # What mergekit-moe calls the starts of routers.
@@ -54,6 +64,9 @@ OF_MERGEKIT_YAML = (
     "chat_template", "merge_method", "modules", "name", "out_dtype", "parameters", "slices",
     "tokenizer", "tokenizer_source",
 )  # fmt: skip
+FIRST_KEYS = re.compile(
+    rb"^(base_model|experts|models|merge_method|slices)[ \t]*:", re.MULTILINE | re.ASCII
+)
 PROMPTS = ("positive_prompts", "negative_prompts")
 LISTS = ("experts", "models", "shared_experts")
 
@@ -71,13 +84,18 @@ def build_recipe(
     output: str | os.PathLike[str],
     *,
     hidden_states: npt.ArrayLike | None = None,
-    max_shard_size: int = 5_000_000_000,
-    **how: Any,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    checksum: bool = False,
+    fsync: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> BuildReport:
     """Build the checkpoint that a recipe file asks for.
 
-    `hidden_states` is that of `build_moe`, and `how` takes those of its arguments that say how to
-    write: `overwrite`, `threads`, `executor`, `checksum`, `fsync`, `dry_run`, `progress`.
+    The other arguments are those of `build_moe`.
 
     Raises
     ------
@@ -99,9 +117,25 @@ def build_recipe(
     >>> build_recipe(folder / "recipe.yml", folder / "moe").num_experts
     4
     """
-    read = read_recipe(recipe)
-    request = replace(read.request, max_shard_size=max_shard_size)
-    return build(request, output, Writing(**how), read.notes, hidden_states, Path(recipe))
+    path = as_path(recipe, "recipe")
+    read = read_recipe(path)
+    size = as_size(max_shard_size, "max_shard_size")
+    request = replace(read.request, max_shard_size=size)
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    return build(request, output, writing, read.notes, hidden_states, path)
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe, by its ending or by the keys in it."""
+    if path.suffix.lower() in (".yml", ".yaml"):
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return FIRST_KEYS.search(stream.read(LARGEST_FILE)) is not None
+    except OSError:
+        return False
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -130,7 +164,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     >>> read_recipe(folder / "recipe.yml").request.seed
     7
     """
-    return RecipeReader(Path(path)).recipe(compose(Path(path)))
+    file = as_path(path, "path")
+    return RecipeReader(file).recipe(compose(file))
 
 
 class RecipeReader(Reader):
@@ -349,7 +384,7 @@ def model(node: Node, where: str) -> str:
     """What a model is called, by a string or, as in mergekit, a mapping: its folder where it is."""
     if node.id == "mapping":
         return model_of_mapping(node, where)
-    name = text(node, where)
+    name = repository_name(text(node, where))
     folder = Path(name).expanduser().absolute()
     if folder.is_dir():
         return str(folder)

@@ -15,7 +15,7 @@ from moe_fast.errors import MoeConfigError, RoutingError
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.routing.arrays import BFLOAT16_BITS, as_array, widen_bfloat16
 from moe_fast.routing.statistics import RoutingStats
-from moe_fast.wording import numbered
+from moe_fast.wording import format_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -190,7 +190,7 @@ def router_health(
         coefficient_of_variation=tuple(variation),
         mean_entropy=tuple(entropy),
         warnings=tuple(
-            f"{numbered('layer', numbers)}: {text}; {remedy}"
+            f"{format_numbers('layer', numbers)}: {text}; {remedy}"
             for text, numbers in layers_by_problem.items()
         ),
     )
@@ -201,10 +201,10 @@ def find_problem(router: npt.NDArray[Any], starving: Sequence[int], source: str)
     first = find_first_equal_rows(router)
     tied = [expert for expert, row in enumerate(first) if first.count(row) > 1]
     if tied:
-        return f"the router weights of {numbered('expert', tied)} are the same, and so tie"
+        return f"the router weights of {format_numbers('expert', tied)} are the same, and so tie"
     if starving:
         return (
-            f"{numbered('expert', starving)} would get less than a quarter of an even load "
+            f"{format_numbers('expert', starving)} would get less than a quarter of an even load "
             f"of {source}"
         )
     return None

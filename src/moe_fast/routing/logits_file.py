@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.config import MoeConfig, RoutingMethod
+from moe_fast.checks import as_path
+from moe_fast.config import MoeConfig, RoutingMethod, RoutingMethodName
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError, MoeConfigError, RoutingError
 from moe_fast.routing.arrays import BFLOAT16_BITS, FLOATS, find_encoding
-from moe_fast.routing.options import RoutingMethodName, RoutingOptions
+from moe_fast.routing.options import RoutingOptions
 from moe_fast.routing.statistics import RoutingStats
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.npy import map_npy
@@ -48,7 +49,7 @@ def read_logits(path: str | os.PathLike[str]) -> list[LayerLogits]:
     CheckpointError
         For a file that holds anything else: the message names the tensor. Nothing is unpickled.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if path.suffix == ".npy":
         open_regular(path).close()
         arrays: list[tuple[str | None, npt.NDArray[Any]]] = [(None, map_npy(path))]

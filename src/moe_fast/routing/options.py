@@ -16,11 +16,11 @@ from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.routing.arrays import as_array, find_encoding, widen_bfloat16
 
-__all__ = ["DropPolicy", "RoutingMethodName", "RoutingOptions", "Scores"]
+__all__ = ["DropPolicy", "RoutingOptions", "Scores"]
 Scores = Literal["softmax", "sigmoid"]
 Arguments = ParamSpec("Arguments")
 DropPolicy = Literal["position", "probs"]
-RoutingMethodName = Literal["top_k", "switch_transformer", "expert_choice"]
+
 # Expert choice has no use for these: each of its experts takes the same number of tokens.
 TOKEN_CHOICE_ONLY = ("norm_topk_prob", "selection_bias", "n_group", "topk_group", "drop_policy")
 SWITCH_CAPACITY_FACTOR = 1.25

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.checks import as_index, as_member
-from moe_fast.config import RouterInit
+from moe_fast.config import RouterInit, RouterInitName
 from moe_fast.dtypes import as_dtype, kernel_name, wrong_dtype
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.threads import as_threads, share
@@ -37,7 +37,7 @@ DRAWS = {
 def compute_gate_weights(
     hidden_dim: int,
     num_experts: int,
-    init: RouterInit | str = RouterInit.BALANCED,
+    init: RouterInit | RouterInitName = RouterInit.BALANCED,
     *,
     dtype: npt.DTypeLike | None = None,
     layer: int = 0,
@@ -105,7 +105,7 @@ def compute_router_weights(
     num_layers: int,
     hidden_size: int,
     num_experts: int,
-    init: RouterInit | str = RouterInit.BALANCED,
+    init: RouterInit | RouterInitName = RouterInit.BALANCED,
     *,
     dtype: npt.DTypeLike | None = None,
     layer: int = 0,
@@ -142,7 +142,7 @@ def draw_routers(
     layers: tuple[int, ...],
     hidden_size: int,
     num_experts: int,
-    init: RouterInit | str,
+    init: RouterInit | RouterInitName,
     dtype: npt.DTypeLike | None,
     layer: int,
     rows: tuple[int, int] | None,
@@ -205,7 +205,7 @@ def plan_draws(
     layers: tuple[int, ...],
     hidden_size: int,
     num_experts: int,
-    init: RouterInit | str,
+    init: RouterInit | RouterInitName,
     layer: int,
     full_range: bool,
     remove_base: bool,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.checks import as_path
 from moe_fast.dtypes import DTYPE_CODES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.storage.safetensors_header import header_bytes
@@ -40,7 +40,7 @@ def write_router_weights(
     >>> write_router_weights(tempfile.mkdtemp() + "/routers.npy", weights)
     4224
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if path.suffix not in (".npy", ".safetensors"):
         raise MoeConfigError(
             f"must end in .npy or .safetensors, got {str(path)!r}", argument="path"

@@ -15,6 +15,12 @@ from moe_fast.storage.companions import COMPANIONS
 
 # ORGANISATION/NAME, or ORGANISATION/NAME@REVISION.
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+# What browsers show, with one slash where pathlib has made one of two.
+ADDRESS = re.compile(
+    r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>\w[\w.-]*/\w[\w.-]*)"
+    r"(?:/tree/(?P<revision>[\w.-]+))?/?(?:[?#].*)?",
+    re.ASCII,
+)
 FETCHED = [
     "config.json",
     "model.safetensors",
@@ -24,6 +30,14 @@ FETCHED = [
     "README.md",  # says the license
 ]
 OF_FOLDERS = ["*/*"]  # what lies deeper is another format's, or another model's
+
+
+def repository_name(model: str) -> str:
+    """`ORGANISATION/NAME@REVISION` for the address of a repository's page; other names as given."""
+    match = ADDRESS.fullmatch(model)
+    if match is None:
+        return model
+    return match["name"] + (f"@{match['revision']}" if match["revision"] else "")
 
 
 def find_model(model: str | os.PathLike[str]) -> str:
@@ -37,8 +51,9 @@ def find_model(model: str | os.PathLike[str]) -> str:
     CheckpointError
         For a name that is neither a folder nor a repository that can be had.
     """
-    path = Path(model)
-    match = REPOSITORY.fullmatch(os.fspath(model).replace(os.sep, "/"))
+    name = repository_name(os.fspath(model).replace(os.sep, "/"))
+    path = Path(name)
+    match = REPOSITORY.fullmatch(name)
     if match is None or os.path.lexists(path):
         return str(path.absolute())
     name = match[0]
