@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.convert import ConvertReport as ConvertReport
     from moe_fast.checkpoint.convert import convert_moe as convert_moe
     from moe_fast.checkpoint.design import Design as Design
+    from moe_fast.checkpoint.expand import expand_moe as expand_moe
+    from moe_fast.checkpoint.extract import extract_dense as extract_dense
     from moe_fast.checkpoint.operation import OperationReport as OperationReport
     from moe_fast.checkpoint.prune import prune_moe as prune_moe
     from moe_fast.command.doctor import Diagnosis as Diagnosis
@@ -78,6 +80,8 @@ HOMES = {
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
     "checkpoint.convert": ("ConvertReport", "convert_moe"),
     "checkpoint.design": ("Design",),
+    "checkpoint.expand": ("expand_moe",),
+    "checkpoint.extract": ("extract_dense",),
     "checkpoint.operation": ("OperationReport",),
     "checkpoint.prune": ("prune_moe",),
     "command.doctor": ("Diagnosis", "diagnose", "show_config"),

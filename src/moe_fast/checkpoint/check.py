@@ -183,7 +183,7 @@ def check_moe(
     except CheckpointError as error:
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
-    if not model.layers:
+    if not model.layers and not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder}: holds no experts; it is not an MoE")
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
@@ -194,9 +194,10 @@ def check_moe(
         headers,
         manifest_finding,
         *check_sources(model, design, sources, progress),
-        check_structure(model),
-        check_routing(model),
+        check_structure(model) if model.layers else check_dense_structure(model),
     ]
+    if model.layers:
+        findings.append(check_routing(model))
     readers = find_readers(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
@@ -358,6 +359,7 @@ def compare_weights(model: MoeModel, design: Design, progress: Progress | None) 
             f"{len(problems[part])} of {counts[part]} tensors differ",
         )
         for part in PARTS
+        if counts[part] or problems[part]
     ]
 
 
@@ -493,6 +495,16 @@ def check_structure(model: MoeModel) -> Finding:
             problems = list(error.problems)
     title = moe_families()[model.model_type].title
     return finding("structure", f"names, shapes and config.json are those of {title}", problems)
+
+
+def check_dense_structure(model: MoeModel) -> Finding:
+    """The same of a dense model, which an operation has made of an MoE."""
+    try:
+        family = open_dense_model(model.path).family
+    except CheckpointError as error:
+        return finding("structure", "", error.problems)
+    summary = f"names, shapes and config.json are those of a dense {family.model_type}"
+    return finding("structure", summary)
 
 
 def check_routing(model: MoeModel) -> Finding:

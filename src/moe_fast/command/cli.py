@@ -348,6 +348,88 @@ def prune(
 
 
 @app.command()
+def expand(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    experts: Annotated[int, typer.Option(help="Experts of each layer of the output.")],
+    keep_k: Annotated[
+        bool, typer.Option("--keep-k", help="Leave a token's number of experts as it is.")
+    ] = False,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an MoE with copies of its experts, which computes the same where all get as many."""
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.expand_moe(
+            model,
+            output,
+            experts,
+            keep_k=keep_k,
+            scores=scores,
+            by=by,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command()
+def extract(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    expert: Annotated[
+        int | None, typer.Option(help="The expert that becomes the FFN of every layer.")
+    ] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="The mean of all experts does.")] = False,
+    best: Annotated[
+        int | None, typer.Option(help="So many of the best by --scores do, side by side.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the dense model that some experts of an MoE make."""
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.extract_dense(
+            model,
+            output,
+            expert=expert,
+            mean=mean,
+            best=best,
+            scores=scores,
+            by=by,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command()
 def report(
     context: typer.Context,
     model: Annotated[
