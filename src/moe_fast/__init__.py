@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.design import Design as Design
     from moe_fast.checkpoint.expand import expand_moe as expand_moe
     from moe_fast.checkpoint.extract import extract_dense as extract_dense
+    from moe_fast.checkpoint.merge import merge_experts as merge_experts
     from moe_fast.checkpoint.operation import OperationReport as OperationReport
     from moe_fast.checkpoint.prune import prune_moe as prune_moe
     from moe_fast.command.doctor import Diagnosis as Diagnosis
@@ -82,6 +83,7 @@ HOMES = {
     "checkpoint.design": ("Design",),
     "checkpoint.expand": ("expand_moe",),
     "checkpoint.extract": ("extract_dense",),
+    "checkpoint.merge": ("merge_experts",),
     "checkpoint.operation": ("OperationReport",),
     "checkpoint.prune": ("prune_moe",),
     "command.doctor": ("Diagnosis", "diagnose", "show_config"),

@@ -180,8 +180,10 @@ def of_lines(lines: Sequence[Any], path: Path) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def read_groups(groups: Any, model: MoeModel) -> tuple[dict[str, tuple[Group, ...]], list[str]]:
-    """The groups of experts that become one each, in each layer, and warnings.
+def read_groups(
+    groups: Any, model: MoeModel
+) -> tuple[dict[str, tuple[Group, ...]], str, list[str]]:
+    """The groups of experts that become one each in each layer; what to call them; warnings.
 
     A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`.
 
@@ -205,7 +207,7 @@ def read_groups(groups: Any, model: MoeModel) -> tuple[dict[str, tuple[Group, ..
     if problems:
         raise CheckpointError(*problems)
     check_groups(read, model, where)
-    return read, warnings
+    return read, where, warnings
 
 
 def as_group(item: Any, here: str) -> Group | str:

@@ -430,6 +430,40 @@ def extract(
 
 
 @app.command()
+def merge(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    groups: Annotated[
+        Path,
+        typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
+    ],
+    max_shard_size: MaxShardSize = 5_000_000_000,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an MoE in which each group of experts is one, their mean."""
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.merge_experts(
+            model,
+            output,
+            groups,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command()
 def report(
     context: typer.Context,
     model: Annotated[

@@ -9,6 +9,5 @@ EXPERTS = (
         ("afmoe",),
         router="router.gate.weight",
         counted=("expert_bias",),
-        copies_share="if normalised",
     ),
 )

@@ -33,7 +33,7 @@ WHOLE: Mapping[str, tuple[str, ...]] = {
     "experts.gate_up_proj": ("gate_up_proj",),
     "experts.down_proj": ("down_proj",),
 }
-NORMALISED_KEYS = ("norm_topk_prob", "moe_renormalize", "route_norm")
+NORMALISED_KEYS = ("norm_topk_prob", "moe_renormalize")
 BIAS = "gate.e_score_correction_bias"
 
 
