@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.check import Finding as Finding
     from moe_fast.checkpoint.check import Status as Status
     from moe_fast.checkpoint.check import check_moe as check_moe
+    from moe_fast.checkpoint.compare import CompareReport as CompareReport
+    from moe_fast.checkpoint.compare import WeightDifference as WeightDifference
+    from moe_fast.checkpoint.compare import compare_moe as compare_moe
     from moe_fast.checkpoint.convert import ConvertReport as ConvertReport
     from moe_fast.checkpoint.convert import convert_moe as convert_moe
     from moe_fast.checkpoint.design import Design as Design
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
 HOMES = {
     "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
+    "checkpoint.compare": ("CompareReport", "WeightDifference", "compare_moe"),
     "checkpoint.convert": ("ConvertReport", "convert_moe"),
     "checkpoint.design": ("Design",),
     "checkpoint.expand": ("expand_moe",),

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.calibration.parity import compare_models, installed_transformers, tokens_of
+from moe_fast.calibration.parity import compare_logits, installed_transformers, tokens_of
 from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -570,7 +570,7 @@ def check_logits(
     except (CheckpointError, ModuleNotFoundError) as error:
         return not_possible("logits", str(error))
     try:
-        difference = compare_models(reference, model.path, tokens)
+        difference = compare_logits(reference, model.path, tokens)
     except CheckpointError as error:
         return finding("logits", "", error.problems, "cannot be compared")
     if reason is not None:

@@ -19,6 +19,7 @@ from moe_fast.command.console import (
     say,
     show_build,
     show_check,
+    show_comparison,
     show_conversion,
     show_diagnosis,
     show_model,
@@ -257,6 +258,22 @@ def check(
         )
     show(report, show_check, as_json)
     if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    tolerance: Annotated[float, typer.Option(help="By how much numbers may differ.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether two checkpoints hold the same model, however they store it; exit 1 if not."""
+    with reported_errors(context), progress_bar("comparing") as progress:
+        report = moe_fast.compare_moe(first, second, tolerance=tolerance, progress=progress)
+    show(report, show_comparison, as_json)
+    if not report.equal:
         raise typer.Exit(1)
 
 
