@@ -42,7 +42,9 @@ def structure_problems(model: MoeModel) -> list[str]:
     for name, tensor in model.tensors.items():
         where = f"{tensor.file.path}: tensor {name!r}"
         if name not in expected:
+            quantised = isinstance(model.config.get("quantization_config"), dict)
             optional = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+            optional |= quantised and name.endswith(".weight_scale_inv")
             if not optional:
                 problems.append(f"{where} is not part of a {family.title} model")
         elif tensor.shape != expected[name]:
