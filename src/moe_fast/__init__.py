@@ -14,9 +14,15 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.check import Finding as Finding
     from moe_fast.checkpoint.check import Status as Status
     from moe_fast.checkpoint.check import check_moe as check_moe
+    from moe_fast.checkpoint.compare import CompareReport as CompareReport
+    from moe_fast.checkpoint.compare import WeightDifference as WeightDifference
+    from moe_fast.checkpoint.compare import compare_moe as compare_moe
     from moe_fast.checkpoint.convert import ConvertReport as ConvertReport
     from moe_fast.checkpoint.convert import convert_moe as convert_moe
     from moe_fast.checkpoint.design import Design as Design
+    from moe_fast.checkpoint.expand import expand_moe as expand_moe
+    from moe_fast.checkpoint.extract import extract_dense as extract_dense
+    from moe_fast.checkpoint.merge import merge_experts as merge_experts
     from moe_fast.checkpoint.operation import OperationReport as OperationReport
     from moe_fast.checkpoint.prune import prune_moe as prune_moe
     from moe_fast.command.doctor import Diagnosis as Diagnosis
@@ -76,8 +82,12 @@ if TYPE_CHECKING:
 HOMES = {
     "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
+    "checkpoint.compare": ("CompareReport", "WeightDifference", "compare_moe"),
     "checkpoint.convert": ("ConvertReport", "convert_moe"),
     "checkpoint.design": ("Design",),
+    "checkpoint.expand": ("expand_moe",),
+    "checkpoint.extract": ("extract_dense",),
+    "checkpoint.merge": ("merge_experts",),
     "checkpoint.operation": ("OperationReport",),
     "checkpoint.prune": ("prune_moe",),
     "command.doctor": ("Diagnosis", "diagnose", "show_config"),

@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM
 
-from moe_fast import prune_moe
+from moe_fast import convert_moe, expand_moe, prune_moe
+from moe_fast.families.registry import expert_axes
 from moe_fast.models.moe import open_moe_model
 from moe_models import NUM_EXPERTS, OWN, TOP_K, save_random_moe
 
@@ -108,3 +109,22 @@ def test_a_pruned_model_is_the_full_one_without_the_dropped_experts(tmp_path, fa
     assert (expected - before).abs().max() > 1e-3 * before.abs().max()
     assert TOP_K <= 4
     assert_equal(logits(load(tmp_path / "pruned")), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expanded_model_is_the_model(tmp_path, family):
+    full = save_random_moe(tmp_path / "moe", family)
+    report = expand_moe(tmp_path / "moe", tmp_path / "expanded", 3 * NUM_EXPERTS)
+    assert report.num_experts_per_tok == 3 * TOP_K
+    expected, found = logits(full), logits(load(tmp_path / "expanded"))
+    if report.warnings:
+        assert (found - expected).abs().max() > 1e-3 * expected.abs().max()
+    else:
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if len(expert_axes()[f].layouts) == 2])
+def test_a_fused_model_is_the_model(tmp_path, family):
+    full = save_random_moe(tmp_path / "moe", family)
+    convert_moe(tmp_path / "moe", tmp_path / "fused", layout="fused")
+    assert_equal(logits(load(tmp_path / "fused")), logits(full))

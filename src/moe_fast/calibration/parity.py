@@ -83,7 +83,7 @@ def tokens_of(text: str, model: Path, reference: Path) -> list[int]:
     return tokens
 
 
-def compare_models(reference: Path, model: Path, tokens: Sequence[int]) -> Difference:
+def compare_logits(reference: Path, model: Path, tokens: Sequence[int]) -> Difference:
     """Run some tokens through two model folders.
 
     Raises

@@ -17,7 +17,7 @@ from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.models.moe import MoeLayer, MoeModel
-from moe_fast.storage.arithmetic import WeightedMean
+from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.pieces import FileRange, Piece
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
@@ -112,7 +112,8 @@ def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
                 f"{', '.join(WEIGHT_DTYPES)}, all of a group alike (convert --dtype does that)"
             )
     weights = group.weights or (1.0,) * len(parts)
-    return WeightedMean(tuple(map(range_of, parts)), weights, first.dtype)
+    divisor = math.fsum(weights)
+    return LinearCombination(tuple(map(range_of, parts)), weights, divisor, first.dtype)
 
 
 def joined_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:

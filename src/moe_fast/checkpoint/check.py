@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_fast.calibration.parity import compare_models, installed_transformers, tokens_of
+from moe_fast.calibration.parity import compare_logits, installed_transformers, tokens_of
 from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -187,7 +187,7 @@ def check_moe(
     except CheckpointError as error:
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
-    if not model.layers:
+    if not model.layers and not (folder / MANIFEST).exists():
         raise CheckpointError("holds no experts; it is not an MoE", file=folder)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
@@ -198,9 +198,10 @@ def check_moe(
         headers,
         manifest_finding,
         *check_sources(model, design, sources, progress),
-        check_structure(model),
-        check_routing(model),
+        check_structure(model) if model.layers else check_dense_structure(model),
     ]
+    if model.layers:
+        findings.append(check_routing(model))
     readers = find_readers(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
@@ -364,6 +365,7 @@ def compare_weights(model: MoeModel, design: Design, progress: Progress | None) 
             f"{len(problems[part])} of {counts[part]} tensors differ",
         )
         for part in PARTS
+        if counts[part] or problems[part]
     ]
 
 
@@ -501,6 +503,16 @@ def check_structure(model: MoeModel) -> Finding:
     return finding("structure", f"names, shapes and config.json are those of {title}", problems)
 
 
+def check_dense_structure(model: MoeModel) -> Finding:
+    """The same of a dense model, which an operation has made of an MoE."""
+    try:
+        family = open_dense_model(model.path).family
+    except CheckpointError as error:
+        return finding("structure", "", error.problems)
+    summary = f"names, shapes and config.json are those of a dense {family.model_type}"
+    return finding("structure", summary)
+
+
 def check_routing(model: MoeModel) -> Finding:
     """Whether the routers can send tokens anywhere at all."""
     reports = router_reports(model)
@@ -564,7 +576,7 @@ def check_logits(
     except (CheckpointError, ModuleNotFoundError) as error:
         return not_possible("logits", str(error))
     try:
-        difference = compare_models(reference, model.path, tokens)
+        difference = compare_logits(reference, model.path, tokens)
     except CheckpointError as error:
         return finding("logits", "", error.problems, "cannot be compared")
     if reason is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from moe_fast.checkpoint.arrangement import is_weight, range_of
 from moe_fast.checkpoint.card import CARD, updated_card
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
@@ -19,8 +20,8 @@ from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, read_rope
-from moe_fast.families.moe import MoeFamily, joined
+from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, is_count, read_rope
+from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
@@ -30,10 +31,12 @@ from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
+from moe_fast.storage.arithmetic import Dequantised
 from moe_fast.storage.companions import find_companions, has_tokenizer
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
+from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
@@ -128,14 +131,16 @@ def convert_moe(
     Parameters
     ----------
     model : path
-        A folder with an MoE of a family that `build_moe` can build.
+        A folder with an MoE.
     output : path
         The folder to create.
     layout : str or Layout, optional
         `"per-expert"` or `"fused"`; by default the one it has, in new files.
     dtype : str or dtype, optional
-        As in `build_moe`; by default weights keep theirs. The report warns of weights that
-        float16 does not hold, and of experts whose router weights rounding makes the same.
+        As in `build_moe`; by default weights keep theirs. FP8 weights with a scale for each block
+        (`weight_scale_inv`) are multiplied by their scales and rounded once. The report warns of
+        weights that float16 does not hold, and of experts whose router weights rounding makes the
+        same.
     max_shard_size, overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -146,7 +151,7 @@ def convert_moe(
     Raises
     ------
     CheckpointError
-        For a model that is none of these families or does not hold together, with every reason.
+        For a model without experts, or one that does not hold together, with every reason.
     TypeError, MoeConfigError
         An argument of the wrong kind or out of range.
 
@@ -197,23 +202,15 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
     model = open_moe_model(request.model)
     if not model.layers:
         raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
-    family = moe_families().get(model.model_type)
-    if family is None:
-        raise CheckpointError(
-            f"model_type {model.model_type!r} cannot be converted; {', '.join(moe_families())} can",
-            file=model.path / "config.json",
-        )
-    problems = model.problems() or structure_problems(model)
+    family = None if model.assumed else moe_families().get(model.model_type)
+    problems = model.surgery_problems()
+    if family is not None:
+        problems = problems or structure_problems(model)
     if problems:
         raise CheckpointError(*problems)
-    layout = request.layout or Layout(model.layout)
-    if layout not in family.layouts:
-        raise MoeConfigError(
-            f"must be {str(family.layouts[0])!r} for {family.title}, got {str(layout)!r}",
-            argument="layout",
-        )
+    layout = choose_layout(model, family, request.layout)
     weights = dict(converted_tensors(model, family, layout, request.dtype))
-    config = converted_config(model, request.dtype)
+    config = converted_config(model, family, request.dtype)
     tokenizer = has_tokenizer(model.path)
     readers = find_readers(config, layout, model.num_experts, has_tokenizer=tokenizer)
     companions = find_companions(model.path)
@@ -225,13 +222,16 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
         config=config,
         companions=companions,
         sources=[model.tensors],
-        family=family.name,
+        family=model.model_type,
         num_experts=model.num_experts * len(model.layers),
-        manifest=Manifest(request=request, family=family.name),
+        manifest=Manifest(request=request, family=model.model_type),
         reference=model.path,
         reason_to_differ=find_rounding(request.dtype, model.tensors),
         card=card,
-        warnings=tuple(warn_of_rounding(model, family, layout, weights, request.dtype)),
+        warnings=(
+            *([] if model.assumed is None else [f"{model.path}: {model.assumed}"]),
+            *warn_of_rounding(model, family, layout, weights, request.dtype),
+        ),
         metadata=metadata_of(model.tensors.values()),
         max_shard_size=request.max_shard_size,
         model=model,
@@ -240,37 +240,186 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
     )
 
 
+def choose_layout(model: MoeModel, family: MoeFamily | None, wanted: Layout | None) -> Layout:
+    """The layout of the output, one that the family has."""
+    if model.layout not in list(Layout):
+        raise CheckpointError(
+            "some layers hold their experts in one layout, some in the other", file=model.path
+        )
+    before = Layout(model.layout)
+    layouts = model.axis.layouts if family is None else family.layouts
+    if model.assumed is not None:
+        layouts = (before,)
+    layout = wanted or before
+    if layout not in (*layouts, before):
+        title = model.model_type if family is None else family.title
+        raise MoeConfigError(
+            f"must be {str(layouts[0])!r} for {title}, got {str(layout)!r}", argument="layout"
+        )
+    return layout
+
+
 def converted_tensors(
-    model: MoeModel, family: MoeFamily, layout: Layout, dtype: Dtype | None
+    model: MoeModel, family: MoeFamily | None, layout: Layout, dtype: Dtype | None
 ) -> Iterator[OutputTensor]:
     """The model's tensors in their order, each layer's experts where its first one stood."""
     to = None if dtype is None else DTYPE_CODES[dtype]
     before = Layout(model.layout)
-    layer_of: dict[str, MoeLayer] = {}
-    routers: dict[str, str] = {}
-    for layer in model.layers:
-        for old in family.expert_tensors(layer.number, model.num_experts, before):
-            layer_of[old.name] = layer
-        routers[family.router_name(layer.number, before)] = family.router_name(layer.number, layout)
+    scales = {} if dtype is None else find_scales(model)
+    if dtype is not None:
+        refuse_other_dtypes(model, scales)
 
     def keep(tensor: Tensor) -> Weight:
-        return Weight.of(tensor) if to is None else Weight.of(tensor).converted(to)
+        if to is None:
+            return Weight.of(tensor)
+        if tensor.name in scales:
+            return dequantised(tensor, scales[tensor.name], block_of(model), to)
+        return Weight.of(tensor).converted(to)
 
-    if to is not None:
-        refuse_other_dtypes(model)
+    dropped = {scale.name for scale in scales.values()}
     done = set()
     for name, tensor in model.tensors.items():
-        if name not in layer_of:
-            yield OutputTensor(routers.get(name, name), keep(tensor))
-        elif layer_of[name].number not in done:
-            layer = layer_of[name]
-            done.add(layer.number)
-            for new in family.expert_tensors(layer.number, model.num_experts, layout):
+        if name in dropped:
+            continue
+        place = model.places.get(name)
+        if place is None or not is_expert(place[2], place[1]):
+            yield OutputTensor(renamed(model, name, layout), keep(tensor))
+        elif layout is before:
+            yield OutputTensor(name, keep(tensor))
+        elif place[0].key not in done:
+            layer = place[0]
+            done.add(layer.key)
+            refuse_extras(layer, dropped)
+            for new in expert_tensors(model, family, layer, layout):
                 parts = [layer.experts[expert][role] for expert, role in new.slices]
                 if to is None:
                     check_dtypes(parts)
                 weights = [keep(part) for part in parts]
                 yield OutputTensor(new.name, joined(weights, new, model.num_experts))
+
+
+def is_expert(inner: str, expert: int | None) -> bool:
+    """Whether a tensor that counts experts holds them, and does not route to them."""
+    return expert is not None or is_weight(inner)
+
+
+def renamed(model: MoeModel, name: str, layout: Layout) -> str:
+    """The name of a tensor that is no expert's, in a layout."""
+    if name in model.places:
+        layer, _, inner = model.places[name]
+        return f"{block_name(model, layer, layout)}.{model.axis.renamed(inner, layout)}"
+    for layer in model.layers:
+        if name.startswith(f"{layer.block}.") and model.axis.block:
+            return block_name(model, layer, layout) + name.removeprefix(layer.block)
+    return name
+
+
+def block_name(model: MoeModel, layer: MoeLayer, layout: Layout) -> str:
+    """The beginning of the names of a layer's MoE block in a layout."""
+    axis = model.axis
+    if axis.block_in(Layout.FUSED) == axis.block:
+        return layer.block
+    present = next(b for b in axis.blocks if layer.block.endswith(f".{b}"))
+    return layer.block.removesuffix(present) + axis.block_in(layout)
+
+
+def expert_tensors(
+    model: MoeModel, family: MoeFamily | None, layer: MoeLayer, layout: Layout
+) -> list[ExpertTensor]:
+    """The tensors that hold a layer's experts in a layout, in order."""
+    if family is not None:
+        return family.expert_tensors(layer.number, model.num_experts, layout)
+    block, experts = block_name(model, layer, layout), range(model.num_experts)
+    if layout is Layout.PER_EXPERT:
+        return [
+            ExpertTensor(f"{block}.experts.{expert}.{part}.weight", ((expert, role),))
+            for expert in experts
+            for part, role in model.axis.parts.items()
+        ]
+    return [
+        ExpertTensor(
+            f"{block}.{inner}", tuple((e, r) for e in experts for r in roles), stacked=True
+        )
+        for inner, roles in model.axis.stacked.items()
+    ]
+
+
+def refuse_extras(layer: MoeLayer, dropped: set[str]) -> None:
+    """Raise `CheckpointError` for tensors of experts that the other layout has no place for."""
+    used = {
+        (tensor.file, tensor.offset)
+        for expert in layer.experts.values()
+        for tensor in expert.values()
+    }
+    for tensor in (
+        *(tensor for own in layer.own.values() for tensor in own.values()),
+        *(t for name, t in layer.counted.items() if is_weight(name)),
+    ):
+        if (tensor.file, tensor.offset) not in used and tensor.name not in dropped:
+            raise CheckpointError(
+                f"{tensor.file.path}: tensor {tensor.name!r} has no place in the other layout"
+            )
+
+
+def find_scales(model: MoeModel) -> dict[str, Tensor]:
+    """The scales of each tensor in FP8, by its name.
+
+    Raises
+    ------
+    CheckpointError
+        For a model that is quantised in another way.
+    """
+    file = model.path / "config.json"
+    quantised = quantisation_of(model)
+    if quantised is None:
+        return {}
+    method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
+    if method != "fp8" or not isinstance(block, list) or not is_block(block):
+        kind = brief(method) if method != "fp8" else "'fp8' without weight_block_size"
+        raise CheckpointError(
+            f"{file}: quantization_config: {kind} cannot be dequantised; 'fp8' with scales for "
+            "blocks (weight_block_size) can"
+        )
+    found = {}
+    for name, tensor in model.tensors.items():
+        scale = model.tensors.get(f"{name}_scale_inv")
+        if tensor.dtype != "F8_E4M3" or scale is None or len(tensor.shape) != 2:
+            continue
+        expected = tuple(-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
+        if scale.shape != expected or scale.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{scale.file.path}: tensor {scale.name!r} is {scale.dtype} of shape "
+                f"{list(scale.shape)}; scales of blocks of {brief(block)} are {list(expected)}, "
+                f"in {', '.join(WEIGHT_DTYPES)}"
+            )
+        found[name] = scale
+    return found
+
+
+def quantisation_of(model: MoeModel) -> Mapping[str, Any] | None:
+    for config in (model.config, model.language_config):
+        if isinstance(config.get("quantization_config"), dict):
+            found: Mapping[str, Any] = config["quantization_config"]
+            return found
+    return None
+
+
+def is_block(value: list[Any]) -> bool:
+    return len(value) == 2 and all(map(is_count, value))
+
+
+def block_of(model: MoeModel) -> tuple[int, int]:
+    """The rows and columns that share a scale."""
+    quantised = quantisation_of(model)
+    assert quantised is not None
+    rows, columns = quantised["weight_block_size"]
+    return rows, columns
+
+
+def dequantised(tensor: Tensor, scale: Tensor, block: tuple[int, int], to: str) -> Weight:
+    rows, columns = tensor.shape
+    piece = Dequantised(range_of(tensor), (rows, columns), range_of(scale), scale.dtype, block, to)
+    return Weight(to, tensor.shape, (piece,))
 
 
 def check_dtypes(parts: Sequence[Tensor]) -> None:
@@ -286,7 +435,7 @@ def check_dtypes(parts: Sequence[Tensor]) -> None:
             )
 
 
-def refuse_other_dtypes(model: MoeModel) -> None:
+def refuse_other_dtypes(model: MoeModel, scales: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` for every tensor of a dtype that cannot be converted."""
     problems = [
         Problem(
@@ -295,7 +444,7 @@ def refuse_other_dtypes(model: MoeModel) -> None:
             tensor=name,
         )
         for name, tensor in model.tensors.items()
-        if tensor.dtype not in WEIGHT_DTYPES
+        if tensor.dtype not in WEIGHT_DTYPES and name not in scales
     ]
     if problems:
         raise CheckpointError(*problems)
@@ -303,7 +452,7 @@ def refuse_other_dtypes(model: MoeModel) -> None:
 
 def warn_of_rounding(
     model: MoeModel,
-    family: MoeFamily,
+    family: MoeFamily | None,
     layout: Layout,
     weights: Mapping[str, Weight],
     dtype: Dtype | None,
@@ -316,7 +465,7 @@ def warn_of_rounding(
     with OpenFiles() as files:
         for layer in model.layers:
             assert layer.router is not None
-            weight = weights[family.router_name(layer.number, layout)]
+            weight = weights[renamed(model, layer.router.name, layout)]
             data = b"".join(weight.read(0, weight.nbytes))
             before = read_floats(layer.router, files)
             after = decode_any(data, weight.dtype, weight.shape)
@@ -336,18 +485,27 @@ def distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def converted_config(model: MoeModel, to: Dtype | None) -> dict[str, Any]:
-    """The model's config.json with each key that readers spell differently in both spellings."""
+def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None) -> dict[str, Any]:
+    """The model's config.json; each key that readers spell differently in both spellings."""
     config = dict(model.config)
     file = model.path / "config.json"
-    if "num_experts" in config or "num_local_experts" in config:
+    if family is not None and ("num_experts" in config or "num_local_experts" in config):
         number = first_size(config, NUM_EXPERTS_KEYS)
         config |= {"num_local_experts": number, "num_experts": number}
-    if config.get("rope_parameters") is not None or config.get("rope_theta") is not None:
+    if family is not None and (
+        config.get("rope_parameters") is not None or config.get("rope_theta") is not None
+    ):
         config |= read_rope({"rope_theta": None, **config}, file).in_every_spelling()
-    dtype = to or config.get("dtype") or config.get("torch_dtype")
-    if isinstance(dtype, str):
-        config |= {"dtype": str(dtype), "torch_dtype": str(dtype)}
+    inner = [config]
+    if model.language_key is not None:
+        config[model.language_key] = dict(model.language_config)
+        inner.append(config[model.language_key])
+    for each in inner:
+        dtype = to or each.get("dtype") or each.get("torch_dtype")
+        if isinstance(dtype, str):
+            each |= {"dtype": str(dtype), "torch_dtype": str(dtype)}
+        if to is not None:
+            each.pop("quantization_config", None)
     return config
 
 

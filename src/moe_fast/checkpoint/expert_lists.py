@@ -111,7 +111,7 @@ def by_layer(value: Any, where: str, model: MoeModel) -> tuple[dict[str, Any], l
     """What a file says of each layer; what it leaves out of those that predict ahead is filled."""
     if isinstance(value, Mapping) and isinstance(value.get("layers"), Mapping):
         layers = {str(key): item for key, item in value["layers"].items()}
-    elif isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+    elif is_plain_list(value):
         return {layer.key: value for layer in model.layers}, []
     elif isinstance(value, Mapping):
         raise CheckpointError(
@@ -130,6 +130,12 @@ def by_layer(value: Any, where: str, model: MoeModel) -> tuple[dict[str, Any], l
     layers |= dict.fromkeys(missing, layers[last])
     warning = f"{where}: leaves out {', '.join(missing)}: the list of layer {last} serves for it"
     return layers, [warning]
+
+
+def is_plain_list(value: Any) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    return not any(isinstance(item, (dict, list, tuple)) for item in value)
 
 
 def value_of(given: Any, name: str) -> tuple[Any, str]:
@@ -174,8 +180,10 @@ def of_lines(lines: Sequence[Any], path: Path) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def read_groups(groups: Any, model: MoeModel) -> tuple[dict[str, tuple[Group, ...]], list[str]]:
-    """The groups of experts that become one each, in each layer, and warnings.
+def read_groups(
+    groups: Any, model: MoeModel
+) -> tuple[dict[str, tuple[Group, ...]], str, list[str]]:
+    """The groups of experts that become one each in each layer; what to call them; warnings.
 
     A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`.
 
@@ -199,7 +207,7 @@ def read_groups(groups: Any, model: MoeModel) -> tuple[dict[str, tuple[Group, ..
     if problems:
         raise CheckpointError(*problems)
     check_groups(read, model, where)
-    return read, warnings
+    return read, where, warnings
 
 
 def as_group(item: Any, here: str) -> Group | str:

@@ -17,6 +17,7 @@ from moe_fast.command.console import (
     say,
     show_build,
     show_check,
+    show_comparison,
     show_conversion,
     show_diagnosis,
     show_model,
@@ -260,6 +261,21 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(help="Say whether two checkpoints hold the same model, however stored; exit 1 if not.")
+def compare(
+    context: typer.Context,
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    tolerance: Annotated[float, typer.Option(help="By how much numbers may differ.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    with reported_errors(context), progress_bar("comparing") as progress:
+        report = moe_fast.compare_moe(first, second, tolerance=tolerance, progress=progress)
+    show(report, show_comparison, as_json)
+    if not report.equal:
+        raise typer.Exit(1)
+
+
 @app.command(
     help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."
 )
@@ -341,6 +357,119 @@ def prune(
             scores=scores,
             by=by,
             ungroup=ungroup,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command(help="Write an MoE with copies of its experts; exact where all get as many.")
+def expand(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    experts: Annotated[int, typer.Option(help="Experts of each layer of the output.")],
+    keep_k: Annotated[
+        bool, typer.Option("--keep-k", help="Leave a token's number of experts as it is.")
+    ] = False,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.expand_moe(
+            model,
+            output,
+            experts,
+            keep_k=keep_k,
+            scores=scores,
+            by=by,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command(help="Write the dense model that some experts of an MoE make.")
+def extract(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    expert: Annotated[
+        int | None, typer.Option(help="The expert that becomes the FFN of every layer.")
+    ] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="The mean of all experts does.")] = False,
+    best: Annotated[
+        int | None, typer.Option(help="So many of the best by --scores do, side by side.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.extract_dense(
+            model,
+            output,
+            expert=expert,
+            mean=mean,
+            best=best,
+            scores=scores,
+            by=by,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command(help="Write an MoE in which each group of experts is one, their mean.")
+def merge(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    groups: Annotated[
+        Path,
+        typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
+    ],
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.merge_experts(
+            model,
+            output,
+            groups,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,

@@ -17,6 +17,7 @@ from moe_fast.wording import format_count, format_quantity, format_range, format
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
     from moe_fast.checkpoint.check import CheckReport
+    from moe_fast.checkpoint.compare import CompareReport
     from moe_fast.checkpoint.convert import ConvertReport
     from moe_fast.checkpoint.operation import OperationReport
     from moe_fast.command.doctor import Diagnosis
@@ -147,6 +148,20 @@ def show_conversion(report: ConvertReport) -> None:
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def show_comparison(report: CompareReport) -> None:
+    lines = [str(difference) for difference in report.differences]
+    for line in lines[:MOST_LINES]:
+        say(line)
+    if len(lines) > MOST_LINES:
+        say(f"and {len(lines) - MOST_LINES} more, which --json lists")
+    weights = format_count(report.num_weights, "weight")
+    if report.equal:
+        within = "" if not report.greatest else f", none apart by more than {report.greatest:.6g}"
+        say(f"the same model: {weights}, {format_quantity(report.num_bytes, 'B')}{within}")
+    else:
+        say(f"not the same model: {format_count(len(lines), 'difference')} in {weights}")
 
 
 def show_operation(report: OperationReport) -> None:

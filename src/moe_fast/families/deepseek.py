@@ -117,5 +117,5 @@ MOE = (DeepSeek(),)
 EXPERTS = (
     ExpertAxis(("deepseek",), layouts=(Layout.PER_EXPERT,)),
     ExpertAxis(("deepseek_v2",)),
-    ExpertAxis(("deepseek_v3", "deepseek_v32"), counted=(BIAS,)),
+    ExpertAxis(("deepseek_v3", "deepseek_v32"), counted=(BIAS,), copies_share="if normalised"),
 )

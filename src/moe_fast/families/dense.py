@@ -39,6 +39,11 @@ class DenseFamily:
     windows: str = "none"
     multipliers: bool = False
 
+    @property
+    def architecture(self) -> str:
+        """The class of transformers, as its config.json names it."""
+        return "".join(map(str.capitalize, self.model_type.split("_"))) + "ForCausalLM"
+
     def attention_biases(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The projections that have a bias."""
         if self.biases is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from moe_fast.config import Layout
 from moe_fast.families.dense import FFN
@@ -32,6 +33,7 @@ WHOLE: Mapping[str, tuple[str, ...]] = {
     "experts.gate_up_proj": ("gate_up_proj",),
     "experts.down_proj": ("down_proj",),
 }
+NORMALISED_KEYS = ("norm_topk_prob", "moe_renormalize")
 BIAS = "gate.e_score_correction_bias"
 
 
@@ -59,6 +61,10 @@ class ExpertAxis:
         Others below `experts.` count experts too where their first axis does (scales, biases).
     fused_block, fused_router : str, optional
         The names of block and router where the experts are stacked, if they are others.
+    copies_share : str
+        Whether copies of an expert that are chosen together have its weight together: `"always"`,
+        as after a softmax; `"if normalised"`, where the weights of the chosen experts may be
+        divided by their sum and config.json says so; or `"never"`.
     obstacle : str, optional
         Why experts can be looked at and not operated on.
     """
@@ -72,7 +78,14 @@ class ExpertAxis:
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STACKED)
     fused_block: str | None = None
     fused_router: str | None = None
+    copies_share: Literal["always", "if normalised", "never"] = "always"
     obstacle: str | None = None
+
+    def shares_weight(self, config: Mapping[str, Any]) -> bool:
+        """Whether copies of an expert that are chosen together have its weight together."""
+        if self.copies_share != "if normalised":
+            return self.copies_share == "always"
+        return any(config.get(key) is True for key in NORMALISED_KEYS)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -104,7 +117,12 @@ class ExpertAxis:
         return self.block
 
 
-def mixtral_like(*model_types: str, counted: tuple[str, ...] = (), **names: str) -> ExpertAxis:
+def mixtral_like(
+    *model_types: str,
+    counted: tuple[str, ...] = (),
+    fused_router: str | None = None,
+    copies_share: Literal["always", "if normalised", "never"] = "always",
+) -> ExpertAxis:
     """`block_sparse_moe.experts.0.w1` and so on; stacked, the block is called `mlp`."""
     return ExpertAxis(
         model_types,
@@ -112,5 +130,6 @@ def mixtral_like(*model_types: str, counted: tuple[str, ...] = (), **names: str)
         counted=counted,
         parts=W1_W3_W2,
         fused_block="mlp",
-        fused_router=names.get("fused_router"),
+        fused_router=fused_router,
+        copies_share=copies_share,
     )

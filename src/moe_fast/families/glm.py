@@ -90,5 +90,6 @@ EXPERTS = (
     ExpertAxis(
         ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe", "glm4v_moe_text"),
         counted=(BIAS,),
+        copies_share="if normalised",
     ),
 )

@@ -13,6 +13,7 @@ EXPERTS = (
         block="feed_forward",
         router="router.weight",
         layouts=(Layout.FUSED,),
+        copies_share="never",  # a sigmoid each, not normalised
         stacked=WHOLE,  # transposed, [E, H, 2I] and [E, I, H]
     ),
 )

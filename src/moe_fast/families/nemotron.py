@@ -9,6 +9,7 @@ EXPERTS = (
         ("nemotron_h",),
         block="mixer",
         counted=(BIAS,),
+        copies_share="if normalised",
         parts=UP_DOWN,
         stacked={"experts.up_proj": ("up_proj",), "experts.down_proj": ("down_proj",)},
     ),

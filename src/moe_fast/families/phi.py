@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moe_fast.families.experts import mixtral_like
 
-EXPERTS = (mixtral_like("phimoe", fused_router="router.weight"),)
+EXPERTS = (mixtral_like("phimoe", fused_router="router.weight", copies_share="never"),)

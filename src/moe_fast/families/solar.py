@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from moe_fast.families.experts import BIAS, ExpertAxis
 
-EXPERTS = (ExpertAxis(("solar_open",), counted=(BIAS,)),)
+EXPERTS = (ExpertAxis(("solar_open",), counted=(BIAS,), copies_share="if normalised"),)

@@ -50,12 +50,14 @@ def structure_problems(model: MoeModel) -> list[Problem]:
         for name in expected
         if name not in model.tensors
     ]
+    quantised = isinstance(model.config.get("quantization_config"), dict)
     for name, tensor in model.tensors.items():
         if name in ahead:
             continue
         if name not in expected:
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):  # optional
-                continue
+            scales = quantised and name.endswith(".weight_scale_inv")
+            if scales or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue  # optional
             what = f"is not part of a {family.title} model"
         elif tensor.shape != expected[name]:
             what = (

@@ -1,4 +1,4 @@
-"""Pieces that are computed: the mean of several weights, and weights times their scales.
+"""Pieces that are computed: sums of several weights, and weights times their scales.
 
 Sums are taken in float64 in a fixed order, one operation after the other, and rounded once to
 nearest and even, so that every processor and every version of NumPy gives the same bytes.
@@ -21,11 +21,12 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class WeightedMean:
-    """The mean of weights of one dtype, `(w_1 x_1 + w_2 x_2 + ...) / (w_1 + w_2 + ...)`."""
+class LinearCombination:
+    """Weights of one dtype added up, `(w_1 x_1 + w_2 x_2 + ...) / divisor`."""
 
     sources: tuple[FileRange, ...]
     weights: tuple[float, ...]
+    divisor: float
     dtype: str
 
     @property
@@ -33,19 +34,16 @@ class WeightedMean:
         return self.sources[0].nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        total = 0.0
-        for weight in self.weights:
-            total += weight
         overflow = OVERFLOW.get() or Overflow()
         for parts in zip(*(source.chunks() for source in self.sources), strict=True):
-            mean: Doubles | None = None
+            total: Doubles | None = None
             for part, weight in zip(parts, self.weights, strict=True):
                 term = decode(part, self.dtype).astype(np.float64)
                 term *= weight
-                mean = term if mean is None else mean + term
-            assert mean is not None
-            mean /= total
-            yield rounded(mean, self.dtype, overflow).data
+                total = term if total is None else total + term
+            assert total is not None
+            total /= self.divisor
+            yield rounded(total, self.dtype, overflow).data
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,240 @@
+"""`expand_moe`: an MoE checkpoint with copies of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
+from moe_fast.checkpoint.design import Facts, design_of
+from moe_fast.checkpoint.expert_lists import (
+    Keep,
+    best_experts,
+    by_layer,
+    list_problems,
+    read_scores,
+    unknown_layers,
+)
+from moe_fast.checkpoint.operation import (
+    OperationDesign,
+    OperationReport,
+    design_operation,
+    files_given,
+    perform,
+)
+from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checks import as_index, as_size
+from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
+from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+
+__all__ = ["expand_moe"]
+
+
+@dataclass(frozen=True)
+class ExpandRequest(Request):
+    """The old expert that each new one of a layer is a copy of; `model` is a folder."""
+
+    operation: ClassVar[str] = "expand"
+
+    model: str
+    copies: Mapping[str, tuple[int, ...]]
+    num_experts_per_tok: int | None = None
+    by: str | None = None
+    """What they were chosen by; nothing follows from it."""
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    def folders(self) -> list[str]:
+        return [self.model]
+
+    def moved(self, now: Mapping[str, str]) -> ExpandRequest:
+        return replace(self, model=now[self.model])
+
+
+def expand_moe(
+    model: ModelPath,
+    output: ModelPath,
+    num_experts: int,
+    *,
+    keep_k: bool = False,
+    scores: ModelPath | Mapping[str, Any] | None = None,
+    by: str = "reap",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    checksum: bool = False,
+    fsync: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> OperationReport:
+    """Write an MoE checkpoint with copies of its experts, whoever made it.
+
+    Where every expert gets as many copies, and a token goes to as many times more of them, the
+    output computes what the model computes: the copies of an expert tie, are chosen together and
+    share its weight. Expert Upcycling (2604.19835) starts so, with copies of the most useful
+    experts and the same number of experts per token.
+
+    Parameters
+    ----------
+    model : path
+        A folder with an MoE.
+    output : path
+        The folder to create.
+    num_experts : int
+        The experts of each layer of the output, at least those that it has.
+    keep_k : bool
+        Whether a token still goes to as many experts as before. The output then computes something
+        else, and the report warns of it.
+    scores : path or mapping, optional
+        Where `num_experts` is no multiple: the best by these get one copy more than the others.
+        As in `prune_moe`.
+    by : str
+        Which of the scores.
+    max_shard_size : int or str
+        Bytes of weights per file, at most, unless a single tensor is larger.
+    overwrite, threads, executor, checksum, fsync, dry_run, progress
+        As in `build_moe`.
+
+    Returns
+    -------
+    OperationReport
+
+    Raises
+    ------
+    CheckpointError
+        For a model without experts, and for scores that do not fit it, with every reason.
+    TypeError, MoeConfigError
+        An argument of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, build_moe, expand_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
+    >>> report = expand_moe(f"{folder}/moe", f"{folder}/expanded", 8)
+    >>> report.num_experts, report.num_experts_per_tok
+    (8, 4)
+    """
+    shard_size = as_size(max_shard_size, "max_shard_size")
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    opened = open_moe_model(model)
+    require_experts(opened)
+    before, top_k = opened.num_experts, opened.num_experts_per_tok
+    number = as_index(num_experts, "num_experts", minimum=before)
+    groups, _ = groups_of(opened)
+    if number % groups:
+        raise MoeConfigError(
+            f"num_experts must be a multiple of the {groups} groups of experts, got {number}"
+        )
+    copies, warnings = choose_copies(opened, number, scores, by, groups)
+    times, rest = divmod(number, before)
+    grows = not keep_k and not rest and top_k is not None
+    request = ExpandRequest(
+        model=str(Path(model).absolute()),
+        copies=copies,
+        num_experts_per_tok=times * top_k if grows and top_k is not None else top_k,
+        by=by if rest else None,
+        max_shard_size=shard_size,
+    )
+    return perform(request, output, writing, files_given(scores), warnings)
+
+
+def choose_copies(
+    model: MoeModel, number: int, scores: Any, by: str, groups: int
+) -> tuple[Keep, list[str]]:
+    """For each layer the old expert of each new one: the old ones, then their copies.
+
+    Groups of experts keep their own copies.
+    """
+    before = model.num_experts
+    times, rest = divmod(number, before)
+    extra: dict[str, Any] = {layer.key: [] for layer in model.layers}
+    warnings: list[str] = []
+    if rest:
+        if scores is None:
+            raise MoeConfigError(
+                f"num_experts {number} is no multiple of {before}: scores say which experts get "
+                "one copy more"
+            )
+        best = best_experts(read_scores(scores, by, model), rest, groups)
+        extra, warnings = by_layer({"layers": best}, "scores", model)
+    elif scores is not None:
+        raise MoeConfigError(f"scores are for a num_experts that is no multiple of {before}")
+    size = before // groups
+    copies: Keep = {}
+    for key, more in extra.items():
+        experts: list[int] = []
+        for group in range(groups):
+            own = range(group * size, (group + 1) * size)
+            experts += [*own] * times + [expert for expert in more if expert in own]
+        copies[key] = tuple(experts)
+    return copies, warnings
+
+
+@design_of.register
+def design_expanded(request: ExpandRequest, decisions: Facts | None = None) -> OperationDesign:
+    """From headers alone."""
+    model = open_moe_model(request.model)
+    require_experts(model)
+    check_copies(request.copies, model)
+    before, top_k = model.num_experts, model.num_experts_per_tok
+    number = len(next(iter(request.copies.values())))
+    reason = reason_to_differ(model, request)
+    return design_operation(
+        request,
+        model,
+        dict(arranged_tensors(model, singles(request.copies))),
+        arranged_config(model, number, request.num_experts_per_tok),
+        experts_per_layer=number,
+        experts_per_tok=request.num_experts_per_tok,
+        reason_to_differ=reason,
+        max_shard_size=request.max_shard_size,
+        facts={"num_experts_before": before, "num_experts_per_tok_before": top_k},
+        sentence=f"expanded it: copies make {number} of its {before} experts in each layer",
+        warnings=[]
+        if reason is None
+        else [f"{reason}: the output does not compute what the model computes"],
+    )
+
+
+def check_copies(copies: Mapping[str, tuple[int, ...]], model: MoeModel) -> None:
+    """Raise `CheckpointError` for what a manifest cannot have had."""
+    problems = list(unknown_layers(copies, model, "copies"))
+    for layer in model.layers:
+        here = f"copies: layer {layer.key}"
+        if layer.key not in copies:
+            problems.append(f"{here} is missing")
+            continue
+        distinct = tuple(dict.fromkeys(copies[layer.key]))
+        problems += list_problems(distinct, len(layer.experts), here)
+        if len(copies[layer.key]) < len(layer.experts):
+            problems.append(f"{here} has fewer experts than the model")
+    if not problems and len({len(experts) for experts in copies.values()}) > 1:
+        problems.append("copies: layers have different numbers of experts")
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def reason_to_differ(model: MoeModel, request: ExpandRequest) -> str | None:
+    """Why an expanded model need not compute what it was made from; `None` if it must."""
+    before, top_k = model.num_experts, model.num_experts_per_tok
+    numbers = {len(experts) for experts in request.copies.values()}
+    (number,) = numbers
+    if number == before:
+        return None
+    if number % before:
+        return f"{number} experts are no multiple of {before}, so that some have more copies"
+    if top_k is None or request.num_experts_per_tok != top_k * (number // before):
+        return f"a token still goes to {top_k} experts, and copies of one take several places"
+    if groups_of(model)[0] > 1:
+        return "the router compares groups of experts by their best ones, which are now copies"
+    if not model.axis.shares_weight(model.language_config):
+        return f"copies of an expert do not share its weight in a {model.model_type} like this"
+    return None

@@ -1,0 +1,330 @@
+"""`extract_dense`: an MoE checkpoint back to a dense model of its twin family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moe_fast.checkpoint.arrangement import Group, mean_of, range_of
+from moe_fast.checkpoint.design import Facts, design_of
+from moe_fast.checkpoint.expert_lists import Keep, best_experts, list_problems, read_scores
+from moe_fast.checkpoint.operation import (
+    OperationDesign,
+    OperationReport,
+    design_operation,
+    files_given,
+    perform,
+)
+from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checks import as_index, as_size
+from moe_fast.dtypes import WEIGHT_DTYPES
+from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.families.config import Multipliers
+from moe_fast.families.dense import FFN, DenseFamily
+from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_experts
+from moe_fast.models.structure import structure_problems
+from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+from moe_fast.storage.arithmetic import LinearCombination
+from moe_fast.storage.files import OpenFiles
+from moe_fast.storage.pieces import SideBySide
+from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.tensors import OutputTensor, Weight
+
+__all__ = ["extract_dense"]
+# What a dense model's config.json takes over besides the keys that its family has defaults for.
+TAKEN_OVER = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "use_cache"),
+    *("original_max_position_embeddings", "sliding_window", "use_sliding_window"),
+    *("max_window_layers", "layer_types", "dtype", "torch_dtype", "transformers_version"),
+)
+
+
+@dataclass(frozen=True)
+class ExtractRequest(Request):
+    """The experts of each layer that become its FFN; `model` is a folder.
+
+    Several stand side by side, or are averaged where `mean`.
+    """
+
+    operation: ClassVar[str] = "extract"
+
+    model: str
+    experts: Mapping[str, tuple[int, ...]]
+    mean: bool = False
+    by: str | None = None
+    """What they were chosen by; nothing follows from it."""
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+
+    def folders(self) -> list[str]:
+        return [self.model]
+
+    def moved(self, now: Mapping[str, str]) -> ExtractRequest:
+        return replace(self, model=now[self.model])
+
+
+def extract_dense(
+    model: ModelPath,
+    output: ModelPath,
+    *,
+    expert: int | None = None,
+    mean: bool = False,
+    best: int | None = None,
+    scores: ModelPath | Mapping[str, Any] | None = None,
+    by: str = "reap",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    threads: int | None = None,
+    executor: Executor | None = None,
+    checksum: bool = False,
+    fsync: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> OperationReport:
+    """Write the dense model that some experts of an MoE make.
+
+    It is of the family that `build_moe` makes such MoEs from. Exactly one of `expert`, `mean` and
+    `best` says which experts.
+
+    Parameters
+    ----------
+    model : path
+        A folder with an MoE of a family that `build_moe` can build, without shared experts that add
+        something.
+    output : path
+        The folder to create.
+    expert : int, optional
+        The expert that becomes the FFN, in every layer.
+    mean : bool
+        Whether the mean of all experts does: added up in float64, rounded once.
+    best : int, optional
+        How many experts stand side by side in one wider FFN, those of the greatest `scores` in
+        each layer, the output of each divided by their number (2605.28207).
+    scores : path or mapping, optional
+        As in `prune_moe`.
+    by : str
+        Which of the scores.
+    max_shard_size : int or str
+        Bytes of weights per file, at most, unless a single tensor is larger.
+    overwrite, threads, executor, checksum, fsync, dry_run, progress
+        As in `build_moe`.
+
+    Returns
+    -------
+    OperationReport
+
+    Raises
+    ------
+    CheckpointError
+        For a model of another family, or with parts that no dense model has a place for, with
+        every reason.
+    TypeError, MoeConfigError
+        An argument of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> from moe_fast import MoeConfig, build_moe, extract_dense
+    >>> from moe_fast.demo import make_dense_model
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> make_dense_model(f"{folder}/dense", seed=0)
+    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
+    >>> extract_dense(f"{folder}/moe", f"{folder}/extracted", expert=0).model_type
+    'mistral'
+    """
+    shard_size = as_size(max_shard_size, "max_shard_size")
+    writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
+    opened = open_moe_model(model)
+    require_experts(opened)
+    if (expert is not None) + bool(mean) + (best is not None) != 1:
+        raise MoeConfigError("one of expert, mean and best says which experts make the FFN")
+    if (best is None) != (scores is None):
+        raise MoeConfigError("best needs scores, and nothing else does")
+    most = opened.num_experts
+    if best is not None:
+        number = as_index(best, "best", minimum=1, maximum=most)
+        chosen: Keep = {
+            key: tuple(experts)
+            for key, experts in best_experts(read_scores(scores, by, opened), number).items()
+        }
+    else:
+        experts = range(most)
+        if expert is not None:
+            experts = range(as_index(expert, "expert", maximum=most - 1), expert + 1)
+        chosen = {layer.key: tuple(experts) for layer in opened.layers}
+    request = ExtractRequest(
+        model=str(Path(model).absolute()),
+        experts=chosen,
+        mean=bool(mean),
+        by=None if best is None else by,
+        max_shard_size=shard_size,
+    )
+    return perform(request, output, writing, files_given(scores))
+
+
+@design_of.register
+def design_extracted(request: ExtractRequest, decisions: Facts | None = None) -> OperationDesign:
+    """From headers, and shared experts that may be silent."""
+    model = open_moe_model(request.model)
+    require_experts(model)
+    family = moe_families().get(model.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{model.path / 'config.json'}: model_type {model.model_type!r} has no dense twin here;"
+            f" {', '.join(moe_families())} have one"
+        )
+    twin = dense_families()[family.dense_twin]
+    left_out = set(router_tensors(model))
+    problems = [
+        *structure_problems(model),
+        *expert_problems(model, request),
+        *shared_problems(model, left_out),
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+    width = wide(request) * next(iter(model.layers[0].experts.values()))["gate_proj"].shape[0]
+    problems = dense_layer_problems(model, width)
+    if problems:
+        raise CheckpointError(*problems)
+    number = len(next(iter(request.experts.values())))
+    which = (
+        f"the mean of {number} experts" if request.mean else f"{number} expert" + "s" * (number > 1)
+    )
+    return design_operation(
+        request,
+        model,
+        dict(dense_tensors(model, request, left_out)),
+        dense_config(model, twin, width),
+        experts_per_layer=0,
+        experts_per_tok=None,
+        reason_to_differ="the router no longer chooses among its experts",
+        max_shard_size=request.max_shard_size,
+        facts={"num_experts_before": model.num_experts},
+        sentence=f"made a dense model of it: {which} of each layer became its FFN",
+    )
+
+
+def wide(request: ExtractRequest) -> int:
+    """How many experts stand side by side."""
+    return 1 if request.mean else len(next(iter(request.experts.values())))
+
+
+def expert_problems(model: MoeModel, request: ExtractRequest) -> Iterator[str]:
+    lists = {layer.key: request.experts.get(layer.key) for layer in model.layers}
+    for key, experts in lists.items():
+        if not experts:
+            yield f"experts: layer {key} is missing"
+        else:
+            yield from list_problems(experts, model.num_experts, f"experts: layer {key}")
+    if len({len(experts) for experts in lists.values() if experts}) > 1:
+        yield "experts: layers have different numbers of them"
+    for layer in model.layers:
+        for tensor in (t for expert in layer.experts.values() for t in expert.values()):
+            if tensor.dtype not in WEIGHT_DTYPES:
+                yield (
+                    f"{tensor.file.path}: tensor {tensor.name!r} is {tensor.dtype}; "
+                    f"{', '.join(WEIGHT_DTYPES)} can be extracted"
+                )
+                return
+
+
+def router_tensors(model: MoeModel) -> Iterator[str]:
+    """What only routes, and has no place in a dense model."""
+    for layer in model.layers:
+        yield from (tensor.name for tensor in layer.counted.values())
+
+
+def shared_problems(model: MoeModel, left_out: set[str]) -> Iterator[str]:
+    """Shared experts that add something; the names of those that add nothing join `left_out`."""
+    with OpenFiles() as files:
+        for layer in model.layers:
+            prefix = f"{layer.block.rpartition('.')[0]}."
+            shared = [
+                name for name in model.tensors if name.startswith(prefix) and "shared" in name
+            ]
+            down = [n for n in shared if "down_proj" in n or "output_linear" in n]
+            silent = all(is_zero(model.tensors[name], files) for name in down)
+            if shared and not (down and silent):
+                yield (
+                    f"{model.tensors[shared[0]].file.path}: tensor {shared[0]!r} belongs to a "
+                    "shared expert, which a dense model has no place for"
+                )
+            left_out.update(shared)
+
+
+def is_zero(tensor: Tensor, files: OpenFiles) -> bool:
+    """Whether all numbers of a tensor are zero, read in parts."""
+    for start in range(0, tensor.nbytes, 2**20):
+        count = min(2**20, tensor.nbytes - start)
+        if any(files.read(tensor.file, tensor.offset + start, count)):
+            return False
+    return True
+
+
+def dense_layer_problems(model: MoeModel, width: int) -> list[str]:
+    """Layers that were dense already, of another width than the others become."""
+    return [
+        f"{tensor.file.path}: tensor {name!r} has {tensor.shape[0]} rows, the FFNs made of experts "
+        f"{width}; config.json of a dense model holds one width"
+        for name, tensor in model.tensors.items()
+        if name.endswith(".mlp.gate_proj.weight") and tensor.shape[0] != width
+    ]
+
+
+def dense_tensors(
+    model: MoeModel, request: ExtractRequest, left_out: set[str]
+) -> Iterator[OutputTensor]:
+    """The model's tensors in their order, each layer's FFN where its first expert stood."""
+    done = set()
+    for name, tensor in model.tensors.items():
+        layer = model.places[name][0] if name in model.places else None
+        if layer is not None and layer.key not in done and is_expert(name, layer):
+            done.add(layer.key)
+            prefix = layer.block.rpartition(".")[0]
+            for role in FFN:
+                weight = ffn_weight(layer, request.experts[layer.key], role, request.mean)
+                yield OutputTensor(f"{prefix}.mlp.{role}.weight", weight)
+        elif layer is None and name not in left_out:
+            yield OutputTensor(name, Weight.of(tensor))
+
+
+def is_expert(name: str, layer: MoeLayer) -> bool:
+    inner = name.removeprefix(f"{layer.block}.")
+    return inner.startswith("experts.") or "put_linear" in inner
+
+
+def ffn_weight(layer: MoeLayer, experts: tuple[int, ...], role: str, mean: bool) -> Weight:
+    """One matrix of the FFN that some experts of a layer make."""
+    parts = [layer.experts[expert][role] for expert in experts]
+    rows, columns = parts[0].shape
+    if mean or len(parts) == 1:
+        return Weight(parts[0].dtype, (rows, columns), (mean_of(parts, Group(experts)),))
+    if role != "down_proj":
+        return Weight(parts[0].dtype, (rows * len(parts), columns), tuple(map(range_of, parts)))
+    scaled = tuple(
+        (LinearCombination((range_of(part),), (1.0,), float(len(parts)), part.dtype),)
+        for part in parts
+    )
+    shape = (rows, columns * len(parts))
+    return Weight(parts[0].dtype, shape, (SideBySide(rows, scaled),))
+
+
+def dense_config(model: MoeModel, twin: DenseFamily, width: int) -> dict[str, Any]:
+    """The config.json of the dense model."""
+    known = {*TAKEN_OVER, *twin.defaults}
+    if twin.multipliers:
+        known |= set(Multipliers._fields)
+    config = {key: value for key, value in model.config.items() if key in known}
+    biased = any(name.endswith("self_attn.o_proj.bias") for name in model.tensors)
+    return {
+        "architectures": [twin.architecture],
+        "model_type": twin.model_type,
+        **config,
+        "intermediate_size": width,
+        **({"mlp_bias": False} if twin.mlp_bias else {}),
+        **({"attention_bias": biased} if twin.biases is None else {}),
+    }
