@@ -64,19 +64,20 @@ def test_configurations_survive_json_and_pickle(config):
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-@pytest.mark.parametrize(("values", "error", "message"), [
-    ({"source_model": [[0]]}, TypeError, "source_layer"),
-    ({"source_model": [[0]], "source_layer": [[0]], "extra": 1}, TypeError, "extra"),
-    ({"source_model": [[0, 1]], "source_layer": [[0]]}, MoeConfigError, r"\(1, 2\) and \(1, 1\)"),
-    ({"source_model": [[2]], "source_layer": [[0]], "num_models": 2}, MoeConfigError, "holds 2"),
+@pytest.mark.parametrize(("values", "message"), [
+    ({"source_model": [[0]]}, r"^MoeConstructionPlan: the key 'source_layer' is missing$"),
+    ({"source_model": [[0]], "source_layer": [[0]], "extra": 1}, r"\.extra: unknown key; known"),
+    ({"source_model": [[0, 1]], "source_layer": [[0]]}, r"\(1, 2\) and \(1, 1\)"),
+    ({"source_model": [[2]], "source_layer": [[0]], "num_models": 2}, "holds 2"),
 ])  # fmt: skip
-def test_what_makes_no_plan(values, error, message):
-    with pytest.raises(error, match=message):
+def test_what_makes_no_plan(values, message):
+    with pytest.raises(MoeConfigError, match=message):
         MoeConstructionPlan.from_dict(values)
 
 
 def test_a_configuration_with_an_unknown_key():
-    with pytest.raises(TypeError, match="num_expert"):
+    message = r"^MoeConfig\.num_expert: unknown key; did you mean num_experts\?$"
+    with pytest.raises(MoeConfigError, match=message):
         MoeConfig.from_dict({"num_expert": 4})
 
 
@@ -139,10 +140,10 @@ def test_what_comes_back_from_json_is_of_the_same_types(reports):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_report_is_refused_by_name(reports, kind):
     report = reports[kind]
-    with pytest.raises(MoeConfigError, match=rf"^{kind}: unknown key 'surprise'; known are "):
+    with pytest.raises(MoeConfigError, match=rf"^{kind}\.surprise: unknown key; known are "):
         type(report).from_dict(report.to_dict() | {"surprise": 1})
     name = next(iter(report.to_dict()))
-    with pytest.raises(MoeConfigError, match=rf"^{kind}\.{name}: \[\] is not "):
+    with pytest.raises(MoeConfigError, match=rf"^{kind}\.{name}: must be .*, got \[\]$"):
         type(report).from_dict(report.to_dict() | {name: []})
 
 

@@ -225,7 +225,7 @@ def test_the_command(tmp_path):
     done = run("route", tmp_path / "z.npy", "--experts-per-token", 1, "--capacity-factors", "1,2",
                "--json")  # fmt: skip
     values = json.loads(done.stdout)
-    assert values.pop("layers") == stats.summary()
+    assert values["layers"] == stats.summary()
     assert RoutingStats.from_dict(values) == stats
     done = run("route", tmp_path / "z.npy", "--method", "expert_choice", "--tokens-per-batch", 100)
     assert done.returncode == 0, done.stderr
@@ -296,8 +296,10 @@ def test_statistics_become_plain_values():
         with pytest.raises(MoeConfigError, match=message):
             RoutingStats.from_dict({**values, **change})
     del values["config"]
-    with pytest.raises(MoeConfigError, match="statistics lack 'config'"):
+    with pytest.raises(MoeConfigError, match=r"^RoutingStats: the key 'config' is missing$"):
         RoutingStats.from_dict(values)
+    with pytest.raises(MoeConfigError, match=r"Stats\.optoins: unknown key; did you mean opt"):
+        RoutingStats.from_dict({**values, "optoins": {}})
 
 
 def test_statistics_become_a_frame():

@@ -9,6 +9,7 @@ from typing import Any, Literal, SupportsIndex
 
 from moe_fast.checks import as_index, as_member
 from moe_fast.errors import MoeConfigError
+from moe_fast.plain import typed
 from moe_fast.wording import brief_number
 
 __all__ = ["Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"]
@@ -61,6 +62,18 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Dtype | None:
+        """As libraries write them: `torch.bfloat16`, `bf16`, `FP16`, `half`."""
+        return DTYPE_SPELLINGS.get(str(value).lower().removeprefix("torch."))
+
+
+DTYPE_SPELLINGS = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), Dtype.FLOAT32),
+    **dict.fromkeys(("bfloat16", "bf16"), Dtype.BFLOAT16),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), Dtype.FLOAT16),
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -131,13 +144,19 @@ class MoeConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> MoeConfig:
         """The configuration that `to_dict` gave.
 
+        Raises
+        ------
+        MoeConfigError
+            A key that is unknown, or a value of another type: the message names it.
+
         Examples
         --------
         >>> from moe_fast import MoeConfig
         >>> MoeConfig.from_dict({"num_experts": 4, "routing_method": "top_k"}).num_experts
         4
         """
-        return cls(**values)
+        config: MoeConfig = typed(dict(values), cls, cls.__name__)
+        return config
 
     def validate(self) -> None:
         """Raise `MoeConfigError` for the first number that is out of range."""

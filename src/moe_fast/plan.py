@@ -15,6 +15,7 @@ from moe_fast import kernels
 from moe_fast.checks import as_index, as_member
 from moe_fast.config import MoeConfig, RouterInit, RouterInitName
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
+from moe_fast.plain import check_keys
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.wording import brief_number
 
@@ -413,6 +414,8 @@ class MoeConstructionPlan:
         TypeError, MoeConfigError
             A key that is missing or unknown, or values that make no plan.
         """
+        required = ("source_model", "source_layer")
+        check_keys(values, (*required, "num_models", "router_init"), required, cls.__name__)
         return cls(**values)
 
     def _repr_html_(self) -> str:

@@ -4,62 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from moe_fast.checkpoint.build import BuildReport, BuildRequest, build
+from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build
 from moe_fast.checkpoint.output import Progress, Writing
 from moe_fast.checks import as_path, as_size
-from moe_fast.config import Dtype, Layout, MoeConfig
-from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
-from moe_fast.families.choice import as_target_name
-from moe_fast.families.registry import moe_families
+from moe_fast.config import Dtype, MoeConfig
+from moe_fast.errors import CheckpointError, RecipeError
 from moe_fast.models.folder import read_config
-from moe_fast.recipes.nodes import (
-    LARGEST_FILE,
-    Entries,
-    Entry,
-    Node,
-    Read,
-    Reader,
-    Wrong,
-    chosen,
-    compose,
-    integer,
-    is_nothing,
-    kind,
-    member,
-    number,
-    pairs,
-    plain,
-    text,
-)
+from moe_fast.plain import Mistakes, decode
+from moe_fast.recipes.document import LARGEST_FILE, Document
+from moe_fast.recipes.keys import GATE_MODES, ExpertKeys, RecipeKeys
 from moe_fast.reports import Report
-from moe_fast.request import (
-    DEFAULT_SHARD_SIZE,
-    ROUTER_METHODS,
-    ExpertSource,
-    RouterMethod,
-    RouterStart,
-)
-from moe_fast.storage.hub import REPOSITORY, find_model, repository_name
+from moe_fast.request import DEFAULT_SHARD_SIZE, ExpertSource, RouterMethod, RouterStart
+from moe_fast.storage.hub import find_model
 
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
-# What mergekit-moe calls the starts of routers.
-GATE_MODES: dict[str, RouterMethod] = {
-    "random": "normal",
-    "uniform_random": "linear",
-    "cheap_embed": "cheap_embed",
-    "hidden": "hidden",
-}
-RENAMED = {"source_model": "model"}
-# Keys of mergekit-yaml that people leave in, and mergekit-moe passes over.
 OF_MERGEKIT_YAML = (
     "chat_template", "merge_method", "modules", "name", "out_dtype", "parameters", "slices",
     "tokenizer", "tokenizer_source",
@@ -67,13 +33,22 @@ OF_MERGEKIT_YAML = (
 FIRST_KEYS = re.compile(
     rb"^(base_model|experts|models|merge_method|slices)[ \t]*:", re.MULTILINE | re.ASCII
 )
-PROMPTS = ("positive_prompts", "negative_prompts")
-LISTS = ("experts", "models", "shared_experts")
+# Keys that people leave in, and what to say of them.
+REFUSED = {
+    **dict.fromkeys(
+        OF_MERGEKIT_YAML, "is a key of mergekit-yaml, which mergekit-moe passes over; leave it out"
+    ),
+    "router_init": "is now called routers",
+}
+
+
+# Keys that mean what the request's fields of these names mean.
+OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets")
 
 
 @dataclass(frozen=True)
 class Recipe(Report):
-    """What a recipe asks for; each of `notes` is something in it that has no effect, or another."""
+    """What a recipe asks for; `notes` say which of its keys have no effect."""
 
     request: BuildRequest
     notes: tuple[str, ...] = ()
@@ -95,7 +70,8 @@ def build_recipe(
 ) -> BuildReport:
     """Build the checkpoint that a recipe file asks for.
 
-    The other arguments are those of `build_moe`.
+    `recipe` is a YAML file, whatever its name ends in. The other arguments are those of
+    `build_moe`.
 
     Raises
     ------
@@ -103,6 +79,8 @@ def build_recipe(
         With every problem of the recipe, each with its line; nothing has been written then.
     CheckpointError
         Models that cannot be combined.
+    ModuleNotFoundError
+        Without PyYAML: `pip install "moe-fast[recipes]"`.
 
     Examples
     --------
@@ -117,12 +95,12 @@ def build_recipe(
     >>> build_recipe(folder / "recipe.yml", folder / "moe").num_experts
     4
     """
-    path = as_path(recipe, "recipe")
-    read = read_recipe(path)
+    file = as_path(recipe, "recipe")
+    read = read_recipe(file)
     size = as_size(max_shard_size, "max_shard_size")
     request = replace(read.request, max_shard_size=size)
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    return build(request, output, writing, read.notes, hidden_states, path)
+    return build(request, output, writing, read.notes, hidden_states, file)
 
 
 def is_recipe(path: Path) -> bool:
@@ -164,248 +142,201 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     >>> read_recipe(folder / "recipe.yml").request.seed
     7
     """
-    file = as_path(path, "path")
-    return RecipeReader(file).recipe(compose(file))
+    document = Document(as_path(path, "path"))
+    keys = read_keys(document)
+    request = as_request(keys, find_folders(keys, document))
+    return Recipe(request, tuple(document.locate(find_unused_prompts(keys))))
 
 
-class RecipeReader(Reader):
-    """What each key of a recipe holds, and what all of them mean together."""
+def read_keys(document: Document) -> RecipeKeys:
+    """The keys of a recipe. Raises `RecipeError` with all mistakes in them."""
+    values = document.value
+    mistakes: Mistakes = []
+    if isinstance(values, dict):
+        refuse_mergekit_yaml(values, document)
+        mistakes += [(key, REFUSED[key]) for key in values if key in REFUSED]
+        values = {key: value for key, value in values.items() if key not in REFUSED}
+    try:
+        keys: RecipeKeys = decode(values, RecipeKeys, "", mistakes)
+    except RecursionError:  # models in models
+        raise RecipeError("is nested too deep", file=document.file) from None
+    if keys is not None:
+        mistakes += find_mistakes(keys)
+    if problems := document.locate(mistakes):
+        raise RecipeError(*problems)
+    return keys
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.notes: list[str] = []
 
-    def recipe(self, node: Node) -> Recipe:
-        """The request of a document, or all its problems."""
-        keys: Entries = next((entry.value for entry in self.read(self.keys, node, "")), {})
-        if not self.problems:
-            self.check(keys, Entry("", node, None))
-        folders = {} if self.problems else self.folders(keys)
-        if self.problems:
-            raise RecipeError(*self.problems)
-        return Recipe(as_request(plain(keys), folders), tuple(self.notes))
-
-    def folders(self, keys: Entries) -> dict[str, str]:
-        """The folder of each model by what the recipe calls it."""
-        listed = [each for key in LISTS if key in keys for each in keys[key].value]
-        entries = [each.value["source_model"] for each in listed]
-        entries += [keys["base_model"]] if "base_model" in keys else []
-        folders: dict[str, str] = {}
-        for entry in entries:
-            if entry.value not in folders:
-                try:
-                    folders[entry.value] = find_model(entry.value)
-                except CheckpointError as error:
-                    folders[entry.value] = ""
-                    self.problem(entry, str(error))
-        return folders
-
-    def unknown(self, key: str, known: Collection[str]) -> str:
-        if key in OF_MERGEKIT_YAML:
-            return "is a key of mergekit-yaml, which mergekit-moe passes over; leave it out"
-        return super().unknown(key, known)
-
-    def keys(self, node: Node, where: str) -> Entries:
-        reads: dict[str, Read] = {
-            "base_model": model,
-            "experts": partial(self.listed, self.expert),
-            "models": partial(self.listed, self.model_or_expert),
-            "num_experts": integer,
-            "experts_per_token": integer,
-            "shared_experts": partial(self.listed, self.expert, may_be_empty=True),
-            "dense_layers": partial(self.listed, integer, may_be_empty=True),
-            "gate_mode": partial(chosen, tuple(GATE_MODES)),
-            "routers": partial(chosen, ROUTER_METHODS),
-            "architecture": architecture,
-            "target": target,
-            "layout": partial(member, Layout),
-            "dtype": dtype,
-            "seed": integer,
-        }
-        return self.mapping(reads, (), node, where)
-
-    def expert(self, node: Node, where: str) -> Entries:
-        reads: dict[str, Read] = {
-            "source_model": model,
-            "positive_prompts": partial(self.listed, text, may_be_empty=True),
-            "negative_prompts": partial(self.listed, text, may_be_empty=True),
-            "noise_scale": number,
-            "residual_scale": number,
-            "source_layers": partial(self.listed, integer),
-        }
-        return self.mapping(reads, ("source_model",), node, where)
-
-    def model_or_expert(self, node: Node, where: str) -> Entries:
-        if node.id == "mapping" and any(key.value == "source_model" for key, _ in pairs(node)):
-            return self.expert(node, where)
-        return {"source_model": Entry(where, node, model(node, where))}
-
-    def check(self, keys: Entries, whole: Entry) -> None:
-        """What no key can say by itself."""
-        listed = keys.get("experts", keys.get("models"))
-        if listed is None:
-            self.problem(whole, "experts is missing, or models to take in turn")
-            return
-        if "experts" in keys:
-            if "models" in keys:
-                self.problem(keys["models"], "stands beside experts; give one of them")
-            if "num_experts" in keys:
-                self.problem(keys["num_experts"], "experts lists them; leave this out")
-            if "base_model" not in keys:
-                self.problem(whole, "base_model is missing")
-        for one, other in (("gate_mode", "routers"), ("architecture", "target")):
-            if one in keys and other in keys:
-                self.problem(keys[other], f"stands beside {one}; give one of them")
-        shared = keys["shared_experts"].value if "shared_experts" in keys else []
-        for expert in [*listed.value, *shared]:
-            try:
-                as_source(plain(expert))
-            except MoeConfigError as error:
-                (problem,) = error.problems
-                self.problem(expert.value.get(problem.argument, expert), problem.what)
-        asked = plain(keys)
-        try:
-            as_config(asked).validate()
-        except MoeConfigError as error:
-            self.problem(keys.get("experts_per_token", listed), error.problems[0].what)
-        self.check_prompts(listed.value, shared, asked)
-
-    def check_prompts(
-        self, experts: Sequence[Entry], shared: Sequence[Entry], asked: dict[str, Any]
-    ) -> None:
-        """Where routers are made from prompts, every expert has some, and not all the same."""
-        start = as_router_start(asked)
-        said = (
-            f"gate_mode {asked['gate_mode']}" if "gate_mode" in asked else f"routers {start.method}"
+def refuse_mergekit_yaml(values: dict[str, Any], document: Document) -> None:
+    """Raise `RecipeError` for a recipe that merges models into a dense one."""
+    found: list[str] = [key for key in ("merge_method", "slices", "modules") if key in values]
+    models = values.get("models")
+    if isinstance(models, list) and any("parameters" in m for m in models if isinstance(m, dict)):
+        found.append("models")
+    if found and "experts" not in values:
+        reason = (
+            "this is a recipe of mergekit-yaml, which merges models into one dense model; run "
+            f"`mergekit-yaml {document.file} merged` first, then build from the folder merged"
         )
-        given = [
-            e.value[key]
-            for e in (*experts, *shared)
-            for key in PROMPTS
-            if key in e.value and e.value[key].value
-        ]
-        if not start.from_prompts:
-            if given:
-                self.notes.append(self.at(given[0], f"prompts have no effect with {said}"))
-            return
-        for expert in experts:
-            prompts = expert.value.get("positive_prompts")
-            if prompts is None:
-                self.problem(expert, f"positive_prompts is missing, which {said} needs")
-            elif not prompts.value:
-                self.problem(prompts, f"is empty, and {said} makes routers of them")
-        if len({"positive_prompts" in e.value for e in shared}) > 1:
-            self.problem(shared[0], "some shared experts have prompts and others none; all or none")
-        prompts = [tuple(plain(expert).get(key) for key in PROMPTS) for expert in experts]
-        if len(experts) > 1 and len(set(prompts)) == 1:
-            self.problem(
-                experts[1], "all experts have the same prompts; no router can tell them apart"
-            )
+        raise RecipeError(*document.locate([(found[0], reason)]))
 
 
-def as_request(asked: dict[str, Any], folders: dict[str, str]) -> BuildRequest:
-    def sources(key: str) -> tuple[ExpertSource, ...]:
-        found = (as_source(each) for each in asked.get(key, ()))
-        return tuple(replace(source, model=folders[source.model]) for source in found)
+def find_mistakes(keys: RecipeKeys) -> Iterator[tuple[str, str]]:
+    """What no key can say by itself."""
+    experts, config = keys.experts, as_config(keys)
+    listed = "models" if experts is None else "experts"
+    if getattr(keys, listed) is None:
+        yield "", "experts is missing, or models to take in turn"
+        return
+    if experts is not None and keys.base_model is None:
+        yield "", "base_model is missing"
+    if experts is not None and keys.num_experts is not None:
+        yield "num_experts", "experts lists them; leave this out"
+    for key, other in (("experts", "models"), ("gate_mode", "routers"), ("architecture", "target")):
+        if getattr(keys, key) is not None and getattr(keys, other) is not None:
+            yield other, f"stands beside {key}; give one of them"
+    if config.num_experts_per_tok > config.num_experts:
+        where = listed if keys.experts_per_token is None else "experts_per_token"
+        default = " by default" if keys.experts_per_token is None else ""
+        yield (
+            where,
+            (
+                f"{config.num_experts_per_tok} experts per token{default}, but there are only "
+                f"{config.num_experts}"
+            ),
+        )
+    yield from find_wrong_options(keys, config)
+    start, said = choose_routers(keys)
+    if start.from_prompts:
+        yield from find_missing_prompts(keys, listed, said)
 
-    models = sources("experts") or sources("models")
-    base = folders[asked["base_model"]] if "base_model" in asked else models[0].model
-    listed = "experts" in asked
+
+def find_wrong_options(keys: RecipeKeys, config: MoeConfig) -> Iterator[tuple[str, str]]:
+    """Options that do not go with the number of experts or of models."""
+    if keys.granularity and config.num_experts % keys.granularity:
+        yield "granularity", f"must divide {config.num_experts}, the number of experts"
+    models = keys.experts or keys.models or ()
+    if isinstance(keys.backbone, tuple) and (
+        len(keys.backbone) != len(models) or not any(keys.backbone)
+    ):
+        yield "backbone", f"must be base, mean or a weight for each of the {len(models)} models"
+
+
+def find_missing_prompts(keys: RecipeKeys, listed: str, said: str) -> Iterator[tuple[str, str]]:
+    """Why the prompts do not make routers: there are none, or they are all the same."""
+    experts = list_experts(keys, listed)
+    for where, expert in experts.items():
+        if expert.positive_prompts is None:
+            yield where, f"positive_prompts is missing, which {said} needs"
+        elif not expert.positive_prompts:
+            yield f"{where}.positive_prompts", f"is empty, and {said} makes routers from it"
+    prompts = {(expert.positive_prompts, expert.negative_prompts) for expert in experts.values()}
+    if len(experts) > 1 and len(prompts) == 1 and all(positive for positive, _ in prompts):
+        yield f"{listed}[1]", "all experts have the same prompts; no router can tell them apart"
+    shared = keys.shared_experts or ()
+    if len({expert.positive_prompts is None for expert in shared}) > 1:
+        yield "shared_experts", "some have prompts and others do not; give them to all or to none"
+
+
+def find_unused_prompts(keys: RecipeKeys) -> Mistakes:
+    """The first prompts, if no router is made from prompts."""
+    start, said = choose_routers(keys)
+    given = [
+        (f"{where}.{key}", f"prompts have no effect with {said}")
+        for where, expert in list_experts(keys, "experts", "models", "shared_experts").items()
+        for key in ("positive_prompts", "negative_prompts")
+        if getattr(expert, key)
+    ]
+    return [] if start.from_prompts else given[:1]
+
+
+def find_folders(keys: RecipeKeys, document: Document) -> dict[str, str]:
+    """The folder of each model by what the recipe calls it; repositories are fetched."""
+    experts = list_experts(keys, "experts", "models", "shared_experts")
+    places = {f"{where}.source_model": expert.source_model for where, expert in experts.items()}
+    if keys.base_model is not None:
+        places["base_model"] = keys.base_model
+    folders: dict[str, str] = {}
+    mistakes: Mistakes = []
+    for where, model in places.items():
+        if model not in folders:
+            try:
+                folders[model] = find_model(model)
+            except CheckpointError as error:
+                folders[model] = ""
+                mistakes.append((where, str(error)))
+    if mistakes:
+        raise RecipeError(*document.locate(mistakes))
+    return folders
+
+
+def list_experts(keys: RecipeKeys, *lists: str) -> dict[str, ExpertKeys]:
+    """The experts under these keys, by their places."""
+    return {
+        f"{key}[{number}]": expert
+        for key in lists
+        for number, expert in enumerate(getattr(keys, key) or ())
+    }
+
+
+def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
+    def as_sources(experts: Sequence[ExpertKeys] | None) -> tuple[ExpertSource, ...]:
+        return tuple(as_source(expert, folders[expert.source_model]) for expert in experts or ())
+
+    models = as_sources(keys.experts or keys.models)
+    base = models[0].model if keys.base_model is None else folders[keys.base_model]
+    of_mergekit = keys.experts is not None
     return BuildRequest(
         models=models,
         base=base,
-        config=as_config(asked),
-        target=asked.get("target", asked.get("architecture", "mergekit" if listed else "auto")),
-        layout=asked.get("layout"),
-        dtype=asked.get("dtype", stated_dtype(Path(base)) if listed else None),
-        shared_experts=sources("shared_experts"),
-        dense_layers=tuple(sorted(set(asked.get("dense_layers", ())))),
-        routers=as_router_start(asked),
-        seed=asked.get("seed", 0),
+        config=as_config(keys),
+        target=keys.target or keys.architecture or ("mergekit" if of_mergekit else "auto"),
+        layout=keys.layout,
+        dtype=keys.dtype or (read_stated_dtype(Path(base)) if of_mergekit else None),
+        shared_experts=as_sources(keys.shared_experts),
+        dense_layers=tuple(sorted(set(keys.dense_layers or ()))),
+        routers=choose_routers(keys)[0],
+        seed=keys.seed or 0,
+        **{name: value for name in OPTIONS if (value := getattr(keys, name)) is not None},
+        **as_backbone(keys.backbone),
     )
 
 
-def as_source(asked: dict[str, Any]) -> ExpertSource:
-    return ExpertSource(**{RENAMED.get(key, key): value for key, value in asked.items()})
+def as_backbone(backbone: Backbone | tuple[float, ...] | None) -> dict[str, Any]:
+    if backbone is None or isinstance(backbone, str):
+        return {} if backbone is None else {"backbone": backbone}
+    return {"backbone": "mean", "backbone_weights": backbone}
 
 
-def as_config(asked: dict[str, Any]) -> MoeConfig:
-    experts = len(asked["experts"]) if "experts" in asked else asked.get("num_experts", 8)
-    return MoeConfig(experts, asked.get("experts_per_token", 2))
+def as_source(expert: ExpertKeys, folder: str) -> ExpertSource:
+    given = {key: value for key, value in vars(expert).items() if value is not None}
+    del given["source_model"]
+    return ExpertSource(folder, **given)
 
 
-def as_router_start(asked: dict[str, Any]) -> RouterStart:
-    """What the recipe says; with experts and nothing said, mergekit-moe's default."""
-    if "gate_mode" in asked:
-        return RouterStart(GATE_MODES[asked["gate_mode"]])
-    return RouterStart(asked.get("routers", "hidden" if "experts" in asked else "balanced"))
+def as_config(keys: RecipeKeys) -> MoeConfig:
+    shards = keys.granularity or 1
+    num_experts = keys.num_experts if keys.experts is None else len(keys.experts) * shards
+    by_default = MoeConfig.num_experts_per_tok if shards == 1 else shards
+    return MoeConfig(
+        num_experts or MoeConfig.num_experts * shards, keys.experts_per_token or by_default
+    )
 
 
-def stated_dtype(base: Path) -> Dtype | None:
-    """What the base's configuration names, to which mergekit-moe converts where it is not told."""
+def choose_routers(keys: RecipeKeys) -> tuple[RouterStart, str]:
+    """How routers start, and the key that says so; by default with experts as in mergekit-moe."""
+    if keys.gate_mode is not None:
+        return RouterStart(GATE_MODES[keys.gate_mode]), f"gate_mode {keys.gate_mode}"
+    if keys.routers is not None:
+        return RouterStart(keys.routers), f"routers {keys.routers}"
+    method: RouterMethod = "balanced" if keys.experts is None else "hidden"
+    return RouterStart(method), f"routers {method} (the default)"
+
+
+def read_stated_dtype(base: Path) -> Dtype | None:
+    """The dtype that the base's config.json names; mergekit-moe converts to it by default."""
     try:
         config = read_config(base)
-    except CheckpointError:  # which the build says better, with all others
+        return Dtype(str(config.get("dtype") or config.get("torch_dtype")))
+    except ValueError:  # no dtype of ours, or a CheckpointError, which the build reports
         return None
-    stated = config.get("dtype") or config.get("torch_dtype")
-    return Dtype(stated) if stated in list(Dtype) else None
-
-
-def dtype(node: Node, where: str) -> Dtype:
-    if kind(node) == "a string" and node.value.removeprefix("torch.") in list(Dtype):
-        return Dtype(node.value.removeprefix("torch."))
-    return Dtype(member(Dtype, node, where))
-
-
-def target(node: Node, where: str) -> str:
-    try:
-        return as_target_name(text(node, where))
-    except MoeConfigError as error:
-        raise Wrong(node, error.problems[0].what) from None
-
-
-def architecture(node: Node, where: str) -> str:
-    """The target that mergekit-moe's name for it begins with this."""
-    start = text(node, where).lower()
-    names = {family.mergekit_name: family.name for family in moe_families().values()}
-    found = [target for name, target in names.items() if name and name.startswith(start)]
-    if len(found) == 1:
-        return found[0]
-    if sorted(found) == ["qwen2_moe", "qwen3_moe"]:
-        return "qwen"
-    raise Wrong(
-        node,
-        f"must be mixtral, deepseek, qwen or qwen3, got {node.value!r}; "
-        "the key target knows more families",
-    )
-
-
-def model(node: Node, where: str) -> str:
-    """What a model is called, by a string or, as in mergekit, a mapping: its folder where it is."""
-    if node.id == "mapping":
-        return model_of_mapping(node, where)
-    name = repository_name(text(node, where))
-    folder = Path(name).expanduser().absolute()
-    if folder.is_dir():
-        return str(folder)
-    if REPOSITORY.fullmatch(name):
-        return name
-    lora = "; merge a LoRA into its model first, and name the result" if "+" in name else ""
-    raise Wrong(node, f"{name!r} is not a folder with a model{lora}")
-
-
-def model_of_mapping(node: Node, where: str) -> str:
-    parts = {text(key, where): value for key, value in pairs(node)}
-    for key, value in parts.items():
-        if key not in ("model", "path", "revision"):
-            raise Wrong(value, f"{key} is not supported; name a folder with a finished model")
-    revision = parts.pop("revision", None)
-    if len(parts) != 1:
-        raise Wrong(node, "must name one model")
-    found = model(next(iter(parts.values())), where)
-    if revision is None or is_nothing(revision):
-        return found
-    name = f"{found}@{text(revision, where)}"
-    if not REPOSITORY.fullmatch(name):
-        raise Wrong(revision, f"{name!r}: only a repository on the Hugging Face Hub has revisions")
-    return name

@@ -16,6 +16,7 @@ from moe_fast import kernels
 from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
+from moe_fast.plain import check_keys
 from moe_fast.reports import pandas_frame
 from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloat16
 from moe_fast.routing.choose import LANES, get_tokens_per_thread, raise_for_nan
@@ -529,16 +530,14 @@ class RoutingStats:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoutingStats:
-        """The statistics that `to_dict` gave; what else is in `values` is left alone.
+        """The statistics that `to_dict` gave, or that `moe-fast route --json` printed.
 
         Raises
         ------
         TypeError, MoeConfigError
-            A key that is missing, or values that make no statistics.
+            A key that is missing or unknown, or values that make no statistics.
         """
-        missing = [name for name in KEYS if name not in values]
-        if missing:
-            raise MoeConfigError(f"statistics lack {missing[0]!r}")
+        check_keys(values, (*KEYS, "layers"), KEYS, cls.__name__)
         known: dict[str, Any] = decode_infinity({name: values[name] for name in KEYS})
         stats = cls(
             MoeConfig.from_dict(known["config"]),
