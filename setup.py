@@ -87,14 +87,17 @@ class BuildKernels(build_ext):
 
 
 KERNELS = Path("src/moe_fast/kernels")
-DEFINITIONS = sorted(map(str, KERNELS.glob("*.pxi")))
+DEFINITIONS = sorted(str(file) for end in ("pxi", "h") for file in KERNELS.rglob(f"*.{end}"))
 # What Cython adds to every module that takes buffers, compiled once instead of once a level.
 SHARED = "moe_fast.kernels._shared"
 
 
 def extension(name):
     return Extension(
-        f"moe_fast.kernels.{name}", [str(KERNELS / f"{name}.pyx")], depends=DEFINITIONS
+        f"moe_fast.kernels.{name}",
+        [str(KERNELS / f"{name}.pyx")],
+        include_dirs=[str(KERNELS)],
+        depends=DEFINITIONS,
     )
 
 

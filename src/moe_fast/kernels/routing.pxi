@@ -2,8 +2,11 @@
 # lanes and then by halves, and whatever is rounded is rounded by the operations written here, so
 # that neither the width of the processor's vectors nor the number of threads reaches the results.
 
+cdef extern from "c/vector.h":
+    # Not the step of a `range`: Cython wants to see its sign. `for ... by` takes it.
+    enum: LANES
+
 cdef enum:
-    LANES = 16  # and so the step of ranges, which Cython wants as a literal
     CACHE_LINE = 64
 
 ctypedef fused real:

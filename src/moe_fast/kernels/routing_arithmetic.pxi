@@ -1,69 +1,19 @@
 # Exponential, sigmoid and logarithm by our own polynomials: a library's differ between platforms,
 # and these vectorise. The coefficients are minimax fits (Remez exchange, 60 digits).
 
-cdef extern from *:
-    """
-    #include <string.h>
-    #include <math.h>
-
-    /* p * 2^n, where the low bits of `shifted` hold n. */
-    static inline float scaled_float(float p, float shifted) {
-        uint32_t a, n;
-        memcpy(&a, &p, 4);
-        memcpy(&n, &shifted, 4);
-        a += n << 23;
-        memcpy(&p, &a, 4);
-        return p;
-    }
-    static inline double scaled_double(double p, double shifted) {
-        uint64_t a, n;
-        memcpy(&a, &p, 8);
-        memcpy(&n, &shifted, 8);
-        a += n << 52;
-        memcpy(&p, &a, 8);
-        return p;
-    }
-    /* x - n * c where n * c is a float (a double): whether it is rounded makes no difference. */
-    #if defined(__FMA__) && defined(__GNUC__)
-    static inline float less_product_float(float x, float n, float c) {
-        return __builtin_fmaf(-n, c, x);
-    }
-    static inline double less_product_double(double x, double n, double c) {
-        return __builtin_fma(-n, c, x);
-    }
-    #else
-    static inline float less_product_float(float x, float n, float c) { return x - n * c; }
-    static inline double less_product_double(double x, double n, double c) { return x - n * c; }
-    #endif
-    static inline float float_of_bits(uint32_t bits) {
-        float x;
-        memcpy(&x, &bits, 4);
-        return x;
-    }
-    static inline uint32_t bits_of_float(float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, 4);
-        return bits;
-    }
-    static inline uint64_t bits_of_double(double x) {
-        uint64_t bits;
-        memcpy(&bits, &x, 8);
-        return bits;
-    }
-    static inline double double_of_bits(uint64_t bits) {
-        double x;
-        memcpy(&x, &bits, 8);
-        return x;
-    }
-    """
-    float scaled_float(float p, float shifted) noexcept nogil
-    double scaled_double(double p, double shifted) noexcept nogil
-    float less_product_float(float x, float n, float c) noexcept nogil
-    double less_product_double(double x, double n, double c) noexcept nogil
+cdef extern from "c/bits.h":
     float float_of_bits(uint32_t bits) noexcept nogil
     uint32_t bits_of_float(float x) noexcept nogil
-    uint64_t bits_of_double(double x) noexcept nogil
     double double_of_bits(uint64_t bits) noexcept nogil
+    uint64_t bits_of_double(double x) noexcept nogil
+    int lowest_bit(uint64_t bits) noexcept nogil
+    int number_of_bits(uint32_t bits) noexcept nogil
+
+cdef extern from "c/arithmetic.h":
+    float times_power_of_2_float(float p, float shifted) noexcept nogil
+    double times_power_of_2_double(double p, double shifted) noexcept nogil
+    float subtract_product_float(float x, float n, float c) noexcept nogil
+    double subtract_product_double(double x, double n, double c) noexcept nogil
     double INFINITY
 
 
@@ -74,18 +24,18 @@ cdef inline real exponential(real x) noexcept nogil:
     if real is float:
         shifted = x * <float>1.4426950408889634 + <float>12582912.0
         n = shifted - <float>12582912.0
-        r = less_product_float(x, n, <float>0.693359375)
+        r = subtract_product_float(x, n, <float>0.693359375)
         r = r - n * <float>-2.1219444005469058e-4
         square = r * r
         q = <float>0.008368851117 * r + <float>0.04166840116
         q = <float>0.001381431631 * square + q
         q = q * square + (<float>0.1666651952 * r + <float>0.4999999337)
-        q = scaled_float(q * square + r + <float>1.0, shifted)
+        q = times_power_of_2_float(q * square + r + <float>1.0, shifted)
         return q if x >= <float>-87.33654 else <float>0.0
     else:
         shifted = x * 1.4426950408889634 + 6755399441055744.0
         n = shifted - 6755399441055744.0
-        r = less_product_double(x, n, 0.693147180369123816490)
+        r = subtract_product_double(x, n, 0.693147180369123816490)
         r = r - n * 1.90821492927058770002e-10
         q = 2.49998636902669393e-8 * r + 2.7630523460063995e-7
         q = q * r + 2.75575883995468472e-6
@@ -96,7 +46,7 @@ cdef inline real exponential(real x) noexcept nogil:
         q = q * r + 4.16666666665281046e-2
         q = q * r + 1.66666666666664077e-1
         q = q * r + 5.00000000000001083e-1
-        q = scaled_double(q * r * r + r + 1.0, shifted)
+        q = times_power_of_2_double(q * r * r + r + 1.0, shifted)
         return q if x >= -708.3964185322641 else 0.0
 
 

@@ -11,7 +11,7 @@ cdef void choose_in_columns(
     # LANES tokens at once: column[e * LANES + t] is the value of expert e for token t. k <= FEW.
     cdef real[FEW * LANES] chosen
     cdef Py_ssize_t t
-    best_of_columns(column, n, k, best, chosen)
+    top_k_of_columns(column, n, k, best, chosen)
     for t in range(k * LANES):
         index[t] = <int32_t>chosen[t]
 
@@ -26,15 +26,15 @@ cdef void sort_descending(real* value, Py_ssize_t n, int32_t* order) noexcept no
         value[i] = -INFINITY
     for j in range(n):
         rank = 0
-        for i in range(0, n, 16):
+        for i from 0 <= i < n by LANES:
             if i + LANES <= j:
-                before = at_least(value + i, value[j])
+                before = mask_at_least(value + i, value[j])
             elif i > j:
-                before = above(value + i, value[j])
+                before = mask_above(value + i, value[j])
             else:
                 before = (<uint32_t>1 << (j - i)) - 1
-                before = (at_least(value + i, value[j]) & before) | (
-                    above(value + i, value[j]) & ~before
+                before = (mask_at_least(value + i, value[j]) & before) | (
+                    mask_above(value + i, value[j]) & ~before
                 )
             rank += number_of_bits(before)
         order[rank] = <int32_t>j
@@ -54,7 +54,7 @@ cdef void kth_of_columns(real* column, Py_ssize_t k, real* kth) noexcept nogil:
         kth[t] = -INFINITY
         infinite[t] = INFINITY
     for i in range(k - 1 - 8 if k > 8 else -1, k if k < 8 else 8):
-        raise_to(
+        max_with_min(
             kth,
             column + i * LANES if i >= 0 else infinite,
             other + (k - 2 - i) * LANES if k - 2 - i >= 0 else infinite,
@@ -78,8 +78,8 @@ cdef void lower_bounds(
         kth_of_columns(column, k, bound)
     else:
         for t in range(tokens):
-            for j in range(0, lanes, 16):
-                fold(row[t] + j, padded - j, lanes, work + j)
+            for j from 0 <= j < lanes by LANES:
+                fold_max(row[t] + j, padded - j, lanes, work + j)
             sort_descending(work, lanes, order)
             bound[t] = work[order[k - 1]]
 
@@ -91,7 +91,7 @@ cdef Py_ssize_t survivors(
     # as many of them as are needed.
     cdef Py_ssize_t i, wanted
     cdef Py_ssize_t larger = 0
-    cdef Py_ssize_t count = collect(x, padded_to_lanes(n), bound, 0, found, value)
+    cdef Py_ssize_t count = collect_at_least(x, padded_to_lanes(n), bound, 0, found, value)
     if bound == -INFINITY:
         # What pads the row is among them, at the end.
         return count if count < n else n
@@ -117,13 +117,14 @@ cdef Py_ssize_t survivors(
 cdef inline int32_t first_at_least(const real* x, Py_ssize_t padded, real bound) noexcept nogil:
     # Where the first value from `bound` up stands; there is one. All are looked at, from the end,
     # as nobody can foresee where a loop may stop.
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, end
     cdef uint64_t bits
     cdef int32_t first = 0
     for i in range((padded - 1) // 64 * 64, -1, -64):
         bits = 0
-        for j in range(i, i + 64 if i + 64 < padded else padded, 16):
-            bits |= <uint64_t>at_least(x + j, bound) << (j - i)
+        end = i + 64 if i + 64 < padded else padded
+        for j from i <= j < end by LANES:
+            bits |= <uint64_t>mask_at_least(x + j, bound) << (j - i)
         first = <int32_t>i + lowest_bit(bits) if bits else first
     return first
 
@@ -166,7 +167,7 @@ cdef void choose_side_by_side(
     # A list longer than LANES runs into the next one's place, and is needed no more by then.
     for t in range(LANES):
         if t < tokens:
-            ask_ahead(row[t], n * sizeof(float), ahead)
+            prefetch_ahead(row[t], n * sizeof(float), ahead)
             count = survivors(row[t], n, k, bound[t], found + t * LANES, value + t * LANES)
         else:
             count = 0

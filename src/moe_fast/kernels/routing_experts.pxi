@@ -92,7 +92,7 @@ def hear(
     cdef void* memory = room_for(block_size(num_experts), sizeof(real), num_experts)
     cdef real* column = <real*>from_cache_line(memory)
     with nogil:
-        for token in range(start, stop, 16):
+        for token from start <= token < stop by LANES:
             tokens = lanes_from(token, stop)
             bad = score_block(
                 &logits[token, 0], logits.strides[0], encoding, tokens, num_experts, is_sigmoid,
@@ -104,7 +104,7 @@ def hear(
             for e in range(experts):
                 # Past its room a list is written over and over, and asked for again.
                 at = count[e] if count[e] < room else room
-                count[e] += collect(
+                count[e] += collect_at_least(
                     column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
                     &found[e, at], &value[e, at]
                 )
@@ -127,12 +127,12 @@ cdef void take_best(
         value[i] = -1
     bound = smallest_kept(value, n, capacity, least, 1)
     if count_at_least(value, padded, bound) == capacity:
-        keep_at_least(found, value, padded, bound)
+        compact_at_least(found, value, padded, bound)
         memcpy(token, found, capacity * sizeof(int32_t))
         memcpy(weight, value, capacity * sizeof(real))
         return
-    for i in range(0, padded, 16):
-        room -= number_of_bits(above(value + i, bound))
+    for i from 0 <= i < padded by LANES:
+        room -= number_of_bits(mask_above(value + i, bound))
     for i in range(n):
         if value[i] == bound:
             if room == 0:

@@ -28,7 +28,7 @@ cdef void pull_back(
         total[j] = 0
         shift[j] = 0
     if is_sigmoid:
-        for i in range(0, size, 16):
+        for i from 0 <= i < size by LANES:
             for j in range(LANES):
                 score[i + j] = sigmoid(x[i + j])
             add_to(total, score + i)
@@ -36,12 +36,12 @@ cdef void pull_back(
         for i in range(size):
             score[i] = slope_of_sigmoid(x[i])
     else:
-        fold(x, size, LANES, top)
+        fold_max(x, size, LANES, top)
         if is_row:
             top[0] = largest_of_row(x, size)
             for j in range(1, LANES):
                 top[j] = top[0]
-        for i in range(0, size, 16):
+        for i from 0 <= i < size by LANES:
             exponentials_below(x + i, top, score + i)
             add_to(total, score + i)
             add_product_to(shift, score + i, gradient + i)
@@ -61,7 +61,7 @@ cdef void pull_back(
         for j in range(1, LANES):
             total[j] = total[0]
             shift[j] = shift[0]
-    for i in range(0, size, 16):
+    for i from 0 <= i < size by LANES:
         for j in range(LANES):
             gradient[i + j] = score[i + j] / total[j] * (gradient[i + j] - shift[j])
 
@@ -134,7 +134,7 @@ def pull_back_scores(
     cdef real* work = <real*>from_cache_line(memory)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
-        for token in range(start, stop, 16):
+        for token from start <= token < stop by LANES:
             pull_back_block(
                 &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
                 lanes_from(token, stop), n, is_sigmoid, normalised, <real>of_square,
@@ -161,7 +161,7 @@ def pull_back_weights(
     cdef real* work = <real*>from_cache_line(memory)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
-        for token in range(start, stop, 16):
+        for token from start <= token < stop by LANES:
             tokens = lanes_from(token, stop)
             row = &logits[0, 0] + token * stride
             memset(&gradient[token, 0], 0, tokens * n * sizeof(real))

@@ -47,7 +47,7 @@ cdef inline const real* readable_row(
 cdef real largest_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
     cdef real[LANES] lane
     cdef Py_ssize_t j
-    fold(x, padded, LANES, lane)
+    fold_max(x, padded, LANES, lane)
     for j in range(8):
         lane[j] = lane[j + 8] if lane[j + 8] > lane[j] else lane[j]
     for j in range(4):
@@ -78,7 +78,7 @@ cdef inline void exponentials_of_row(
     for j in range(LANES):
         lane[j] = 0
         top[j] = largest
-    for i in range(0, n, 16):
+    for i from 0 <= i < n by LANES:
         exponentials_below(x + i, top, e + i)
         add_to(lane, e + i)
     for j in range(LANES):
@@ -89,7 +89,7 @@ cdef void largest_of_rows(const real* folded, real* largest) noexcept nogil:
     # Of LANES rows of LANES values.
     cdef real[LANES * LANES] column
     to_columns(<const uint8_t*>folded, LANES * sizeof(real), LANES, LANES, column)
-    fold(column, LANES * LANES, LANES, largest)
+    fold_max(column, LANES * LANES, LANES, largest)
 
 
 cdef void sums_of_rows(real* sums, Py_ssize_t tokens, real* total) noexcept nogil:
@@ -121,7 +121,7 @@ cdef Py_ssize_t load_rows(
     cdef Py_ssize_t t, j
     for t in range(tokens):
         row[t] = readable_row(logits + t * stride, encoding, n, room + t * padded)
-        if fold_checked(row[t], padded, folded + t * LANES):
+        if fold_max_checked(row[t], padded, folded + t * LANES):
             return t
     for t in range(tokens, LANES):
         for j in range(LANES):
@@ -145,7 +145,7 @@ cdef inline void sum_exponentials(
     cdef Py_ssize_t i, j
     for j in range(LANES):
         lane[j] = 0
-    for i in range(0, padded, 16):
+    for i from 0 <= i < padded by LANES:
         for j in range(LANES):
             e[j] = exponential(x[i + j] - largest)
         add_to(lane, e)
@@ -163,7 +163,7 @@ cdef void totals_of_rows(
     cdef real[LANES * LANES] sums
     cdef Py_ssize_t t, j
     for t in range(tokens):
-        ask_ahead(row[t], n * sizeof(real), ahead)
+        prefetch_ahead(row[t], n * sizeof(real), ahead)
         sum_exponentials(row[t], padded, largest[t], sums + t * LANES)
     sums_of_rows(sums, tokens, total)
     for t in range(tokens):
@@ -182,7 +182,7 @@ cdef void exponentials_of_rows(
     cdef real[LANES * LANES] sums
     cdef Py_ssize_t t
     for t in range(tokens):
-        ask_ahead(row[t], n * sizeof(real), ahead)
+        prefetch_ahead(row[t], n * sizeof(real), ahead)
         exponentials_of_row(row[t], n, largest[t], e + t * padded, sums + t * LANES)
     sums_of_rows(sums, tokens, total)
     for t in range(LANES):
@@ -202,7 +202,7 @@ cdef void scores_of_rows(
         exponentials_of_rows(row, largest, tokens, n, ahead, score, total)
     for t in range(tokens):
         if is_sigmoid:
-            ask_ahead(row[t], n * sizeof(real), ahead)
+            prefetch_ahead(row[t], n * sizeof(real), ahead)
             for i in range(padded):
                 score[t * padded + i] = sigmoid(row[t][i])
         else:
@@ -245,7 +245,7 @@ cdef void exponentials_of_columns(
     for t in range(LANES):
         top[t] = largest[t]
         sums[t] = 0
-    for i in range(0, n * LANES, 16):
+    for i from 0 <= i < n * LANES by LANES:
         exponentials_below(column + i, top, e + i)
         add_to(sums, e + i)
     for t in range(LANES):
@@ -261,8 +261,8 @@ cdef void scores_of_columns(
         for i in range(n * LANES):
             score[i] = sigmoid(column[i])
         return
-    fold(column, n * LANES, LANES, largest)
+    fold_max(column, n * LANES, LANES, largest)
     exponentials_of_columns(column, n, largest, score, total)
-    for i in range(0, n * LANES, 16):
+    for i from 0 <= i < n * LANES by LANES:
         for t in range(LANES):
             score[i + t] /= total[t]

@@ -33,8 +33,8 @@ cdef void sum_scores(
         top[j] = largest[j]
         sums[j] = 0
         products[j] = 0
-    for i in range(0, size, 16):
-        below(x + i, top, difference)
+    for i from 0 <= i < size by LANES:
+        subtract_largest(x + i, top, difference)
         for j in range(LANES):
             score[i + j] = exponential(difference[j])
         for j in range(LANES):
@@ -51,7 +51,7 @@ cdef void sum_scores(
         return
     for j in range(LANES):
         divisor[j] = 0
-    for i in range(0, size, 16):
+    for i from 0 <= i < size by LANES:
         for j in range(LANES):
             score[i + j] = sigmoid(x[i + j])
             divisor[j] += score[i + j]
@@ -67,7 +67,7 @@ cdef void add_columns(
     cdef real[LANES] divisor
     cdef double[LANES] rounded
     cdef Py_ssize_t e, t
-    fold(x, n * LANES, LANES, largest)
+    fold_max(x, n * LANES, LANES, largest)
     sum_scores(x, n * LANES, is_sigmoid, largest, score, total, weighted, divisor)
     for t in range(tokens, LANES):
         divisor[t] = INFINITY
@@ -113,7 +113,7 @@ cdef void add_row(
     if is_sigmoid:
         for j in range(LANES):
             lane[j] = 0
-        for i in range(0, padded, 16):
+        for i from 0 <= i < padded by LANES:
             for j in range(LANES):
                 lane[j] += surprise(score[i + j])
         entropy[0] = sum_of_lanes(lane)
@@ -171,7 +171,7 @@ def add_statistics(
     cdef real[LANES] weighted
     cdef double[LANES] entropy
     with nogil:
-        for token in range(start, stop, 16):
+        for token from start <= token < stop by LANES:
             tokens = lanes_from(token, stop)
             at = &logits[token, 0]
             for t in range(LANES):

@@ -63,21 +63,21 @@ cdef Py_ssize_t route_columns(
     cdef real[BLOCKS * LANES] largest
     cdef real[BLOCKS * LANES] total
     cdef Py_ssize_t first, bad
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         bad = load_columns(
             logits + first * stride, stride, encoding, lanes_from(first, tokens), n,
             column + first * n, <real*>work.value
         )
         if bad >= 0:
             return first + bad
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         choose_block(
             column + first * n, score + first * n, bias, rule,
             expert + first * k, chosen + first * k, largest + first, total + first
         )
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         weigh(chosen + first * k, largest + first, total + first, rule)
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         to_rows(
             <const float*>(expert + first * k), lanes_from(first, tokens), k,
             <float*>(index + first * k)
@@ -137,7 +137,7 @@ cdef Py_ssize_t route_rows(
         n = n // rule.n_group * rule.topk_group
         padded = padded_to_lanes(n)
         for t in range(tokens):
-            fold(choice[t], padded, LANES, folded + t * LANES)
+            fold_max(choice[t], padded, LANES, folded + t * LANES)
         if k == 1:
             largest_of_rows(folded, chosen)
         choose_in_rows(

@@ -23,7 +23,7 @@ cdef void weigh(
                 top[t] = chosen[t]
                 chosen[t] = 1
         elif rule.norm_topk_prob:
-            fold(chosen, k * LANES, LANES, top)
+            fold_max(chosen, k * LANES, LANES, top)
         else:
             for t in range(LANES):
                 top[t] = largest[t]
