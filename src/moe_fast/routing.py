@@ -458,7 +458,7 @@ def routed_again(logits: npt.ArrayLike, asked: tuple[Any, ...], out: Routing) ->
     """Route one token into `out`, where nothing but the logits is new; tells whether it was so."""
     if not isinstance(out, Routing) or out._asked is None:
         return False
-    bad = kernels.compiled.route_token_again(
+    bad = kernels.compiled.route_next_token(
         logits, out._indices, out.weights, out.tokens_per_expert_before_drop, asked, *out._asked
     )
     if bad is None:
@@ -707,10 +707,10 @@ def drop(rule: Rule, out: Routing, capacity: int) -> None:
     indices, weights = out._indices.reshape(-1), out.weights.reshape(-1)
     kept = np.zeros(rule.num_experts, np.int64)
     if rule.drop_policy == "position":
-        out.num_dropped = kernels.compiled.drop_late[kind](indices, weights, capacity, kept)
+        out.num_dropped = kernels.compiled.drop_by_position[kind](indices, weights, capacity, kept)
     else:
         out._sort()
-        out.num_dropped = kernels.compiled.drop_improbable[kind](
+        out.num_dropped = kernels.compiled.drop_by_probability[kind](
             indices, weights, capacity, out._offsets, out._permutation, fullest, kept
         )
         out._sorted = False
@@ -742,11 +742,13 @@ def experts_choose(
             for i in range(start, stop):
                 part = num_tokens * i // pieces, num_tokens * (i + 1) // pieces
                 bad.append(
-                    compiled.hear[kind](*input, first, bounds, found[i], value[i], count[i], *part)
+                    compiled.collect_candidates[kind](
+                        *input, first, bounds, found[i], value[i], count[i], *part
+                    )
                 )
 
         def keep(start: int, stop: int) -> None:
-            compiled.keep_best[kind](
+            compiled.select_candidates[kind](
                 bounds, found, value, count,
                 out._indices[first:last], out.weights[first:last], start, stop,
             )  # fmt: skip
@@ -766,7 +768,7 @@ def experts_choose(
     if num_tokens < 4 * SAMPLE or rank > SAMPLE // 2:
         choose(0, bounds, 1.0)
     else:
-        compiled.guess_bounds[kind](rows, encoding, rule.is_sigmoid, SAMPLE, rank, bounds)
+        compiled.sample_thresholds[kind](rows, encoding, rule.is_sigmoid, SAMPLE, rank, bounds)
         for expert in choose(0, bounds, rank / SAMPLE):
             choose(expert, bounds[:1] * 0, 1.0)
     if rule.routed_scaling_factor != 1.0:

@@ -1,4 +1,4 @@
-# How often each source model is used, and how evenly.
+# Histogram of the source models, and its coefficient of variation.
 
 cdef enum:
     TABLES = 8

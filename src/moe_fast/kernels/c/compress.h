@@ -159,9 +159,9 @@ static void fill_bit_positions(void) {}
 /* Experts up to this many are sorted by, one after the other, where collect_equal is a matter of
    few instructions. */
 #if defined(__AVX2__)
-#define FEW_TO_COMPARE 8
+#define MAX_EXPERTS_TO_COMPARE 8
 #else
-#define FEW_TO_COMPARE 0
+#define MAX_EXPERTS_TO_COMPARE 0
 #endif
 
 /* Indices of those that equal y, ascending, up to `room` of them; n is any number. */

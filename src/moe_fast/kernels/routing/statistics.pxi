@@ -1,5 +1,5 @@
-# Sums over tokens that do not depend on their order: what is added is first rounded to a multiple
-# of a power of two, and a double adds up to 2^20 of those without rounding.
+# Reproducible summation over tokens, in any order: each term is first rounded to a multiple of a
+# power of two, and a double adds up to 2^20 of those exactly.
 
 cdef enum:
     # 2^-32 for probabilities, 2^-24 for entropies: adding and subtracting 1.5 * 2^(52 - n) rounds.
@@ -7,12 +7,12 @@ cdef enum:
     ROUND_TO_24 = 402653184
 
 
-cdef inline double rounded_to_32(double x) noexcept nogil:
+cdef inline double round_to_32(double x) noexcept nogil:
     return (x + <double>ROUND_TO_32) - <double>ROUND_TO_32
 
 
-cdef inline double surprise(double p) noexcept nogil:
-    # -p ln p, and 0 of 0: what is added does not change a p whose term is worth keeping.
+cdef inline double entropy_term(double p) noexcept nogil:
+    # -p ln p, and 0 for p = 0: 1e-300 changes no p whose term is not negligible.
     return -p * logarithm(p + 1e-300)
 
 
@@ -63,7 +63,7 @@ cdef void add_columns(
     const real* x, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid, real* score,
     double* probability, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # A block of tokens, each in its lane.
+    # Adds a block of tokens in columns.
     cdef real[LANES] divisor
     cdef double[LANES] rounded
     cdef Py_ssize_t e, t
@@ -75,20 +75,20 @@ cdef void add_columns(
         for t in range(LANES):
             score[e * LANES + t] /= divisor[t]
         for t in range(LANES):
-            rounded[t] = rounded_to_32(score[e * LANES + t])
-        probability[e] += sum_of_lanes(rounded)
+            rounded[t] = round_to_32(score[e * LANES + t])
+        probability[e] += sum_lanes(rounded)
     if is_sigmoid:
         for e in range(n):
             for t in range(LANES):
-                entropy[t] += surprise(score[e * LANES + t])
+                entropy[t] += entropy_term(score[e * LANES + t])
 
 
 cdef void add_row(
     const real* x, Py_ssize_t n, bint is_sigmoid, real* score,
     double* probability, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # One token; x ends with -inf up to a multiple of LANES.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    # Adds one token; x ends with -inf up to a multiple of LANES.
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef real[LANES] top
     cdef real[LANES] totals
     cdef real[LANES] weights
@@ -96,27 +96,27 @@ cdef void add_row(
     cdef double[LANES] lane
     cdef real divisor
     cdef Py_ssize_t i, j
-    largest[0] = largest_of_row(x, padded)
+    largest[0] = max_of_row(x, padded)
     for j in range(LANES):
         top[j] = largest[0]
     sum_scores(x, padded, is_sigmoid, top, score, totals, weights, divisors)
-    # Where all count as equal, so did what ends the row.
-    total[0] = sum_of_lanes(totals) if largest[0] > -INFINITY else <real>n
-    weighted[0] = sum_of_lanes(weights)
-    divisor = sum_of_lanes(divisors) if is_sigmoid else total[0]
+    # If all logits are -inf they count as equal, and so did the padding of the row.
+    total[0] = sum_lanes(totals) if largest[0] > -INFINITY else <real>n
+    weighted[0] = sum_lanes(weights)
+    divisor = sum_lanes(divisors) if is_sigmoid else total[0]
     for i in range(padded):
         score[i] /= divisor
     for i in range(n, padded):
         score[i] = 0
     for i in range(n):
-        probability[i] += rounded_to_32(score[i])
+        probability[i] += round_to_32(score[i])
     if is_sigmoid:
         for j in range(LANES):
             lane[j] = 0
         for i from 0 <= i < padded by LANES:
             for j in range(LANES):
-                lane[j] += surprise(score[i + j])
-        entropy[0] = sum_of_lanes(lane)
+                lane[j] += entropy_term(score[i + j])
+        entropy[0] = sum_lanes(lane)
 
 
 cdef void add_totals(
@@ -138,7 +138,7 @@ cdef void add_totals(
         square = <double>largest[t] + log_total[t]
         square *= square
         whole[t] = (square + 6755399441055744.0) - 6755399441055744.0
-        rest[t] = rounded_to_32(square - whole[t])
+        rest[t] = round_to_32(square - whole[t])
         rest[t] = rest[t] if square <= 4294967296.0 else 0.0
         whole[t] = whole[t] if square <= 4294967296.0 else INFINITY
     for t in range(tokens):
@@ -159,7 +159,7 @@ def add_statistics(
     rows of LANES values for each expert. At most 2^20 tokens a call. Returns the first token with
     a NaN, or -1.
     """
-    cdef Py_ssize_t padded = padded_to_lanes(num_experts)
+    cdef Py_ssize_t padded = round_up_to_lanes(num_experts)
     cdef Py_ssize_t bad = -1
     cdef Py_ssize_t token, tokens, t
     cdef const uint8_t* at
@@ -172,14 +172,14 @@ def add_statistics(
     cdef double[LANES] entropy
     with nogil:
         for token from start <= token < stop by LANES:
-            tokens = lanes_from(token, stop)
+            tokens = tokens_in_block(token, stop)
             at = &logits[token, 0]
             for t in range(LANES):
                 largest[t] = 0
                 total[t] = 1
                 weighted[t] = 0
                 entropy[t] = 0
-            if in_columns(num_experts):
+            if fit_in_columns(num_experts):
                 bad = load_columns(
                     at, logits.strides[0], encoding, tokens, num_experts, x, score
                 )
@@ -191,7 +191,7 @@ def add_statistics(
                 )
             else:
                 for t in range(tokens):
-                    row = readable_row(at + t * logits.strides[0], encoding, num_experts, x)
+                    row = view_or_load_row(at + t * logits.strides[0], encoding, num_experts, x)
                     if has_nan(row, padded):
                         bad = t
                         break
@@ -214,4 +214,4 @@ def add_weights(
     with nogil:
         for i in range(expert_indices.shape[0]):
             if expert_indices[i] >= 0:
-                importance[expert_indices[i]] += rounded_to_32(<double>weights[i] / scale)
+                importance[expert_indices[i]] += round_to_32(<double>weights[i] / scale)

@@ -1,4 +1,4 @@
-# Rows of LANES tokens to columns, and back.
+# Transposing a block: rows of LANES tokens to columns, and back.
 
 cdef extern from "c/transpose.h":
     bint columns_of_rows(
@@ -23,7 +23,7 @@ cdef inline void to_columns(
 cdef inline void to_rows(
     const real* column, Py_ssize_t tokens, Py_ssize_t k, real* rows
 ) noexcept nogil:
-    # And back: rows[t * k + s] = column[s * LANES + t].
+    # The way back: rows[t * k + s] = column[s * LANES + t].
     cdef Py_ssize_t s, t
     if k == 1:
         memcpy(rows, column, tokens * sizeof(real))

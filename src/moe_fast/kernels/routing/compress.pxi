@@ -1,4 +1,4 @@
-# Which of many values: how many reach a bound, and where they stand.
+# Stream compaction of either float type; c/compress.h says what each function computes.
 
 cdef extern from "c/compress.h":
     Py_ssize_t count_at_least_float(const float* x, Py_ssize_t n, float bound) noexcept nogil
@@ -17,7 +17,7 @@ cdef extern from "c/compress.h":
     void collect_equal(
         const int32_t* x, Py_ssize_t n, int32_t y, int32_t* index, Py_ssize_t room
     ) noexcept nogil
-    enum: FEW_TO_COMPARE
+    enum: MAX_EXPERTS_TO_COMPARE
 
 
 cdef inline Py_ssize_t count_at_least(const real* x, Py_ssize_t n, real bound) noexcept nogil:

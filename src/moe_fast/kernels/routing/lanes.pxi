@@ -1,5 +1,4 @@
-# Steps over LANES values at once that compilers do not reliably find in plain loops: comparisons as
-# bits, and choosing by them. One text for every width of vector, and one value at a time elsewhere.
+# Vector operations on LANES values of either float type; c/lanes.h says what each computes.
 
 cdef extern from "c/lanes.h":
     uint32_t mask_above_float(const float* x, float bound) noexcept nogil
@@ -53,8 +52,6 @@ cdef inline bint has_nan(const real* x, Py_ssize_t n) noexcept nogil:
 cdef inline void subtract_largest(
     const real* x, const real* largest, real* difference
 ) noexcept nogil:
-    # Of LANES values: x - largest. From a plain expression compilers take the cases apart, and
-    # compute each.
     if real is float:
         subtract_largest_float(x, largest, difference)
     else:
@@ -62,7 +59,7 @@ cdef inline void subtract_largest(
 
 
 cdef inline void exponentials_below(const real* x, const real* largest, real* e) noexcept nogil:
-    # Of LANES values: e^(x - largest).
+    # e^(x - largest), which is 1 where both are the same infinity.
     cdef real[LANES] difference
     cdef Py_ssize_t j
     subtract_largest(x, largest, difference)

@@ -1,5 +1,10 @@
-# Exponential, sigmoid and logarithm by our own polynomials: a library's differ between platforms,
-# and these vectorise. The coefficients are minimax fits (Remez exchange, 60 digits).
+# Exponential, sigmoid and logarithm as polynomials (argument reduction, minimax coefficients by the
+# Remez exchange algorithm). A library's functions differ between platforms; these do not, and
+# compilers vectorise them.
+
+ctypedef fused real:
+    float
+    double
 
 cdef extern from "c/bits.h":
     float float_of_bits(uint32_t bits) noexcept nogil
@@ -79,18 +84,3 @@ cdef inline double logarithm(double x) noexcept nogil:
     return n * 0.693147180369123816490 + (
         2.0 * s + (2.0 * s * u * q + n * 1.90821492927058770002e-10)
     )
-
-
-cdef inline float from_bfloat16(uint16_t h) noexcept nogil:
-    return float_of_bits(<uint32_t>h << 16)
-
-
-cdef inline float from_float16(uint16_t h) noexcept nogil:
-    # By integers: a processor set to flush denormals must not change what is read.
-    cdef uint32_t magnitude = h & 0x7FFF
-    cdef uint32_t sign = <uint32_t>(h & 0x8000) << 16
-    cdef uint32_t rebias = 224 if magnitude >= 0x7C00 else 112
-    cdef float normal = float_of_bits(((magnitude << 13) + (rebias << 23)) | sign)
-    cdef float small = <float><int32_t>magnitude * <float>5.9604644775390625e-8
-    small = -small if sign else small
-    return small if magnitude < 0x400 else normal
