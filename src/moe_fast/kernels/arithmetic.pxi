@@ -1,6 +1,6 @@
-# Exponential, sigmoid and logarithm as polynomials (argument reduction, minimax coefficients by the
-# Remez exchange algorithm). A library's functions differ between platforms; these do not, and
-# compilers vectorise them.
+# Exponential, sigmoid and logarithm: argument reduction, then a polynomial, of minimax coefficients
+# by the Remez exchange algorithm for the exponential. A library's functions differ between
+# platforms; these do not, and compilers vectorise them.
 
 ctypedef fused real:
     float
@@ -62,25 +62,32 @@ cdef inline real sigmoid(real x) noexcept nogil:
     return numerator / (<real>1.0 + e)
 
 
+cdef inline double double_of_integer(uint64_t value) noexcept nogil:
+    # An integer below 2^52; unlike a cast, every SIMD level can do this.
+    return double_of_bits(value | <uint64_t>0x4330000000000000) - 4503599627370496.0
+
+
 cdef inline double logarithm(double x) noexcept nogil:
-    # ln x for normal x > 0. x = 2^n f, f in [sqrt 1/2, sqrt 2], ln f = 2 artanh((f - 1) / (f + 1)).
-    cdef uint64_t bits = bits_of_double(x) - <uint64_t>0x3FE6A09E667F3BCD
-    # (n + 1023) + 2^52 as its bits, less both: AVX2 does not convert 64-bit integers.
-    cdef double n = double_of_bits(
-        ((bits + <uint64_t>0x3FF0000000000000) >> 52) + <uint64_t>0x4330000000000000
-    ) - 4503599627371519.0
-    cdef double f = double_of_bits(
+    # ln x for normal x > 0. x = 2^k m with m from sqrt(1/2) to sqrt(2), and
+    # ln m = 2 artanh((m - 1) / (m + 1)), by its Taylor series.
+    cdef uint64_t bits = (
+        bits_of_double(x) + <uint64_t>0x3FF0000000000000 - <uint64_t>0x3FE6A09E667F3BCD
+    )
+    cdef double k = double_of_integer(bits >> 52) - 1023.0
+    cdef double m = double_of_bits(
         (bits & <uint64_t>0xFFFFFFFFFFFFF) + <uint64_t>0x3FE6A09E667F3BCD
     )
-    cdef double s = (f - 1.0) / (f + 1.0)
-    cdef double u = s * s
-    cdef double q = 0.0662717868294411816 * u + 0.0662489319940201431
-    q = q * u + 0.0769355270685824057
-    q = q * u + 0.0909088766577370774
-    q = q * u + 0.111111113254779324
-    q = q * u + 0.142857142845291775
-    q = q * u + 0.200000000000031663
-    q = q * u + 0.333333333333333304
-    return n * 0.693147180369123816490 + (
-        2.0 * s + (2.0 * s * u * q + n * 1.90821492927058770002e-10)
-    )
+    cdef double s = (m - 1.0) / (m + 1.0)
+    cdef double z = s * s
+    cdef double series = 1.0 / 21.0
+    series = series * z + 1.0 / 19.0
+    series = series * z + 1.0 / 17.0
+    series = series * z + 1.0 / 15.0
+    series = series * z + 1.0 / 13.0
+    series = series * z + 1.0 / 11.0
+    series = series * z + 1.0 / 9.0
+    series = series * z + 1.0 / 7.0
+    series = series * z + 1.0 / 5.0
+    series = series * z + 1.0 / 3.0
+    series = series * z + 1.0
+    return k * 0.6931471805599453 + 2.0 * s * series

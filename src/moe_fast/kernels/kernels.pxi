@@ -5,9 +5,10 @@ from cpython.buffer cimport (
 )
 from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+include "memory.pxi"
 include "arithmetic.pxi"
 include "generator.pxi"
 include "normal.pxi"

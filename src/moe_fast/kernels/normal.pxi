@@ -16,14 +16,6 @@ cdef inline uint64_t splitmix64(uint64_t state) noexcept nogil:
     return state ^ (state >> 31)
 
 
-cdef inline double double_of_integer(uint64_t value) noexcept nogil:
-    # An integer below 2^52 as a double; unlike a cast, every SIMD level can do this.
-    cdef double result
-    value |= 0x4330000000000000ULL
-    memcpy(&result, &value, 8)
-    return result - 4503599627370496.0
-
-
 cdef inline double central_quantile(double q) noexcept nogil:
     # The quantile of 1/2 + q for |q| at most 0.425.
     cdef double r = 0.180625 - q * q
@@ -40,34 +32,9 @@ cdef inline double central_quantile(double q) noexcept nogil:
     return q * over / under
 
 
-cdef double natural_logarithm(double x) noexcept nogil:
-    """2^k * m with m from sqrt(1/2) to sqrt(2); log(m) = 2 atanh((m - 1) / (m + 1)), its series."""
-    cdef uint64_t bits
-    cdef double m, s, z, k, term
-    memcpy(&bits, &x, 8)
-    bits += 0x3FF0000000000000ULL - 0x3FE6A09E667F3BCDULL
-    k = double_of_integer(bits >> 52) - 1023.0
-    bits = (bits & 0xFFFFFFFFFFFFFULL) + 0x3FE6A09E667F3BCDULL
-    memcpy(&m, &bits, 8)
-    s = (m - 1.0) / (m + 1.0)
-    z = s * s
-    term = 1.0 / 21.0
-    term = term * z + 1.0 / 19.0
-    term = term * z + 1.0 / 17.0
-    term = term * z + 1.0 / 15.0
-    term = term * z + 1.0 / 13.0
-    term = term * z + 1.0 / 11.0
-    term = term * z + 1.0 / 9.0
-    term = term * z + 1.0 / 7.0
-    term = term * z + 1.0 / 5.0
-    term = term * z + 1.0 / 3.0
-    term = term * z + 1.0
-    return k * 0.6931471805599453 + 2.0 * s * term
-
-
 cdef double tail_quantile(double q) noexcept nogil:
     # The quantile of 1/2 + q for |q| above 0.425.
-    cdef double r = sqrt(-natural_logarithm(0.5 - fabs(q))) - 1.6
+    cdef double r = sqrt(-logarithm(0.5 - fabs(q))) - 1.6
     cdef double over = (
         ((((((7.7454501427834140764e-4 * r + 0.0227238449892691845833) * r
              + 0.24178072517745061177) * r + 1.27045825245236838258) * r

@@ -54,7 +54,13 @@ static inline void NAME(add_product_to)(REAL *to, const REAL *x, const REAL *y) 
     }
 }
 
-/* to[i] = the largest of to[i] and the smaller of a[i] and b[i]. */
+/* x[i] = the larger of x[i] and `least`. */
+static inline void NAME(raise_to)(REAL *x, REAL least) {
+    for (int i = 0; i < LANES; i += WIDTH)
+        OP(storeu)(x + i, OP(max)(OP(loadu)(x + i), OP(set1)(least)));
+}
+
+/* to[i] = the larger of to[i] and the smaller of a[i] and b[i]. */
 static inline void NAME(max_with_min)(REAL *to, const REAL *a, const REAL *b) {
     for (int i = 0; i < LANES; i += WIDTH) {
         VECTOR smaller = OP(min)(OP(loadu)(a + i), OP(loadu)(b + i));

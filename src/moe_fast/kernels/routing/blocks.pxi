@@ -1,4 +1,4 @@
-# Blocks of LANES tokens, in rows or in columns, and memory for them.
+# Blocks of LANES tokens, in rows or in columns.
 #
 # What is summed is summed in LANES lanes and then by halves, and what is rounded is rounded by the
 # operations written here. So neither the width of the processor's vectors nor the number of threads
@@ -12,9 +12,6 @@ cdef extern from "c/vector.h":
     # Not the step of a `range`, whose sign Cython must see: `for ... by LANES` instead.
     enum: LANES
 
-cdef enum:
-    CACHE_LINE = 64
-
 
 cdef inline Py_ssize_t round_up_to_lanes(Py_ssize_t n) noexcept nogil:
     return (n + LANES - 1) // LANES * LANES
@@ -27,16 +24,3 @@ cdef inline Py_ssize_t tokens_in_block(Py_ssize_t first, Py_ssize_t stop) noexce
 
 cdef inline bint fit_in_columns(Py_ssize_t num_experts) noexcept nogil:
     return num_experts < 2 * LANES
-
-
-cdef inline void* from_cache_line(void* memory) noexcept nogil:
-    # Where the next one begins: a vector that lies in two takes twice as long to read or to write.
-    return <char*>memory + (-<uintptr_t>memory) % CACHE_LINE
-
-
-cdef inline void* room_for(Py_ssize_t count, size_t size, Py_ssize_t num_experts) except NULL:
-    # So much from a cache line on.
-    cdef void* memory = malloc(count * size + CACHE_LINE)
-    if memory == NULL:
-        raise MemoryError(f"no memory to route among num_experts={num_experts}")
-    return memory

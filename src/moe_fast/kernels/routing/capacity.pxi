@@ -38,8 +38,7 @@ def drop_by_probability(
     cdef Py_ssize_t e, i, n, room
     cdef const int32_t* pair
     cdef real bound, least
-    cdef void* memory = room_for(round_up_to_lanes(fullest), sizeof(real), num_experts)
-    cdef real* work = <real*>from_cache_line(memory)
+    cdef real* work = <real*>allocate(round_up_to_lanes(fullest) * sizeof(real), num_experts)
     with nogil:
         for e in range(num_experts):
             n = offsets[e + 1] - offsets[e]
@@ -69,5 +68,5 @@ def drop_by_probability(
                     continue
                 expert_indices[pair[i]] = -1
                 weights[pair[i]] = 0
-    free(memory)
+    release(work)
     return dropped

@@ -67,6 +67,7 @@ def sort_by_expert(
     cdef Py_ssize_t e, i
     cdef const int32_t* expert
     cdef int64_t* work
+    cdef size_t size
     offsets[0] = 0
     for e in range(num_experts):
         offsets[e + 1] = offsets[e] + tokens_per_expert[e]
@@ -81,10 +82,10 @@ def sort_by_expert(
                         expert, pairs, <int32_t>e, &permutation[0] + offsets[e], kept - offsets[e]
                     )
         return
-    work = <int64_t*>calloc(HISTOGRAMS * (num_experts + 1), sizeof(int64_t))
-    if work == NULL:
-        raise MemoryError(f"no memory to sort by num_experts={num_experts}")
+    size = HISTOGRAMS * (num_experts + 1) * sizeof(int64_t)
+    work = <int64_t*>allocate(size, num_experts)
     with nogil:
+        memset(work, 0, size)
         if fit_in_columns(num_experts):
             sort_interleaved(
                 expert, pairs, &offsets[0], num_experts, work, &permutation[0], kept
@@ -97,4 +98,4 @@ def sort_by_expert(
                 place_pair(
                     work + 1, slot_of(expert[i], num_experts), i, &permutation[0], kept
                 )
-    free(work)
+    release(work)

@@ -54,8 +54,7 @@ def sample_thresholds(
     cdef Py_ssize_t blocks = sample_size // LANES
     cdef Py_ssize_t all_blocks = logits.shape[0] // LANES
     cdef Py_ssize_t e, i, token
-    cdef void* memory = room_for(n * sample_size + block_size(n), sizeof(real), n)
-    cdef real* column = <real*>from_cache_line(memory)
+    cdef real* column = <real*>allocate((n * sample_size + block_size(n)) * sizeof(real), n)
     cdef real* sample = column + block_size(n)
     with nogil:
         for i in range(blocks):
@@ -74,7 +73,7 @@ def sample_thresholds(
                 sample + e * sample_size, sample_size, rank, <real>0.0,
                 <uint64_t>1 << (19 if real is float else 48)
             )
-    free(memory)
+    release(column)
 
 
 def collect_candidates(
@@ -91,8 +90,7 @@ def collect_candidates(
     cdef Py_ssize_t room = found.shape[1] - LANES
     cdef Py_ssize_t e, token, tokens, at
     cdef Py_ssize_t bad = -1
-    cdef void* memory = room_for(block_size(num_experts), sizeof(real), num_experts)
-    cdef real* column = <real*>from_cache_line(memory)
+    cdef real* column = <real*>allocate(block_size(num_experts) * sizeof(real), num_experts)
     with nogil:
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
@@ -110,7 +108,7 @@ def collect_candidates(
                     column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
                     &found[e, at], &value[e, at]
                 )
-    free(memory)
+    release(column)
     return bad
 
 
@@ -162,8 +160,9 @@ def select_candidates(
     cdef Py_ssize_t room = found.shape[2] - LANES
     cdef Py_ssize_t e, i, n
     cdef Py_ssize_t most = round_up_to_lanes(lists * room) + LANES
-    cdef void* memory = room_for(most, sizeof(real) + sizeof(int32_t), bounds.shape[0])
-    cdef real* joined_value = <real*>from_cache_line(memory)
+    cdef real* joined_value = <real*>allocate(
+        most * (sizeof(real) + sizeof(int32_t)), bounds.shape[0]
+    )
     cdef int32_t* joined = <int32_t*>(joined_value + most)
     with nogil:
         for e in range(start, stop):
@@ -182,4 +181,4 @@ def select_candidates(
                 joined, joined_value, n, bounds[e],
                 &token_indices[e, 0], &weights[e, 0], capacity
             )
-    free(memory)
+    release(joined_value)

@@ -33,19 +33,18 @@ cdef void pull_back(
             for j in range(LANES):
                 score[i + j] = sigmoid(x[i + j])
             add_to(total, score + i)
-            add_product_to(shift, score + i, gradient + i)
-        for i in range(size):
-            score[i] = sigmoid_derivative(x[i])
     else:
         fold_max(x, size, LANES, top)
         if is_row:
             top[0] = max_of_row(x, size)
             for j in range(1, LANES):
                 top[j] = top[0]
-        for i from 0 <= i < size by LANES:
-            exponentials_below(x + i, top, score + i)
-            add_to(total, score + i)
-            add_product_to(shift, score + i, gradient + i)
+        sum_exponentials(x, size, top, score, total)
+    for i from 0 <= i < size by LANES:
+        add_product_to(shift, score + i, gradient + i)
+    if is_sigmoid:
+        for i in range(size):
+            score[i] = sigmoid_derivative(x[i])
     if is_row:
         total[0] = sum_lanes(total)
         shift[0] = sum_lanes(shift)
@@ -131,8 +130,7 @@ def pull_back_scores(
     """
     cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t token
-    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
-    cdef real* work = <real*>from_cache_line(memory)
+    cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
         for token from start <= token < stop by LANES:
@@ -141,7 +139,7 @@ def pull_back_scores(
                 tokens_in_block(token, stop), n, is_sigmoid, normalised, <real>of_square,
                 work, &gradient[token, 0]
             )
-    free(memory)
+    release(work)
 
 
 def pull_back_weights(
@@ -158,8 +156,7 @@ def pull_back_weights(
     cdef Py_ssize_t token, tokens, t, s
     cdef real scale = <real>routed_scaling_factor
     cdef const uint8_t* row
-    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
-    cdef real* work = <real*>from_cache_line(memory)
+    cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
         for token from start <= token < stop by LANES:
@@ -179,4 +176,4 @@ def pull_back_weights(
                     row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
                     work, &gradient[token, 0]
                 )
-    free(memory)
+    release(work)

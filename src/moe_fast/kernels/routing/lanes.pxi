@@ -17,6 +17,8 @@ cdef extern from "c/lanes.h":
     void fold_max_double(const double* x, Py_ssize_t n, Py_ssize_t step, double* to) noexcept nogil
     bint fold_max_checked_float(const float* x, Py_ssize_t n, float* to) noexcept nogil
     bint fold_max_checked_double(const double* x, Py_ssize_t n, double* to) noexcept nogil
+    void raise_to_float(float* x, float least) noexcept nogil
+    void raise_to_double(double* x, double least) noexcept nogil
     void max_with_min_float(float* to, const float* a, const float* b) noexcept nogil
     void max_with_min_double(double* to, const double* a, const double* b) noexcept nogil
     void top_k_of_columns_float(
@@ -93,6 +95,13 @@ cdef inline bint fold_max_checked(const real* x, Py_ssize_t n, real* to) noexcep
         return fold_max_checked_float(x, n, to)
     else:
         return fold_max_checked_double(x, n, to)
+
+
+cdef inline void raise_to(real* x, real least) noexcept nogil:
+    if real is float:
+        raise_to_float(x, least)
+    else:
+        raise_to_double(x, least)
 
 
 cdef inline void max_with_min(real* to, const real* a, const real* b) noexcept nogil:

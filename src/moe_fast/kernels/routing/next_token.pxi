@@ -26,7 +26,7 @@ cdef inline bint is_row(
 cdef Py_ssize_t route_buffers(
     const Py_buffer* logits, const Py_buffer* expert_indices, const Py_buffer* weights,
     const Py_buffer* tokens_per_expert, const Rule* rule
-) noexcept nogil:
+) except -2 nogil:
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef const uint8_t* row = <const uint8_t*>logits.buf
@@ -99,6 +99,4 @@ def route_next_token(
     finally:
         for i in range(held):
             PyBuffer_Release(&array[i])
-    if bad == NO_MEMORY:
-        raise MemoryError(f"no memory to route among num_experts={num_experts}")
     return None if bad == UNEXPECTED else bad

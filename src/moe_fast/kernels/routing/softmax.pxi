@@ -1,4 +1,4 @@
-# Numerically stable softmax (the largest logit subtracted first) and sigmoid over blocks.
+# Numerically stable softmax (the largest logit is subtracted first) and sigmoid over blocks.
 
 cdef real max_of_row(const real* x, Py_ssize_t padded) noexcept nogil:
     cdef real[LANES] lane
@@ -48,105 +48,57 @@ cdef void sum_rows(real* sums, Py_ssize_t tokens, real* total) noexcept nogil:
         total[t] = column[t] + column[LANES + t]
 
 
-cdef inline void exponentials_of_row(
-    const real* x, Py_ssize_t n, real largest, real* e, real* sums
-) noexcept nogil:
-    # Below the largest, for x that ends with -inf up to a multiple of LANES. sums[j] adds up
-    # columns j, j + LANES, ...
-    cdef real[LANES] lane
-    cdef real[LANES] top
-    cdef Py_ssize_t i, j
-    for j in range(LANES):
-        lane[j] = 0
-        top[j] = largest
-    for i from 0 <= i < n by LANES:
-        exponentials_below(x + i, top, e + i)
-        add_to(lane, e + i)
-    for j in range(LANES):
-        sums[j] = lane[j]
-
-
 cdef inline void sum_exponentials(
-    const real* x, Py_ssize_t padded, real largest, real* sums
+    const real* x, Py_ssize_t size, const real* largest, real* e, real* total
 ) noexcept nogil:
-    # As exponentials_of_row, of which nothing else is kept; 0 where the largest is infinite.
-    cdef real[LANES] lane
-    cdef real[LANES] e
+    # In each lane, over x[lane], x[lane + LANES], ... before `size`: the exponentials
+    # e^(x - largest) and their sum. `e` may be x.
+    #
+    # In arrays of its own: in memory that might overlap, sums would not stay in registers.
+    cdef real[LANES] top
+    cdef real[LANES] sums
     cdef Py_ssize_t i, j
     for j in range(LANES):
-        lane[j] = 0
-    for i from 0 <= i < padded by LANES:
-        for j in range(LANES):
-            e[j] = exponential(x[i + j] - largest)
-        add_to(lane, e)
+        top[j] = largest[j]
+        sums[j] = 0
+    for i from 0 <= i < size by LANES:
+        exponentials_below(x + i, top, e + i)
+        add_to(sums, e + i)
     for j in range(LANES):
-        sums[j] = lane[j]
+        total[j] = sums[j]
 
 
-cdef void totals_of_rows(
-    const real** row, const real* largest, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
-    real* total
-) noexcept nogil:
-    # Of the exponentials below the largest. While they are computed, what is read next is fetched:
-    # rows so many bytes ahead.
-    cdef Py_ssize_t padded = round_up_to_lanes(n)
-    cdef real[LANES * LANES] sums
-    cdef Py_ssize_t t, j
-    for t in range(tokens):
-        prefetch_ahead(row[t], n * sizeof(real), ahead)
-        sum_exponentials(row[t], padded, largest[t], sums + t * LANES)
-    sum_rows(sums, tokens, total)
-    for t in range(tokens):
-        if total[t] == 0:
-            # Infinite ones count as equal: each has the exponential 1, and all others 0.
-            j = count_at_least(row[t], padded, largest[t])
-            total[t] = <real>(j if j < n else n)
-
-
-cdef void exponentials_of_rows(
+cdef void sum_exponentials_of_rows(
     const real** row, const real* largest, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
     real* e, real* total
 ) noexcept nogil:
-    # e[t * padded:] are those below the largest of row t, which may stand there itself.
+    # For each row the exponentials e^(x - largest) and their sum. e[t * padded:] may be row t. Rows
+    # `ahead` bytes further on are fetched meanwhile.
     cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef real[LANES * LANES] sums
-    cdef Py_ssize_t t
+    cdef real[LANES] top
+    cdef Py_ssize_t t, j
     for t in range(tokens):
         prefetch_ahead(row[t], n * sizeof(real), ahead)
-        exponentials_of_row(row[t], n, largest[t], e + t * padded, sums + t * LANES)
+        for j in range(LANES):
+            top[j] = largest[t]
+        sum_exponentials(row[t], padded, top, e + t * padded, sums + t * LANES)
     sum_rows(sums, tokens, total)
     for t in range(LANES):
-        # -inf everywhere counts as equal logits.
+        # Logits that are all -inf count as equal, without the padding of the row.
         total[t] = total[t] if largest[t] > -INFINITY else <real>n
-
-
-cdef void exponentials_of_columns(
-    const real* column, Py_ssize_t n, const real* largest, real* e, real* total
-) noexcept nogil:
-    # For each lane those below its largest, and their sum. `e` may be `column`.
-    cdef real[LANES] top
-    cdef real[LANES] sums
-    cdef Py_ssize_t i, t
-    for t in range(LANES):
-        top[t] = largest[t]
-        sums[t] = 0
-    for i from 0 <= i < n * LANES by LANES:
-        exponentials_below(column + i, top, e + i)
-        add_to(sums, e + i)
-    for t in range(LANES):
-        total[t] = sums[t]
 
 
 cdef void score_rows(
     const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
     bint is_sigmoid, real* score, real* largest, real* total
 ) noexcept nogil:
-    # score[t * padded + e]; may be where the rows are. Only softmax sets the largest and the total.
+    # score[t * padded + e], which may be the rows. Only softmax sets the largest and the total.
     cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef Py_ssize_t t, i
     if not is_sigmoid:
         max_of_rows(folded, largest)
-        exponentials_of_rows(row, largest, tokens, n, ahead, score, total)
+        sum_exponentials_of_rows(row, largest, tokens, n, ahead, score, total)
     for t in range(tokens):
         if is_sigmoid:
             prefetch_ahead(row[t], n * sizeof(real), ahead)
@@ -167,7 +119,7 @@ cdef void score_columns(
             score[i] = sigmoid(column[i])
         return
     fold_max(column, n * LANES, LANES, largest)
-    exponentials_of_columns(column, n, largest, score, total)
+    sum_exponentials(column, n * LANES, largest, score, total)
     for i from 0 <= i < n * LANES by LANES:
         for t in range(LANES):
             score[i + t] /= total[t]

@@ -20,30 +20,22 @@ cdef void sum_scores(
     const real* x, Py_ssize_t size, bint is_sigmoid, const real* largest,
     real* score, real* total, real* weighted, real* divisor
 ) noexcept nogil:
-    # Of each lane of x: the exponentials below the largest, added up in `total`, and times the
-    # logit less the largest in `weighted`; scores, not yet divided, and their sum in `divisor`.
-    # Of our own: in memory that might overlap they would not stay in registers.
+    # In each lane of x: `total`, the sum of e^(x - largest); `weighted`, that of the same times
+    # x - largest; and scores before they are divided by their sum, `divisor`.
     cdef real[LANES] top
-    cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
-    cdef real least = -1000
     cdef Py_ssize_t i, j
+    sum_exponentials(x, size, largest, score, total)
     for j in range(LANES):
         top[j] = largest[j]
-        sums[j] = 0
         products[j] = 0
     for i from 0 <= i < size by LANES:
         subtract_largest(x + i, top, difference)
-        for j in range(LANES):
-            score[i + j] = exponential(difference[j])
-        for j in range(LANES):
-            # Where the exponential is 0, and so must be their product.
-            difference[j] = difference[j] if difference[j] > least else least
-        add_to(sums, score + i)
+        # Finite, for a product of 0 where the exponential is 0.
+        raise_to(difference, <real>-1000)
         add_product_to(products, score + i, difference)
     for j in range(LANES):
-        total[j] = sums[j]
         weighted[j] = products[j]
     if not is_sigmoid:
         for j in range(LANES):

@@ -11,11 +11,11 @@ cdef struct Workspace:
     # BLOCKS_AT_ONCE if they stand in columns.
     void* rows       # LANES * padded: copies of rows, or num_experts * LANES as columns
     void* scores     # LANES * padded: what rows, or columns, are chosen by
-    void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is being sorted
+    void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is sorted; in columns, sums
     void* chosen     # BLOCKS_AT_ONCE * k * LANES
     int32_t* found   # padded + LANES + LANES * LANES
     int32_t* order   # padded
-    int32_t* expert  # LANES * padded: the experts of the groups kept
+    int32_t* expert  # LANES * padded: the experts of the groups kept; in columns, those chosen
 
 
 cdef inline bint use_columns(const Rule* rule) noexcept nogil:
@@ -36,7 +36,7 @@ cdef void choose_block(
     if not rule.by_score:
         select_in_columns(column, n, k, expert, chosen)
         if not rule.norm_topk_prob:
-            exponentials_of_columns(column, n, chosen, score, total)
+            sum_exponentials(column, n * LANES, chosen, score, total)
         return
     score_columns(column, n, rule.is_sigmoid, largest, total, score)
     for e in range(n):
@@ -59,9 +59,9 @@ cdef Py_ssize_t route_columns(
     cdef real* column = <real*>work.rows
     cdef real* score = <real*>work.scores
     cdef real* chosen = <real*>work.chosen
-    cdef int32_t[BLOCKS_AT_ONCE * SMALL_K * LANES] expert
-    cdef real[BLOCKS_AT_ONCE * LANES] largest
-    cdef real[BLOCKS_AT_ONCE * LANES] total
+    cdef int32_t* expert = work.expert
+    cdef real* largest = <real*>work.value
+    cdef real* total = largest + BLOCKS_AT_ONCE * LANES
     cdef Py_ssize_t first, bad
     for first from 0 <= first < tokens by LANES:
         bad = load_columns(
@@ -114,7 +114,9 @@ cdef Py_ssize_t route_rows(
         if k == 1 or not rule.norm_topk_prob:
             max_of_rows(folded, chosen)
         if not rule.norm_topk_prob:
-            totals_of_rows(row, chosen, tokens, n, ahead, total)
+            sum_exponentials_of_rows(
+                row, chosen, tokens, n, ahead, <real*>work.scores, total
+            )
             ahead = 0
         select_in_rows(
             row, folded, tokens, n, padded, ahead, k,
@@ -160,17 +162,12 @@ cdef Py_ssize_t route_rows(
     return -1
 
 
-cdef enum:
-    NO_MEMORY = -2
-
-
 cdef Py_ssize_t route_blocks(
     const uint8_t* logits, Py_ssize_t stride, int encoding, const real* bias, const Rule* rule,
     int32_t* expert_indices, real* weights, int64_t* tokens_per_expert,
     Py_ssize_t start, Py_ssize_t stop
-) noexcept nogil:
-    # The tokens from start to stop; NULL is a bias of zeros. Returns the first with a NaN, -1 where
-    # there is none, or NO_MEMORY.
+) except -2 nogil:
+    # The tokens from start to stop; NULL is a bias of zeros. Returns the first with a NaN, or -1.
     cdef Workspace work
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
@@ -184,15 +181,13 @@ cdef Py_ssize_t route_blocks(
     cdef real* weight
     cdef real* zeros
     cdef const uint8_t* row
-    cdef void* memory = malloc(
+    work.rows = allocate(
         (
             2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS_AT_ONCE * LANES * k
         ) * sizeof(real)
-        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t) + CACHE_LINE
+        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t),
+        n,
     )
-    if memory == NULL:
-        return NO_MEMORY
-    work.rows = from_cache_line(memory)
     work.scores = <real*>work.rows + LANES * padded
     work.value = <real*>work.scores + LANES * padded
     work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
@@ -218,7 +213,7 @@ cdef Py_ssize_t route_blocks(
         for i in range(tokens * k):
             tokens_per_expert[index[i]] += 1
         token += step
-    free(memory)
+    release(work.rows)
     return bad
 
 
@@ -257,6 +252,4 @@ def route_tokens(
             &logits[0, 0], logits.strides[0], encoding, added, &rule,
             &expert_indices[0, 0], &weights[0, 0], &tokens_per_expert[0], start, stop
         )
-    if bad == NO_MEMORY:
-        raise MemoryError(f"no memory to route among num_experts={rule.num_experts}")
     return bad
