@@ -23,7 +23,7 @@ from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.header import read_header
 from moe_fast.checkpoint.pieces import Converted, FileRange, overflow_counted
 from moe_fast.checkpoint.table import Weight
-from moe_fast.kernels import reference
+from reference import conversion as reference
 
 CONFIG = MoeConfig(num_experts=2, num_experts_per_tok=1)
 DTYPES = {

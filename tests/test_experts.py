@@ -21,7 +21,7 @@ from moe_fast.checkpoint.header import read_header
 from moe_fast.checkpoint.noise import Perturbed, noise_stream
 from moe_fast.checkpoint.pieces import FileRange
 from moe_fast.demo import make_dense_model
-from moe_fast.kernels import reference
+from reference import normal as reference
 
 PAIR = MoeConfig(num_experts=2, num_experts_per_tok=1)
 FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

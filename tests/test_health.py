@@ -19,7 +19,7 @@ from moe_fast import (
 from moe_fast.arrays import map_npy
 from moe_fast.demo import make_dense_model
 from moe_fast.health import RANDOM_TOKENS
-from moe_fast.kernels import reference
+from reference import normal as reference
 
 RNG = np.random.default_rng(0)
 

@@ -30,7 +30,7 @@ from moe_fast import (
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.noise import noise_stream
 from moe_fast.demo import make_dense_model
-from moe_fast.kernels import reference
+from reference import normal as reference
 
 
 @pytest.fixture(autouse=True)
