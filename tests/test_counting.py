@@ -41,6 +41,28 @@ def test_counts_up_to_2_63_are_exact(counts):
     assert result == reference.coefficient_of_variation(counts)
 
 
+@given(
+    models=st.lists(st.integers(0, 127), min_size=1, max_size=30),
+    shape=st.sampled_from([(-1, 1), (1, -1)]),
+    repeats=st.integers(1, 6),
+)
+def test_a_few_models_are_counted_without_a_table(models, shape, repeats):
+    array = np.array(models, np.int64).reshape(shape)
+    repeated = np.broadcast_to(array, [repeats if n == 1 else n for n in array.shape])
+    expected = reference.load_balance(repeated.reshape(-1).tolist())
+    assert kernels.compiled.load_balance(repeated) == expected
+    assert kernels.compiled.load_balance(np.ascontiguousarray(repeated)) == expected
+    assert compute_expert_load_balance(repeated.reshape(-1)) == expected  # counted with a table
+
+
+@pytest.mark.parametrize("wrong", [-1, 128, 2**63 - 1, -(2**63)])
+def test_more_than_a_few_models_are_left_to_a_table(wrong):
+    assert kernels.compiled.load_balance(np.array([[0, wrong]])) == -1.0
+    assert kernels.compiled.load_balance(np.zeros((64, 64), np.int64)) == 0.0
+    assert kernels.compiled.load_balance(np.zeros((4097, 1), np.int64)) == -1.0
+    assert kernels.compiled.load_balance(np.zeros((0, 3), np.int64)) == 0.0
+
+
 def test_a_plan_of_more_assignments_than_memory_holds():
     models = np.broadcast_to(np.array([0, 0, 1], np.int64), (2**57 + 1, 3))
     expected = reference.coefficient_of_variation([2 * (2**57 + 1), 2**57 + 1])
