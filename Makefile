@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
     $(if $(shell $(name) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(name))))
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi')
+SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi' -o -name '*.h')
 
 .PHONY: help build demo test lint types format docs bench sanitize emulate coverage dist clean
 
@@ -30,8 +30,8 @@ $(VENV)/ready: pyproject.toml
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[all]'
 	touch $@
 
-# Compiled in place: an editable install alone does not see that a .pyx or .pxi changed. Cython sees
-# that, but not that setup.py asks for something else.
+# Compiled in place: an editable install alone does not see that a .pyx, .pxi or .h changed. Cython
+# sees that, but not that setup.py asks for something else.
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	$(if $(filter setup.py,$?),rm -f src/moe_fast/kernels/*.c)
 	$(RUN) setup.py --quiet build_ext --inplace

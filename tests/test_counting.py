@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import MoeConfigError, compute_expert_load_balance, kernels
-from moe_fast.kernels import reference
 from moe_fast.plan import TABLES
+from reference import counting as reference
 
 pytestmark = pytest.mark.usefixtures("level")
 
@@ -39,6 +39,28 @@ def test_load_balance_of_any_strides(models, step, repeats):
 def test_counts_up_to_2_63_are_exact(counts):
     result = kernels.compiled.coefficient_of_variation(np.array(counts, np.uint64))
     assert result == reference.coefficient_of_variation(counts)
+
+
+@given(
+    models=st.lists(st.integers(0, 127), min_size=1, max_size=30),
+    shape=st.sampled_from([(-1, 1), (1, -1)]),
+    repeats=st.integers(1, 6),
+)
+def test_a_few_models_are_counted_without_a_table(models, shape, repeats):
+    array = np.array(models, np.int64).reshape(shape)
+    repeated = np.broadcast_to(array, [repeats if n == 1 else n for n in array.shape])
+    expected = reference.load_balance(repeated.reshape(-1).tolist())
+    assert kernels.compiled.load_balance(repeated) == expected
+    assert kernels.compiled.load_balance(np.ascontiguousarray(repeated)) == expected
+    assert compute_expert_load_balance(repeated.reshape(-1)) == expected  # counted with a table
+
+
+@pytest.mark.parametrize("wrong", [-1, 128, 2**63 - 1, -(2**63)])
+def test_more_than_a_few_models_are_left_to_a_table(wrong):
+    assert kernels.compiled.load_balance(np.array([[0, wrong]])) == -1.0
+    assert kernels.compiled.load_balance(np.zeros((64, 64), np.int64)) == 0.0
+    assert kernels.compiled.load_balance(np.zeros((4097, 1), np.int64)) == -1.0
+    assert kernels.compiled.load_balance(np.zeros((0, 3), np.int64)) == 0.0
 
 
 def test_a_plan_of_more_assignments_than_memory_holds():

@@ -20,10 +20,10 @@ from families import make_model
 from folders import config_of, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, build_moe, kernels
 from moe_fast.checkpoint.check import check_moe
-from moe_fast.kernels import reference
 from moe_fast.storage.pieces import Converted, FileRange, overflow_counted
 from moe_fast.storage.safetensors_header import read_header
 from moe_fast.storage.tensors import Weight
+from reference import conversion as reference
 
 CONFIG = MoeConfig(num_experts=2, num_experts_per_tok=1)
 DTYPES = {

@@ -19,9 +19,9 @@ from moe_fast import CheckpointError, ExpertSource, MoeConfig, MoeConfigError, b
 from moe_fast.checkpoint.check import check_moe
 from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
 from moe_fast.demo import make_dense_model
-from moe_fast.kernels import reference
 from moe_fast.storage.pieces import FileRange
 from moe_fast.storage.safetensors_header import read_header
+from reference import normal as reference
 
 PAIR = MoeConfig(num_experts=2, num_experts_per_tok=1)
 FFN = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

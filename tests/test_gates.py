@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import MoeConfigError, RouterInit, compute_gate_weights, compute_router_weights
-from moe_fast.kernels import reference
 from moe_fast.routing import weights as gates
+from reference import conversion, generator
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gate_weights.json").read_text())
-DTYPES = list(reference.FORMATS)
+DTYPES = list(conversion.FORMATS)
 if importlib.util.find_spec("ml_dtypes") is None:
     DTYPES.remove("bfloat16")
 
@@ -35,8 +35,8 @@ def as_if_large(request):
 def twin(hidden_dim, num_experts, init, *, dtype="float64", transpose=False, rows=None, **options):
     """What `compute_gate_weights` should give, one draw at a time."""
     of_hidden = None if transpose else rows
-    weights = reference.gate_weights(hidden_dim, num_experts, init, rows=of_hidden, **options)
-    rounded = [reference.nearest(value, dtype) for value in weights.ravel().tolist()]
+    weights = generator.gate_weights(hidden_dim, num_experts, init, rows=of_hidden, **options)
+    rounded = [conversion.nearest(value, dtype) for value in weights.ravel().tolist()]
     # Casting is exact here: the values are already numbers of the dtype.
     result = np.array(rounded, dtype="float64").reshape(weights.shape).astype(dtype)
     if transpose:
@@ -51,7 +51,7 @@ def assert_same_bits(result, expected):
 
 
 def test_the_twin_keeps_the_sign_of_what_rounds_to_zero():
-    assert str(reference.nearest(-1e-9, "float16")) == str(np.float64(np.float16(-1e-9))) == "-0.0"
+    assert str(conversion.nearest(-1e-9, "float16")) == str(np.float64(np.float16(-1e-9))) == "-0.0"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_router_weights_stack_gate_weights(as_if_large, call, threads, num_layer
 
 def test_layers_take_consecutive_stretches():
     routers = compute_router_weights(3, 5, 7, "random")
-    one = reference.gate_weights(5 * 3, 7, "random")
+    one = generator.gate_weights(5 * 3, 7, "random")
     # The scale differs, the draws do not.
     np.testing.assert_allclose(routers.reshape(15, 7) * np.sqrt(5 / 15), one, rtol=1e-15)
 

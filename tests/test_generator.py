@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_fast import kernels
-from moe_fast.kernels import reference
+from reference import conversion, generator
 
 pytestmark = pytest.mark.usefixtures("level")
 
@@ -25,7 +25,7 @@ STORED = {"float64": np.float64, "float32": np.float32, "float16": "u2", "bfloat
 def fill(dtype, size, *, first=0, step=1, full_range=False, base=0.0, scale=1.0):
     """A row of draws `step` apart, from draw `first` of the "random" stream on."""
     out = np.empty(size, STORED[dtype])
-    seed = reference.SEEDS["random"]
+    seed = generator.SEEDS["random"]
     kernel = getattr(kernels.compiled, f"fill_{dtype}")
     kernel(out, 0, size, 1, size, seed, first, 0, 0, step, full_range, base, scale, False)
     return READ[dtype](out)
@@ -34,9 +34,9 @@ def fill(dtype, size, *, first=0, step=1, full_range=False, base=0.0, scale=1.0)
 def test_the_twin_jumps_as_it_steps():
     state = seed = 0xDEADBEEF
     for steps in range(50):
-        assert reference.state_after(seed, steps) == state
-        state = (state * reference.MULTIPLIER + 1) % 2**64
-    assert reference.state_after(seed, 2**64 + 3) == reference.state_after(seed, 3)
+        assert generator.state_after(seed, steps) == state
+        state = (state * generator.MULTIPLIER + 1) % 2**64
+    assert generator.state_after(seed, 2**64 + 3) == generator.state_after(seed, 3)
 
 
 @pytest.mark.exhaustive
@@ -50,11 +50,11 @@ def test_every_quotient(full_range):
     """
     bits = 32 if full_range else 31
     step, chunk = 2 ** (64 - bits), 2**16
-    seed = reference.SEEDS["random"]
-    states = np.array([reference.state_after(seed, 1 + i * step) for i in range(chunk)], np.uint64)
+    seed = generator.SEEDS["random"]
+    states = np.array([generator.state_after(seed, 1 + i * step) for i in range(chunk)], np.uint64)
     # What takes a whole chunk of states to the next.
-    increment = reference.state_after(0, chunk * step)
-    multiplier = np.uint64((reference.state_after(1, chunk * step) - increment) % 2**64)
+    increment = generator.state_after(0, chunk * step)
+    multiplier = np.uint64((generator.state_after(1, chunk * step) - increment) % 2**64)
     total = 0
     for first in range(0, 2**bits, chunk):
         drawn = states >> np.uint64(64 - bits)
@@ -70,7 +70,7 @@ def test_every_quotient(full_range):
 
 def near_ties(dtype):
     """Numbers on, right below and right above the middle between two of `dtype`."""
-    precision, smallest = reference.FORMATS[dtype]
+    precision, smallest = conversion.FORMATS[dtype]
 
     def number(significand, exponent, side, sign):
         middle = math.ldexp(2 * significand + 1, max(exponent - precision, smallest) - 1)
@@ -91,7 +91,7 @@ def test_every_value_is_rounded_once(dtype, data):
     values = st.floats(-2, 2).filter(lambda x: x == 0 or abs(x) > 2.0**-100) | near_ties(dtype)
     base = data.draw(values)
     (result,) = set(fill(dtype, 3, base=base, scale=0.0).tolist())
-    assert result == reference.nearest(base, dtype)
+    assert result == conversion.nearest(base, dtype)
     assert math.copysign(1, result) == math.copysign(1, base) or base == 0
 
 
@@ -106,7 +106,7 @@ def test_rounds_as_numpy_does(dtype):
 @pytest.mark.parametrize("dtype", READ)
 def test_every_small_size(dtype):
     """From nothing to several rounds of the widest level's lanes, and one more or less."""
-    whole = [reference.nearest(x, dtype) for x in fill("float64", 140).tolist()]
+    whole = [conversion.nearest(x, dtype) for x in fill("float64", 140).tolist()]
     for size in range(1, 141):
         assert fill(dtype, size).tolist() == whole[:size]
 
@@ -121,15 +121,15 @@ def test_every_small_size(dtype):
 @example(size=1, first=2**64 - 2, step=1, offset=0)
 def test_draws_from_anywhere_in_any_steps(dtype, size, first, step, offset):
     """Whatever the address of the first value, no value beside the row is touched."""
-    seed = reference.SEEDS["random"]
+    seed = generator.SEEDS["random"]
     out = np.full(offset + size + 40, 7, STORED[dtype])
     row = out[offset : offset + size]
     kernel = getattr(kernels.compiled, f"fill_{dtype}")
     for stream in (False, True):
         row[:] = 7
         kernel(row, 0, size, 1, size, seed, first, 0, 0, step, False, 0.0, 1.0, stream)
-        states = [reference.state_after(seed, first + i * step + 1) for i in range(size)]
+        states = [generator.state_after(seed, first + i * step + 1) for i in range(size)]
         expected = [(state >> 33) / 4294967295.0 * 2.0 - 1.0 for state in states]
-        assert READ[dtype](row).tolist() == [reference.nearest(x, dtype) for x in expected]
+        assert READ[dtype](row).tolist() == [conversion.nearest(x, dtype) for x in expected]
         assert (out[:offset] == 7).all()
         assert (out[offset + size :] == 7).all()

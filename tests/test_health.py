@@ -19,10 +19,10 @@ from moe_fast import (
     predict_load,
 )
 from moe_fast.demo import make_dense_model
-from moe_fast.kernels import reference
 from moe_fast.routing import health
 from moe_fast.routing.health import RANDOM_TOKENS
 from moe_fast.storage.npy import map_npy
+from reference import normal as reference
 
 RNG = np.random.default_rng(0)
 

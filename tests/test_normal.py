@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import kernels
-from moe_fast.kernels import reference
+from reference import normal as reference
 
 seeds = st.integers(0, 2**64 - 1)
 # What a draw's upper 32 bits can be, the ends and the borders of the regions among them.

@@ -62,6 +62,14 @@ def test_only_forms_and_their_configuration_lie_there():
     }
 
 
+def test_the_map_of_the_kernels_names_every_file():
+    kernels = ROOT / "src" / "moe_fast" / "kernels"
+    text = (kernels / "README.md").read_text(encoding="utf-8")
+    files = [file for end in ("pxi", "h") for file in kernels.rglob(f"*.{end}")]
+    assert len(files) > 20
+    assert not [file.name for file in files if file.name not in text]
+
+
 def test_the_sdist_holds_all_of_these_folders():
     lines = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
     taken = {folder: patterns for _, folder, *patterns in map(str.split, lines)}

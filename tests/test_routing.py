@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import MoeConfig, MoeConfigError, Router, Routing, RoutingError, kernels, route
-from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
 from moe_fast.routing import choose
 from moe_fast.routing.arrays import BFLOAT16_BITS
+from reference import routing as reference
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:

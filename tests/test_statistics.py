@@ -23,9 +23,9 @@ from moe_fast import (
     route,
     update_selection_bias,
 )
-from moe_fast.kernels import reference_routing as reference
 from moe_fast.kernels.level import load
 from moe_fast.routing import choose, statistics
+from reference import routing as reference
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 if importlib.util.find_spec("ml_dtypes") is None:

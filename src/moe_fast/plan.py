@@ -650,12 +650,16 @@ def compute_expert_load_balance(
     0.5
     """
     models = source_models(assignments)
+    if models.ndim == 2:
+        of_few = kernels.compiled.load_balance(models)
+        if of_few >= 0.0:
+            return of_few
     once = distinct(models)
     if once.size == 0:
         return 0.0
     counts = count_models(once)
     counts *= np.uint64(models.size // once.size)
-    return float(kernels.compiled.coefficient_of_variation(counts))
+    return kernels.compiled.coefficient_of_variation(counts)
 
 
 def count_models(models: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

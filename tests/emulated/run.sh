@@ -19,11 +19,12 @@ find src \( -name '*.c' -o -name '*.so' \) -delete
 "$python" setup.py --quiet egg_info
 
 # Once more the last level: with its lines, and with instructions that this processor has.
-module=$(echo src/moe_fast/kernels/_x86_64_v4.*.so)
-sed 's/defined(__AVX512F__)/1/g' src/moe_fast/kernels/_x86_64_v4.c >v4.c
+kernels=src/moe_fast/kernels
+module=$(echo $kernels/_x86_64_v4.*.so)
+sed -i 's/defined(__AVX512F__)/1/g' $kernels/c/*.h
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 "${CC:-cc}" -O2 -ffp-contract=off -fno-trapping-math -march=x86-64-v3 -Wno-psabi -fPIC -shared -g0 \
-    -I "$include" -include tests/emulated/avx512.h v4.c -o "$module"
+    -I "$include" -include tests/emulated/avx512.h $kernels/_x86_64_v4.c -o "$module"
 
 PYTHONPATH=$built/src:$built/tests/emulated "$python" -m pytest -p no:cacheprovider -p every_level \
     -n auto -k v4 tests/test_counting.py tests/test_dtypes.py tests/test_gates.py \

@@ -29,6 +29,7 @@ def _fused(kernel: Callable[_Arguments, _Result]) -> _Fused[_Arguments, _Result]
 # counting.pxi
 def count(values: _Index64, tables: npt.NDArray[np.uint64]) -> int: ...
 def coefficient_of_variation(counts: npt.NDArray[np.uint64]) -> float: ...
+def load_balance(models: _Index64) -> float: ...
 
 # generator.pxi
 def fill_float64(
@@ -101,8 +102,8 @@ def fill_normal(
     out: _Float32, begin: int, end: int, seed: int, first: int, scale: float
 ) -> None: ...
 
-# The first row that holds a NaN, or -1, is what those return that read logits.
-# routing_tokens.pxi
+# Kernels that read logits return the first row with a NaN, or -1.
+# routing/token_choice.pxi
 @_fused
 def route_tokens(
     logits: _Bytes,
@@ -122,8 +123,8 @@ def route_tokens(
     stop: int,
 ) -> int: ...
 
-# routing_again.pxi
-def route_token_again(
+# routing/next_token.pxi
+def route_next_token(
     logits: npt.ArrayLike,
     expert_indices: _Index32,
     weights: _Real,
@@ -141,14 +142,18 @@ def route_token_again(
     num_experts_per_tok: int,
 ) -> int | None: ...
 
-# routing_order.pxi
+# routing/counting_sort.pxi
 def sort_by_expert(
     expert_indices: _Index32, tokens_per_expert: _Index64, offsets: _Index64, permutation: _Index32
 ) -> None: ...
+
+# routing/capacity.pxi
 @_fused
-def drop_late(expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64) -> int: ...
+def drop_by_position(
+    expert_indices: _Index32, weights: _Real, capacity: int, kept: _Index64
+) -> int: ...
 @_fused
-def drop_improbable(
+def drop_by_probability(
     expert_indices: _Index32,
     weights: _Real,
     capacity: int,
@@ -158,9 +163,9 @@ def drop_improbable(
     kept: _Index64,
 ) -> int: ...
 
-# routing_experts.pxi
+# routing/expert_choice.pxi
 @_fused
-def guess_bounds(
+def sample_thresholds(
     logits: _Bytes,
     encoding: int,
     is_sigmoid: bool,
@@ -169,7 +174,7 @@ def guess_bounds(
     bounds: _Real,
 ) -> None: ...
 @_fused
-def hear(
+def collect_candidates(
     logits: _Bytes,
     encoding: int,
     num_experts: int,
@@ -183,7 +188,7 @@ def hear(
     stop: int,
 ) -> int: ...
 @_fused
-def keep_best(
+def select_candidates(
     bounds: _Real,
     found: _Index32,
     value: _Real,
@@ -194,7 +199,7 @@ def keep_best(
     stop: int,
 ) -> None: ...
 
-# routing_statistics.pxi
+# routing/statistics.pxi
 @_fused
 def add_statistics(
     logits: _Bytes,
@@ -212,7 +217,7 @@ def add_weights(
     expert_indices: _Index32, weights: _Real, scale: float, importance: _Float64
 ) -> None: ...
 
-# routing_gradients.pxi
+# routing/gradients.pxi
 @_fused
 def pull_back_scores(
     logits: _Bytes,

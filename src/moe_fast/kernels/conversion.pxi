@@ -1,35 +1,51 @@
-# One float format into another: to nearest, of two equally near the even one; NaN stays NaN, with
-# its sign and the upper bits of its payload. By integers, but for float16's subnormals, so that
-# every level and every state of the processor gives the same bits.
+# Rounding one float format to another: to nearest, ties to even; a NaN stays one, with its sign and
+# the upper bits of its payload. By integer operations, except for subnormals of float16, so that
+# every level and every floating-point mode of the processor gives the same bits.
 #
-# What narrows counts the finite numbers that became infinite, as wide as its numbers are: it is
-# given fewer than 2^32 of them.
+# A conversion to a narrower format counts the finite numbers that overflowed to infinity, in 32
+# bits: it takes fewer than 2^32 numbers at a time.
 
 cdef enum:
-    INFINITE = 0x7F800000  # a float32's magnitude bits; the other two round to what is infinite
+    # Magnitudes of float32: infinity, and the smallest that round to infinity.
+    INFINITE = 0x7F800000
     INFINITE_AS_BFLOAT16 = 0x7F7F8000
     INFINITE_AS_FLOAT16 = 0x477FF000
 
 
-cdef inline uint32_t becomes_infinite(uint32_t bits, int32_t least) noexcept nogil:
+cdef inline float widen_bfloat16(uint16_t h) noexcept nogil:
+    return float_of_bits(<uint32_t>h << 16)
+
+
+cdef inline float widen_float16(uint16_t h) noexcept nogil:
+    # By integers: a processor that flushes subnormals to zero must read the same number.
+    cdef uint32_t magnitude = h & 0x7FFF
+    cdef uint32_t sign = <uint32_t>(h & 0x8000) << 16
+    cdef uint32_t rebias = 224 if magnitude >= 0x7C00 else 112
+    cdef float normal = float_of_bits(((magnitude << 13) + (rebias << 23)) | sign)
+    cdef float small = <float><int32_t>magnitude * <float>5.9604644775390625e-8
+    small = -small if sign else small
+    return small if magnitude < 0x400 else normal
+
+
+cdef inline uint32_t overflows(uint32_t bits, int32_t least) noexcept nogil:
     cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
     return (magnitude >= least) & (magnitude < INFINITE)
 
 
-cdef inline uint32_t chosen(bint condition, uint32_t yes, uint32_t no) noexcept nogil:
-    """By masks: GCC makes vectors of them, and none of choices."""
+cdef inline uint32_t select(bint condition, uint32_t yes, uint32_t no) noexcept nogil:
+    # By masks: GCC vectorises them, and does not vectorise a conditional.
     cdef uint32_t mask = -<uint32_t>condition
     return (yes & mask) | (no & ~mask)
 
 
-cdef inline uint16_t bfloat16_of(uint32_t bits) noexcept nogil:
+cdef inline uint16_t round_to_bfloat16(uint32_t bits) noexcept nogil:
     cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
     cdef uint32_t rounded = (bits + <uint32_t>0x7FFF + ((bits >> 16) & 1)) >> 16
     cdef uint32_t quiet = (bits >> 16) | <uint32_t>0x40
-    return <uint16_t>chosen(magnitude > INFINITE, quiet, rounded)
+    return <uint16_t>select(magnitude > INFINITE, quiet, rounded)
 
 
-cdef inline uint16_t float16_of(uint32_t bits) noexcept nogil:
+cdef inline uint16_t round_to_float16(uint32_t bits) noexcept nogil:
     cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
     cdef uint32_t odd = (bits >> 13) & 1
     cdef uint32_t normal = (magnitude + <uint32_t>0xFFF + odd - (<uint32_t>112 << 23)) >> 13
@@ -37,9 +53,9 @@ cdef inline uint16_t float16_of(uint32_t bits) noexcept nogil:
     cdef float sum = float_of_bits(magnitude) + <float>0.5
     cdef uint32_t small = bits_of_float(sum) - <uint32_t>0x3F000000
     cdef uint32_t quiet = <uint32_t>0x7E00 | ((bits >> 13) & <uint32_t>0x3FF)
-    cdef uint32_t result = chosen(magnitude < 0x38800000, small, normal)
-    result = chosen(magnitude >= INFINITE_AS_FLOAT16, 0x7C00, result)
-    result = chosen(magnitude > INFINITE, quiet, result)
+    cdef uint32_t result = select(magnitude < 0x38800000, small, normal)
+    result = select(magnitude >= INFINITE_AS_FLOAT16, 0x7C00, result)
+    result = select(magnitude > INFINITE, quiet, result)
     return <uint16_t>(result | ((bits >> 16) & <uint32_t>0x8000))
 
 
@@ -49,8 +65,8 @@ def float32_to_bfloat16(const uint32_t[::1] values not None, uint16_t[::1] out n
     cdef uint32_t infinite = 0
     with nogil:
         for i in range(values.shape[0]):
-            out[i] = bfloat16_of(values[i])
-            infinite += becomes_infinite(values[i], INFINITE_AS_BFLOAT16)
+            out[i] = round_to_bfloat16(values[i])
+            infinite += overflows(values[i], INFINITE_AS_BFLOAT16)
     return infinite
 
 
@@ -60,8 +76,8 @@ def float32_to_float16(const uint32_t[::1] values not None, uint16_t[::1] out no
     cdef uint32_t infinite = 0
     with nogil:
         for i in range(values.shape[0]):
-            out[i] = float16_of(values[i])
-            infinite += becomes_infinite(values[i], INFINITE_AS_FLOAT16)
+            out[i] = round_to_float16(values[i])
+            infinite += overflows(values[i], INFINITE_AS_FLOAT16)
     return infinite
 
 
@@ -72,8 +88,8 @@ def bfloat16_to_float16(const uint16_t[::1] values not None, uint16_t[::1] out n
     with nogil:
         for i in range(values.shape[0]):
             bits = <uint32_t>values[i] << 16
-            out[i] = float16_of(bits)
-            infinite += becomes_infinite(bits, INFINITE_AS_FLOAT16)
+            out[i] = round_to_float16(bits)
+            infinite += overflows(bits, INFINITE_AS_FLOAT16)
     return infinite
 
 
@@ -82,7 +98,7 @@ def float16_to_bfloat16(const uint16_t[::1] values not None, uint16_t[::1] out n
     cdef Py_ssize_t i
     with nogil:
         for i in range(values.shape[0]):
-            out[i] = bfloat16_of(bits_of_float(from_float16(values[i])))
+            out[i] = round_to_bfloat16(bits_of_float(widen_float16(values[i])))
     return 0
 
 
@@ -91,7 +107,7 @@ def float16_to_float32(const uint16_t[::1] values not None, uint32_t[::1] out no
     cdef Py_ssize_t i
     with nogil:
         for i in range(values.shape[0]):
-            out[i] = bits_of_float(from_float16(values[i]))
+            out[i] = bits_of_float(widen_float16(values[i]))
     return 0
 
 

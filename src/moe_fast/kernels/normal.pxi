@@ -1,11 +1,10 @@
-# Normal draws, each from its own place in a stream: no draw needs the one before it.
+# Normal draws by inversion: SplitMix64 (Steele, Lea, Flood 2014), then algorithm AS 241 (Wichura
+# 1988).
 #
-# The stream is SplitMix64 (Steele, Lea, Flood 2014), whose state moves on by a constant: any
-# draw can be the next. The upper 32 bits u of a draw stand for the chance (u + 1/2) / 2^32, and
-# the value is the inverse of the normal distribution function there: algorithm AS 241 (Wichura
-# 1988), whose third region, below 1.4e-11, no draw reaches. The logarithm is a series, since a
-# library's may differ in its last bit; what is left is + - * / and the square root, which IEEE 754
-# rounds everywhere alike.
+# The state of SplitMix64 grows by a constant, so any draw can be computed without the ones before
+# it. The upper 32 bits u of a draw give the probability (u + 1/2) / 2^32, and the value is the
+# normal quantile there. The third region of AS 241, below 1.4e-11, is never reached. Only + - * /
+# and the square root are used, which IEEE 754 rounds the same everywhere.
 
 cdef enum:
     BLOCK = 256
@@ -17,16 +16,8 @@ cdef inline uint64_t splitmix64(uint64_t state) noexcept nogil:
     return state ^ (state >> 31)
 
 
-cdef inline double below_magic(uint64_t value) noexcept nogil:
-    """A whole number below 2^52 as a double; unlike a cast, every SIMD level has this."""
-    cdef double result
-    value |= 0x4330000000000000ULL
-    memcpy(&result, &value, 8)
-    return result - 4503599627370496.0
-
-
-cdef inline double normal_centre(double q) noexcept nogil:
-    """The quantile of 1/2 + q for |q| at most 0.425."""
+cdef inline double central_quantile(double q) noexcept nogil:
+    # The quantile of 1/2 + q for |q| at most 0.425.
     cdef double r = 0.180625 - q * q
     cdef double over = (
         ((((((2509.0809287301226727 * r + 33430.575583588128105) * r + 67265.770927008700853) * r
@@ -41,34 +32,9 @@ cdef inline double normal_centre(double q) noexcept nogil:
     return q * over / under
 
 
-cdef double natural_logarithm(double x) noexcept nogil:
-    """2^k * m with m from sqrt(1/2) to sqrt(2); log(m) = 2 atanh((m - 1) / (m + 1)), its series."""
-    cdef uint64_t bits
-    cdef double m, s, z, k, term
-    memcpy(&bits, &x, 8)
-    bits += 0x3FF0000000000000ULL - 0x3FE6A09E667F3BCDULL
-    k = below_magic(bits >> 52) - 1023.0
-    bits = (bits & 0xFFFFFFFFFFFFFULL) + 0x3FE6A09E667F3BCDULL
-    memcpy(&m, &bits, 8)
-    s = (m - 1.0) / (m + 1.0)
-    z = s * s
-    term = 1.0 / 21.0
-    term = term * z + 1.0 / 19.0
-    term = term * z + 1.0 / 17.0
-    term = term * z + 1.0 / 15.0
-    term = term * z + 1.0 / 13.0
-    term = term * z + 1.0 / 11.0
-    term = term * z + 1.0 / 9.0
-    term = term * z + 1.0 / 7.0
-    term = term * z + 1.0 / 5.0
-    term = term * z + 1.0 / 3.0
-    term = term * z + 1.0
-    return k * 0.6931471805599453 + 2.0 * s * term
-
-
-cdef double normal_tail(double q) noexcept nogil:
-    """The quantile of 1/2 + q for |q| above 0.425."""
-    cdef double r = sqrt(-natural_logarithm(0.5 - fabs(q))) - 1.6
+cdef double tail_quantile(double q) noexcept nogil:
+    # The quantile of 1/2 + q for |q| above 0.425.
+    cdef double r = sqrt(-logarithm(0.5 - fabs(q))) - 1.6
     cdef double over = (
         ((((((7.7454501427834140764e-4 * r + 0.0227238449892691845833) * r
              + 0.24178072517745061177) * r + 1.27045825245236838258) * r
@@ -90,7 +56,7 @@ def fill_normal(
 ):
     """Write `out[i]`, `i` from `begin` to `end`: draw `first + i`, times `scale`, as float32.
 
-    The few values far from the centre are made apart: both ways for all would take longer.
+    The few values in the tails are computed separately: both formulas for all would take longer.
     """
     cdef double q[BLOCK]
     cdef Py_ssize_t far[BLOCK]
@@ -102,12 +68,12 @@ def fill_normal(
             for i in range(size):
                 draw = first + <uint64_t>(begin + i) + 1
                 draw = splitmix64(seed + draw * 0x9E3779B97F4A7C15ULL)
-                q[i] = (below_magic(draw >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
-                out[begin + i] = <float>(normal_centre(q[i]) * scale)
+                q[i] = (double_of_integer(draw >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
+                out[begin + i] = <float>(central_quantile(q[i]) * scale)
             count = 0
             for i in range(size):
                 far[count] = i
                 count += fabs(q[i]) > 0.425
             for i in range(count):
-                out[begin + far[i]] = <float>(normal_tail(q[far[i]]) * scale)
+                out[begin + far[i]] = <float>(tail_quantile(q[far[i]]) * scale)
             begin += size

@@ -38,7 +38,7 @@ def route_again(logits: npt.NDArray[Any], call: tuple[object, ...], out: Routing
         return False
     if len(call) != len(out.last_call[0]):
         return False
-    bad = kernels.compiled.route_token_again(
+    bad = kernels.compiled.route_next_token(
         logits, out.indices, out.weights, out.tokens_per_expert_before_drop, call, *out.last_call
     )
     if bad is None:
@@ -88,9 +88,9 @@ def drop_overflow(rule: Rule, out: Routing, capacity: int) -> None:
     indices, weights = out.indices.reshape(-1), out.weights.reshape(-1)
     kept = np.zeros(rule.num_experts, np.int64)
     if rule.drop_policy == "position":
-        num_dropped = kernels.compiled.drop_late[c_type](indices, weights, capacity, kept)
+        num_dropped = kernels.compiled.drop_by_position[c_type](indices, weights, capacity, kept)
     else:
-        num_dropped = kernels.compiled.drop_improbable[c_type](
+        num_dropped = kernels.compiled.drop_by_probability[c_type](
             indices, weights, capacity, out.offsets, out.permutation, fullest, kept
         )
     out.set_counts(kept, num_dropped)
@@ -123,13 +123,13 @@ def choose_tokens(rows: Rows, rule: Rule, out: Routing, threads: int) -> None:
             for i in range(start, stop):
                 part = num_tokens * i // parts, num_tokens * (i + 1) // parts
                 bad.append(
-                    compiled.hear[c_type](
+                    compiled.collect_candidates[c_type](
                         *arguments, first, thresholds, found[i], value[i], count[i], *part
                     )
                 )
 
         def keep_best(start: int, stop: int) -> None:
-            compiled.keep_best[c_type](
+            compiled.select_candidates[c_type](
                 thresholds, found, value, count,
                 out.indices[first:last], out.weights[first:last], start, stop,
             )  # fmt: skip
@@ -149,7 +149,7 @@ def choose_tokens(rows: Rows, rule: Rule, out: Routing, threads: int) -> None:
     if num_tokens < 4 * SAMPLE or rank > SAMPLE // 2:
         select(0, thresholds, 1.0)
     else:
-        compiled.guess_bounds[c_type](
+        compiled.sample_thresholds[c_type](
             rows.bytes, rows.encoding, rule.is_sigmoid, SAMPLE, rank, thresholds
         )
         for expert in select(0, thresholds, rank / SAMPLE):

@@ -1,15 +1,16 @@
-# One token by the rule of the token before, as a loop that decodes asks for it: checking options
-# and taking typed views of arrays would take several times as long as the routing.
+# One token by the same rule as the token before, in a loop that decodes. Checking the options and
+# taking typed views of the arrays would take several times as long as the routing itself.
 
 cdef enum:
-    # Besides NO_MEMORY: the arrays are not what is expected.
+    # An array has another shape or dtype than expected.
     UNEXPECTED = -3
 
 
-cdef inline bint holds(
+cdef inline bint is_row(
     const Py_buffer* array, Py_ssize_t length, Py_ssize_t itemsize, char kind
 ) noexcept nogil:
-    # Whether it is one row, or a row of one row, of numbers in native order; kind 0 is any.
+    # Whether the array is one row, of shape [length] or [1, length], of aligned numbers in native
+    # byte order; kind 0 is any dtype.
     cdef int last = array.ndim - 1
     return (
         0 <= last <= 1
@@ -22,10 +23,10 @@ cdef inline bint holds(
     )
 
 
-cdef Py_ssize_t route_held(
+cdef Py_ssize_t route_buffers(
     const Py_buffer* logits, const Py_buffer* expert_indices, const Py_buffer* weights,
     const Py_buffer* tokens_per_expert, const Rule* rule
-) noexcept nogil:
+) except -2 nogil:
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef const uint8_t* row = <const uint8_t*>logits.buf
@@ -33,20 +34,20 @@ cdef Py_ssize_t route_held(
     cdef int64_t* count = <int64_t*>tokens_per_expert.buf
     cdef int encoding = NATIVE
     if logits.ndim != 2 or not (
-        holds(expert_indices, k, sizeof(int32_t), 0)
-        and holds(tokens_per_expert, n, sizeof(int64_t), 0)
+        is_row(expert_indices, k, sizeof(int32_t), 0)
+        and is_row(tokens_per_expert, n, sizeof(int64_t), 0)
     ):
         return UNEXPECTED
-    if holds(weights, k, sizeof(double), c"d") and holds(logits, n, sizeof(double), c"d"):
+    if is_row(weights, k, sizeof(double), c"d") and is_row(logits, n, sizeof(double), c"d"):
         memset(count, 0, n * sizeof(int64_t))
         return route_blocks[double](
             row, 0, NATIVE, NULL, rule, index, <double*>weights.buf, count, 0, 1
         )
-    if not holds(weights, k, sizeof(float), c"f"):
+    if not is_row(weights, k, sizeof(float), c"f"):
         return UNEXPECTED
-    if holds(logits, n, sizeof(uint16_t), c"e"):
+    if is_row(logits, n, sizeof(uint16_t), c"e"):
         encoding = FLOAT16
-    elif not holds(logits, n, sizeof(float), c"f"):
+    elif not is_row(logits, n, sizeof(float), c"f"):
         return UNEXPECTED
     memset(count, 0, n * sizeof(int64_t))
     return route_blocks[float](
@@ -54,17 +55,17 @@ cdef Py_ssize_t route_held(
     )
 
 
-def route_token_again(
+def route_next_token(
     logits, expert_indices, weights, tokens_per_expert, tuple asked, tuple asked_before,
     bint is_sigmoid, bint norm_topk_prob, bint by_score,
     Py_ssize_t n_group, Py_ssize_t topk_group, Py_ssize_t experts_per_group_score,
     double routed_scaling_factor, Py_ssize_t num_experts, Py_ssize_t num_experts_per_tok
 ):
-    """Choose for one token, without a bias, and count anew.
+    """Choose for one token, without a bias, and set the counts.
 
-    Does nothing and returns None where an object in `asked` is another than in `asked_before`, or
-    an array is not of the shape and dtype that it takes. Otherwise returns the first token with a
-    NaN, or -1.
+    Does nothing and returns None if an object in `asked` is not the same as in `asked_before`, or
+    an array does not have the expected shape and dtype. Otherwise returns 0 if a logit is NaN, and
+    -1 if not.
     """
     cdef Py_buffer[4] array
     cdef Rule rule
@@ -91,13 +92,11 @@ def route_token_again(
         held = 3
         PyObject_GetBuffer(tokens_per_expert, &array[3], PyBUF_RECORDS)
         held = 4
-        bad = route_held(&array[0], &array[1], &array[2], &array[3], &rule)
+        bad = route_buffers(&array[0], &array[1], &array[2], &array[3], &rule)
     except (BufferError, TypeError, ValueError):
-        # No buffer, or one that cannot be described, such as bfloat16, or is read-only.
+        # Not a buffer, or one without a format (bfloat16), or a read-only one.
         return None
     finally:
         for i in range(held):
             PyBuffer_Release(&array[i])
-    if bad == NO_MEMORY:
-        raise MemoryError(f"no memory to route among num_experts={num_experts}")
     return None if bad == UNEXPECTED else bad

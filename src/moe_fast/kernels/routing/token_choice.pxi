@@ -1,25 +1,25 @@
-# Tokens choose experts: top-k, Switch, group-limited.
+# Token choice: each token chooses its experts (top-k, Switch, group-limited).
 
 cdef enum:
-    # Tokens in columns go through each step in so many blocks, so that one does not wait for the
-    # results of the other.
-    BLOCKS = 4
+    # Tokens in columns go through each step in this many blocks, so that the processor works on one
+    # while it waits for the results of another.
+    BLOCKS_AT_ONCE = 4
 
 
-cdef struct Work:
-    # What a block needs besides its input and output, each of one kind of float. `padded` is at
-    # least BLOCKS times the experts where these stand in columns.
+cdef struct Workspace:
+    # Memory of one call, in floats of the weights' type. `padded` is the experts, rounded up, times
+    # BLOCKS_AT_ONCE if they stand in columns.
     void* rows       # LANES * padded: copies of rows, or num_experts * LANES as columns
     void* scores     # LANES * padded: what rows, or columns, are chosen by
-    void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is being sorted
-    void* chosen     # BLOCKS * k * LANES
+    void* value      # 3 * padded + 2 * LANES + LANES * LANES: what is sorted; in columns, sums
+    void* chosen     # BLOCKS_AT_ONCE * k * LANES
     int32_t* found   # padded + LANES + LANES * LANES
     int32_t* order   # padded
-    int32_t* expert  # LANES * padded: the experts of the groups kept
+    int32_t* expert  # LANES * padded: the experts of the groups kept; in columns, those chosen
 
 
-cdef inline bint few_enough_for_columns(const Rule* rule) noexcept nogil:
-    return rule.n_group == 1 and in_columns(rule.num_experts) and (
+cdef inline bint use_columns(const Rule* rule) noexcept nogil:
+    return rule.n_group == 1 and fit_in_columns(rule.num_experts) and (
         rule.num_experts * rule.num_experts_per_tok <= 128
     )
 
@@ -28,22 +28,22 @@ cdef void choose_block(
     real* column, real* score, const real* bias, const Rule* rule,
     int32_t* expert, real* chosen, real* largest, real* total
 ) noexcept nogil:
-    # LANES tokens, each in its lane; expert and chosen in columns too.
+    # Experts and their logits for LANES tokens; all arrays stand in columns.
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t e, s, t
     cdef real added
     if not rule.by_score:
-        choose_in_columns(column, n, k, expert, chosen)
+        select_in_columns(column, n, k, expert, chosen)
         if not rule.norm_topk_prob:
-            exponentials_of_columns(column, n, chosen, score, total)
+            sum_exponentials(column, n * LANES, chosen, score, total)
         return
-    scores_of_columns(column, n, rule.is_sigmoid, largest, total, score)
+    score_columns(column, n, rule.is_sigmoid, largest, total, score)
     for e in range(n):
         added = bias[e]
         for t in range(LANES):
             score[e * LANES + t] += added
-    choose_in_columns(score, n, k, expert, chosen)
+    select_in_columns(score, n, k, expert, chosen)
     for s in range(k):
         for t in range(LANES):
             chosen[s * LANES + t] = column[expert[s * LANES + t] * LANES + t]
@@ -51,49 +51,49 @@ cdef void choose_block(
 
 cdef Py_ssize_t route_columns(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const real* bias, const Rule* rule, Work* work, int32_t* index, real* weight
+    const real* bias, const Rule* rule, Workspace* work, int32_t* index, real* weight
 ) noexcept nogil:
-    # Up to BLOCKS times LANES tokens. Returns the first with a NaN, or -1.
+    # Up to BLOCKS_AT_ONCE times LANES tokens. Returns the first with a NaN, or -1.
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef real* column = <real*>work.rows
     cdef real* score = <real*>work.scores
     cdef real* chosen = <real*>work.chosen
-    cdef int32_t[BLOCKS * FEW * LANES] expert
-    cdef real[BLOCKS * LANES] largest
-    cdef real[BLOCKS * LANES] total
+    cdef int32_t* expert = work.expert
+    cdef real* largest = <real*>work.value
+    cdef real* total = largest + BLOCKS_AT_ONCE * LANES
     cdef Py_ssize_t first, bad
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         bad = load_columns(
-            logits + first * stride, stride, encoding, lanes_from(first, tokens), n,
+            logits + first * stride, stride, encoding, tokens_in_block(first, tokens), n,
             column + first * n, <real*>work.value
         )
         if bad >= 0:
             return first + bad
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
         choose_block(
             column + first * n, score + first * n, bias, rule,
             expert + first * k, chosen + first * k, largest + first, total + first
         )
-    for first in range(0, tokens, 16):
-        weigh(chosen + first * k, largest + first, total + first, rule)
-    for first in range(0, tokens, 16):
+    for first from 0 <= first < tokens by LANES:
+        compute_weights(chosen + first * k, largest + first, total + first, rule)
+    for first from 0 <= first < tokens by LANES:
         to_rows(
-            <const float*>(expert + first * k), lanes_from(first, tokens), k,
+            <const float*>(expert + first * k), tokens_in_block(first, tokens), k,
             <float*>(index + first * k)
         )
-        to_rows(chosen + first * k, lanes_from(first, tokens), k, weight + first * k)
+        to_rows(chosen + first * k, tokens_in_block(first, tokens), k, weight + first * k)
     return -1
 
 
 cdef Py_ssize_t route_rows(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const real* bias, const Rule* rule, Work* work, int32_t* index, real* weight
+    const real* bias, const Rule* rule, Workspace* work, int32_t* index, real* weight
 ) noexcept nogil:
-    # One block of up to LANES tokens, row by row. Returns the first with a NaN, or -1.
+    # One block of up to LANES tokens in rows. Returns the first with a NaN, or -1.
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef real* value = <real*>work.value
     cdef real* chosen = <real*>work.chosen
     cdef int32_t* expert
@@ -109,19 +109,21 @@ cdef Py_ssize_t route_rows(
     for t in range(LANES):
         largest[t] = 0
         total[t] = 1
-    ahead = distance_ahead(row[0], <real*>work.rows, stride)
+    ahead = prefetch_distance(row[0], <real*>work.rows, stride)
     if not rule.by_score:
         if k == 1 or not rule.norm_topk_prob:
-            largest_of_rows(folded, chosen)
+            max_of_rows(folded, chosen)
         if not rule.norm_topk_prob:
-            totals_of_rows(row, chosen, tokens, n, ahead, total)
+            sum_exponentials_of_rows(
+                row, chosen, tokens, n, ahead, <real*>work.scores, total
+            )
             ahead = 0
-        choose_in_rows(
+        select_in_rows(
             row, folded, tokens, n, padded, ahead, k,
             index, chosen, value, work.found, work.order,
         )
     else:
-        scores_of_rows(
+        score_rows(
             row, folded, tokens, n, ahead, rule.is_sigmoid, <real*>work.scores, largest, total
         )
         for t in range(tokens):
@@ -131,22 +133,22 @@ cdef Py_ssize_t route_rows(
             for e in range(n, padded):
                 choice[t][e] = -INFINITY
             if rule.n_group > 1:
-                keep_best_groups(
+                keep_top_groups(
                     choice[t], rule, work.expert + t * padded, work.order, value
                 )
         n = n // rule.n_group * rule.topk_group
-        padded = padded_to_lanes(n)
+        padded = round_up_to_lanes(n)
         for t in range(tokens):
-            fold(choice[t], padded, LANES, folded + t * LANES)
+            fold_max(choice[t], padded, LANES, folded + t * LANES)
         if k == 1:
-            largest_of_rows(folded, chosen)
-        choose_in_rows(
+            max_of_rows(folded, chosen)
+        select_in_rows(
             <const real**>choice, folded, tokens, n, padded, 0, k,
             index, chosen, value, work.found, work.order,
         )
         if rule.n_group > 1:
             for t in range(tokens):
-                expert = work.expert + t * padded_to_lanes(rule.num_experts)
+                expert = work.expert + t * round_up_to_lanes(rule.num_experts)
                 for s in range(k):
                     index[t * k + s] = expert[index[t * k + s]]
         for t in range(tokens):
@@ -155,28 +157,23 @@ cdef Py_ssize_t route_rows(
     for t in range(tokens, LANES):
         for s in range(k):
             chosen[s * LANES + t] = 0
-    weigh(chosen, largest, total, rule)
+    compute_weights(chosen, largest, total, rule)
     to_rows(chosen, tokens, k, weight)
     return -1
-
-
-cdef enum:
-    NO_MEMORY = -2
 
 
 cdef Py_ssize_t route_blocks(
     const uint8_t* logits, Py_ssize_t stride, int encoding, const real* bias, const Rule* rule,
     int32_t* expert_indices, real* weights, int64_t* tokens_per_expert,
     Py_ssize_t start, Py_ssize_t stop
-) noexcept nogil:
-    # The tokens from start to stop; NULL is a bias of zeros. Returns the first with a NaN, -1 where
-    # there is none, or NO_MEMORY.
-    cdef Work work
+) except -2 nogil:
+    # The tokens from start to stop; NULL is a bias of zeros. Returns the first with a NaN, or -1.
+    cdef Workspace work
     cdef Py_ssize_t n = rule.num_experts
     cdef Py_ssize_t k = rule.num_experts_per_tok
-    cdef bint as_columns = few_enough_for_columns(rule)
-    cdef Py_ssize_t step = BLOCKS * LANES if as_columns else LANES
-    cdef Py_ssize_t padded = padded_to_lanes(n) * (BLOCKS if as_columns else 1)
+    cdef bint as_columns = use_columns(rule)
+    cdef Py_ssize_t step = BLOCKS_AT_ONCE * LANES if as_columns else LANES
+    cdef Py_ssize_t padded = round_up_to_lanes(n) * (BLOCKS_AT_ONCE if as_columns else 1)
     cdef Py_ssize_t bad = -1
     cdef Py_ssize_t token = start
     cdef Py_ssize_t tokens, i
@@ -184,19 +181,17 @@ cdef Py_ssize_t route_blocks(
     cdef real* weight
     cdef real* zeros
     cdef const uint8_t* row
-    cdef void* memory = malloc(
+    work.rows = allocate(
         (
-            2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS * LANES * k
+            2 * LANES * padded + 4 * padded + 2 * LANES + LANES * LANES + BLOCKS_AT_ONCE * LANES * k
         ) * sizeof(real)
-        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t) + CACHE_LINE
+        + (2 * padded + LANES + LANES * LANES + LANES * padded) * sizeof(int32_t),
+        n,
     )
-    if memory == NULL:
-        return NO_MEMORY
-    work.rows = from_cache_line(memory)
     work.scores = <real*>work.rows + LANES * padded
     work.value = <real*>work.scores + LANES * padded
     work.chosen = <real*>work.value + 3 * padded + 2 * LANES + LANES * LANES
-    zeros = <real*>work.chosen + BLOCKS * LANES * k
+    zeros = <real*>work.chosen + BLOCKS_AT_ONCE * LANES * k
     work.found = <int32_t*>(zeros + padded)
     work.order = work.found + padded + LANES + LANES * LANES
     work.expert = work.order + padded
@@ -218,7 +213,7 @@ cdef Py_ssize_t route_blocks(
         for i in range(tokens * k):
             tokens_per_expert[index[i]] += 1
         token += step
-    free(memory)
+    release(work.rows)
     return bad
 
 
@@ -257,6 +252,4 @@ def route_tokens(
             &logits[0, 0], logits.strides[0], encoding, added, &rule,
             &expert_indices[0, 0], &weights[0, 0], &tokens_per_expert[0], start, stop
         )
-    if bad == NO_MEMORY:
-        raise MemoryError(f"no memory to route among num_experts={rule.num_experts}")
     return bad

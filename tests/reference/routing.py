@@ -1,4 +1,4 @@
-"""A plain twin of every routing kernel, in float64, written like its definition."""
+"""Routing, its statistics and its gradients, in float64."""
 
 from __future__ import annotations
 

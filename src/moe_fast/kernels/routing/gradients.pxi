@@ -1,6 +1,7 @@
-# Backwards: from the gradient by weights or probabilities to that by logits.
+# Backward pass (vector-Jacobian products): from the gradient by weights or scores to that by
+# logits.
 
-cdef inline real slope_of_sigmoid(real x) noexcept nogil:
+cdef inline real sigmoid_derivative(real x) noexcept nogil:
     # s (1 - s), without the cancellation where s is nearly 1.
     cdef real magnitude = x if x < <real>0.0 else -x
     cdef real e = exponential(magnitude)
@@ -11,10 +12,10 @@ cdef void pull_back(
     const real* x, Py_ssize_t n, bint is_row, bint is_sigmoid, bint normalised, real of_square,
     real* score, real* gradient
 ) noexcept nogil:
-    # In place: the gradient by scores becomes that by logits x. Either LANES tokens, each in its
-    # lane, or one token as a row, ended by -inf and gradients of 0 up to a multiple of LANES.
-    # Softmax adds of_square times half the gradient of the squared log-sum-exp.
-    cdef Py_ssize_t size = padded_to_lanes(n) if is_row else n * LANES
+    # In place: the gradient by scores becomes that by logits x. Either LANES tokens in columns, or
+    # one token as a row, padded with -inf and gradients of 0 up to a multiple of LANES. Softmax
+    # adds of_square times half the gradient of the squared log-sum-exp.
+    cdef Py_ssize_t size = round_up_to_lanes(n) if is_row else n * LANES
     cdef Py_ssize_t lanes = 1 if is_row else LANES
     cdef Py_ssize_t i, j
     cdef real[LANES] top
@@ -22,37 +23,36 @@ cdef void pull_back(
     cdef real[LANES] shift
     if is_sigmoid and not normalised:
         for i in range(size):
-            gradient[i] *= slope_of_sigmoid(x[i])
+            gradient[i] *= sigmoid_derivative(x[i])
         return
     for j in range(LANES):
         total[j] = 0
         shift[j] = 0
     if is_sigmoid:
-        for i in range(0, size, 16):
+        for i from 0 <= i < size by LANES:
             for j in range(LANES):
                 score[i + j] = sigmoid(x[i + j])
             add_to(total, score + i)
-            add_product_to(shift, score + i, gradient + i)
-        for i in range(size):
-            score[i] = slope_of_sigmoid(x[i])
     else:
-        fold(x, size, LANES, top)
+        fold_max(x, size, LANES, top)
         if is_row:
-            top[0] = largest_of_row(x, size)
+            top[0] = max_of_row(x, size)
             for j in range(1, LANES):
                 top[j] = top[0]
-        for i in range(0, size, 16):
-            exponentials_below(x + i, top, score + i)
-            add_to(total, score + i)
-            add_product_to(shift, score + i, gradient + i)
+        sum_exponentials(x, size, top, score, total)
+    for i from 0 <= i < size by LANES:
+        add_product_to(shift, score + i, gradient + i)
+    if is_sigmoid:
+        for i in range(size):
+            score[i] = sigmoid_derivative(x[i])
     if is_row:
-        total[0] = sum_of_lanes(total)
-        shift[0] = sum_of_lanes(shift)
+        total[0] = sum_lanes(total)
+        shift[0] = sum_lanes(shift)
     for j in range(lanes):
         if is_sigmoid:
             total[j] += <real>1e-20
         elif top[j] == -INFINITY:
-            # All count as equal, and so did what ends a row.
+            # All logits count as equal, and so did the padding of a row.
             total[j] = <real>n
         shift[j] /= total[j]
         if of_square != 0:
@@ -61,7 +61,7 @@ cdef void pull_back(
         for j in range(1, LANES):
             total[j] = total[0]
             shift[j] = shift[0]
-    for i in range(0, size, 16):
+    for i from 0 <= i < size by LANES:
         for j in range(LANES):
             gradient[i + j] = score[i + j] / total[j] * (gradient[i + j] - shift[j])
 
@@ -76,7 +76,7 @@ cdef void pull_back_block(
     cdef real* score = x + LANES * n
     cdef real* g = score + LANES * n
     cdef Py_ssize_t e, t
-    if in_columns(n):
+    if fit_in_columns(n):
         load_columns(logits, stride, encoding, tokens, n, x, score)
         to_columns(<const uint8_t*>gradient, n * sizeof(real), tokens, n, g)
         pull_back(x, n, False, is_sigmoid, normalised, of_square, score, g)
@@ -85,7 +85,7 @@ cdef void pull_back_block(
     for t in range(tokens):
         load_row(logits + t * stride, encoding, n, x)
         memcpy(g, gradient + t * n, n * sizeof(real))
-        for e in range(n, padded_to_lanes(n)):
+        for e in range(n, round_up_to_lanes(n)):
             g[e] = 0
         pull_back(x, n, True, is_sigmoid, normalised, of_square, score, g)
         memcpy(gradient + t * n, g, n * sizeof(real))
@@ -96,8 +96,8 @@ cdef void pull_back_chosen(
     const int32_t* expert, Py_ssize_t k, bint is_sigmoid, bint normalised, real* work,
     real* gradient, Py_ssize_t n
 ) noexcept nogil:
-    # The same where scores are of the chosen alone. `gradient` holds that by their scores where
-    # they stand, and 0 elsewhere.
+    # The same for scores over the chosen experts alone. `gradient` holds the gradient by their
+    # scores at their places, and 0 elsewhere.
     cdef real* x = work
     cdef real* score = x + LANES * n
     cdef real* g = score + LANES * n
@@ -108,9 +108,9 @@ cdef void pull_back_chosen(
         for s in range(k):
             place = expert[t * k + s]
             if encoding == BFLOAT16:
-                x[s * LANES + t] = from_bfloat16((<const uint16_t*>row)[place])
+                x[s * LANES + t] = widen_bfloat16((<const uint16_t*>row)[place])
             elif encoding == FLOAT16:
-                x[s * LANES + t] = from_float16((<const uint16_t*>row)[place])
+                x[s * LANES + t] = widen_float16((<const uint16_t*>row)[place])
             else:
                 x[s * LANES + t] = (<const real*>row)[place]
             g[s * LANES + t] = gradient[t * n + place]
@@ -130,17 +130,16 @@ def pull_back_scores(
     """
     cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t token
-    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
-    cdef real* work = <real*>from_cache_line(memory)
+    cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
-        for token in range(start, stop, 16):
+        for token from start <= token < stop by LANES:
             pull_back_block(
                 &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
-                lanes_from(token, stop), n, is_sigmoid, normalised, <real>of_square,
+                tokens_in_block(token, stop), n, is_sigmoid, normalised, <real>of_square,
                 work, &gradient[token, 0]
             )
-    free(memory)
+    release(work)
 
 
 def pull_back_weights(
@@ -157,12 +156,11 @@ def pull_back_weights(
     cdef Py_ssize_t token, tokens, t, s
     cdef real scale = <real>routed_scaling_factor
     cdef const uint8_t* row
-    cdef void* memory = room_for(3 * LANES * n, sizeof(real), n)
-    cdef real* work = <real*>from_cache_line(memory)
+    cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
     with nogil:
         memset(work, 0, 3 * LANES * n * sizeof(real))
-        for token in range(start, stop, 16):
-            tokens = lanes_from(token, stop)
+        for token from start <= token < stop by LANES:
+            tokens = tokens_in_block(token, stop)
             row = &logits[0, 0] + token * stride
             memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
             for t in range(token, token + tokens):
@@ -178,4 +176,4 @@ def pull_back_weights(
                     row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
                     work, &gradient[token, 0]
                 )
-    free(memory)
+    release(work)

@@ -1,10 +1,11 @@
-# From chosen logits to weights, LANES tokens at once: chosen[s * LANES + t] is slot s of token t.
+# Weights of the chosen experts, LANES tokens at once: chosen[s * LANES + t] is slot s of token t.
 
-cdef void weigh(
+cdef void compute_weights(
     real* chosen, const real* largest, const real* total, const Rule* rule
 ) noexcept nogil:
-    # In place. `largest` and `total` are those of the whole rows; they are read for softmax weights
-    # that are not renormalised, `largest` where the first chosen may be another.
+    # From logits to weights, in place. `largest` and `total` are the maximum and the sum of
+    # exponentials of each whole row. Only softmax without renormalisation needs them; `largest`
+    # only if the first chosen logit need not be the largest.
     cdef Py_ssize_t k = rule.num_experts_per_tok
     cdef Py_ssize_t first = 0
     cdef Py_ssize_t s, t
@@ -23,7 +24,7 @@ cdef void weigh(
                 top[t] = chosen[t]
                 chosen[t] = 1
         elif rule.norm_topk_prob:
-            fold(chosen, k * LANES, LANES, top)
+            fold_max(chosen, k * LANES, LANES, top)
         else:
             for t in range(LANES):
                 top[t] = largest[t]

@@ -1,5 +1,5 @@
-# Sums over tokens that do not depend on their order: what is added is first rounded to a multiple
-# of a power of two, and a double adds up to 2^20 of those without rounding.
+# Reproducible summation over tokens, in any order: each term is first rounded to a multiple of a
+# power of two, and a double adds up to 2^20 of those exactly.
 
 cdef enum:
     # 2^-32 for probabilities, 2^-24 for entropies: adding and subtracting 1.5 * 2^(52 - n) rounds.
@@ -7,12 +7,12 @@ cdef enum:
     ROUND_TO_24 = 402653184
 
 
-cdef inline double rounded_to_32(double x) noexcept nogil:
+cdef inline double round_to_32(double x) noexcept nogil:
     return (x + <double>ROUND_TO_32) - <double>ROUND_TO_32
 
 
-cdef inline double surprise(double p) noexcept nogil:
-    # -p ln p, and 0 of 0: what is added does not change a p whose term is worth keeping.
+cdef inline double entropy_term(double p) noexcept nogil:
+    # -p ln p, and 0 for p = 0: 1e-300 changes no p whose term is not negligible.
     return -p * logarithm(p + 1e-300)
 
 
@@ -20,30 +20,22 @@ cdef void sum_scores(
     const real* x, Py_ssize_t size, bint is_sigmoid, const real* largest,
     real* score, real* total, real* weighted, real* divisor
 ) noexcept nogil:
-    # Of each lane of x: the exponentials below the largest, added up in `total`, and times the
-    # logit less the largest in `weighted`; scores, not yet divided, and their sum in `divisor`.
-    # Of our own: in memory that might overlap they would not stay in registers.
+    # In each lane of x: `total`, the sum of e^(x - largest); `weighted`, that of the same times
+    # x - largest; and scores before they are divided by their sum, `divisor`.
     cdef real[LANES] top
-    cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
-    cdef real least = -1000
     cdef Py_ssize_t i, j
+    sum_exponentials(x, size, largest, score, total)
     for j in range(LANES):
         top[j] = largest[j]
-        sums[j] = 0
         products[j] = 0
-    for i in range(0, size, 16):
-        below(x + i, top, difference)
-        for j in range(LANES):
-            score[i + j] = exponential(difference[j])
-        for j in range(LANES):
-            # Where the exponential is 0, and so must be their product.
-            difference[j] = difference[j] if difference[j] > least else least
-        add_to(sums, score + i)
+    for i from 0 <= i < size by LANES:
+        subtract_largest(x + i, top, difference)
+        # Finite, for a product of 0 where the exponential is 0.
+        raise_to(difference, <real>-1000)
         add_product_to(products, score + i, difference)
     for j in range(LANES):
-        total[j] = sums[j]
         weighted[j] = products[j]
     if not is_sigmoid:
         for j in range(LANES):
@@ -51,7 +43,7 @@ cdef void sum_scores(
         return
     for j in range(LANES):
         divisor[j] = 0
-    for i in range(0, size, 16):
+    for i from 0 <= i < size by LANES:
         for j in range(LANES):
             score[i + j] = sigmoid(x[i + j])
             divisor[j] += score[i + j]
@@ -63,11 +55,11 @@ cdef void add_columns(
     const real* x, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid, real* score,
     double* probability, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # A block of tokens, each in its lane.
+    # Adds a block of tokens in columns.
     cdef real[LANES] divisor
     cdef double[LANES] rounded
     cdef Py_ssize_t e, t
-    fold(x, n * LANES, LANES, largest)
+    fold_max(x, n * LANES, LANES, largest)
     sum_scores(x, n * LANES, is_sigmoid, largest, score, total, weighted, divisor)
     for t in range(tokens, LANES):
         divisor[t] = INFINITY
@@ -75,20 +67,20 @@ cdef void add_columns(
         for t in range(LANES):
             score[e * LANES + t] /= divisor[t]
         for t in range(LANES):
-            rounded[t] = rounded_to_32(score[e * LANES + t])
-        probability[e] += sum_of_lanes(rounded)
+            rounded[t] = round_to_32(score[e * LANES + t])
+        probability[e] += sum_lanes(rounded)
     if is_sigmoid:
         for e in range(n):
             for t in range(LANES):
-                entropy[t] += surprise(score[e * LANES + t])
+                entropy[t] += entropy_term(score[e * LANES + t])
 
 
 cdef void add_row(
     const real* x, Py_ssize_t n, bint is_sigmoid, real* score,
     double* probability, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # One token; x ends with -inf up to a multiple of LANES.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    # Adds one token; x ends with -inf up to a multiple of LANES.
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef real[LANES] top
     cdef real[LANES] totals
     cdef real[LANES] weights
@@ -96,27 +88,27 @@ cdef void add_row(
     cdef double[LANES] lane
     cdef real divisor
     cdef Py_ssize_t i, j
-    largest[0] = largest_of_row(x, padded)
+    largest[0] = max_of_row(x, padded)
     for j in range(LANES):
         top[j] = largest[0]
     sum_scores(x, padded, is_sigmoid, top, score, totals, weights, divisors)
-    # Where all count as equal, so did what ends the row.
-    total[0] = sum_of_lanes(totals) if largest[0] > -INFINITY else <real>n
-    weighted[0] = sum_of_lanes(weights)
-    divisor = sum_of_lanes(divisors) if is_sigmoid else total[0]
+    # If all logits are -inf they count as equal, and so did the padding of the row.
+    total[0] = sum_lanes(totals) if largest[0] > -INFINITY else <real>n
+    weighted[0] = sum_lanes(weights)
+    divisor = sum_lanes(divisors) if is_sigmoid else total[0]
     for i in range(padded):
         score[i] /= divisor
     for i in range(n, padded):
         score[i] = 0
     for i in range(n):
-        probability[i] += rounded_to_32(score[i])
+        probability[i] += round_to_32(score[i])
     if is_sigmoid:
         for j in range(LANES):
             lane[j] = 0
-        for i in range(0, padded, 16):
+        for i from 0 <= i < padded by LANES:
             for j in range(LANES):
-                lane[j] += surprise(score[i + j])
-        entropy[0] = sum_of_lanes(lane)
+                lane[j] += entropy_term(score[i + j])
+        entropy[0] = sum_lanes(lane)
 
 
 cdef void add_totals(
@@ -138,7 +130,7 @@ cdef void add_totals(
         square = <double>largest[t] + log_total[t]
         square *= square
         whole[t] = (square + 6755399441055744.0) - 6755399441055744.0
-        rest[t] = rounded_to_32(square - whole[t])
+        rest[t] = round_to_32(square - whole[t])
         rest[t] = rest[t] if square <= 4294967296.0 else 0.0
         whole[t] = whole[t] if square <= 4294967296.0 else INFINITY
     for t in range(tokens):
@@ -159,7 +151,7 @@ def add_statistics(
     rows of LANES values for each expert. At most 2^20 tokens a call. Returns the first token with
     a NaN, or -1.
     """
-    cdef Py_ssize_t padded = padded_to_lanes(num_experts)
+    cdef Py_ssize_t padded = round_up_to_lanes(num_experts)
     cdef Py_ssize_t bad = -1
     cdef Py_ssize_t token, tokens, t
     cdef const uint8_t* at
@@ -171,15 +163,15 @@ def add_statistics(
     cdef real[LANES] weighted
     cdef double[LANES] entropy
     with nogil:
-        for token in range(start, stop, 16):
-            tokens = lanes_from(token, stop)
+        for token from start <= token < stop by LANES:
+            tokens = tokens_in_block(token, stop)
             at = &logits[token, 0]
             for t in range(LANES):
                 largest[t] = 0
                 total[t] = 1
                 weighted[t] = 0
                 entropy[t] = 0
-            if in_columns(num_experts):
+            if fit_in_columns(num_experts):
                 bad = load_columns(
                     at, logits.strides[0], encoding, tokens, num_experts, x, score
                 )
@@ -191,7 +183,7 @@ def add_statistics(
                 )
             else:
                 for t in range(tokens):
-                    row = readable_row(at + t * logits.strides[0], encoding, num_experts, x)
+                    row = view_or_load_row(at + t * logits.strides[0], encoding, num_experts, x)
                     if has_nan(row, padded):
                         bad = t
                         break
@@ -214,4 +206,4 @@ def add_weights(
     with nogil:
         for i in range(expert_indices.shape[0]):
             if expert_indices[i] >= 0:
-                importance[expert_indices[i]] += rounded_to_32(<double>weights[i] / scale)
+                importance[expert_indices[i]] += round_to_32(<double>weights[i] / scale)

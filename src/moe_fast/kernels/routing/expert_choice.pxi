@@ -1,36 +1,38 @@
-# Experts choose tokens. Most tokens are far from being chosen: a bound guessed from a sample
-# leaves each expert a short list, from which it takes exactly the best. Where a list turns out too
-# short, or too long for its room, the caller asks again without a bound.
+# Expert choice: threshold by sampling, exact selection as fallback.
+#
+# Most tokens are far from being chosen. A threshold for each expert, estimated from a sample of the
+# tokens, leaves a short list of candidates, and the best of these are selected exactly. If a list
+# is too short, or too long for its room, the caller repeats that expert without a threshold.
 
 cdef inline Py_ssize_t block_size(Py_ssize_t n) noexcept nogil:
-    # Of score_block's columns, and its rows.
-    return LANES * (n + padded_to_lanes(n))
+    # What score_block needs for columns and rows.
+    return LANES * (n + round_up_to_lanes(n))
 
 
 cdef Py_ssize_t score_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
     Py_ssize_t n, bint is_sigmoid, real* column, real* room
 ) noexcept nogil:
-    # column[e * LANES + t]: score of expert e for token t of a block; -1 in lanes without one.
+    # column[e * LANES + t]: score of expert e for token t of a block; -1 in lanes without a token.
     # There is room for LANES rows. Returns the first token with a NaN, or -1.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef Py_ssize_t bad
     cdef Py_ssize_t e, t
     cdef const real* row[LANES]
     cdef real[LANES * LANES] folded
     cdef real[LANES] largest
     cdef real[LANES] total
-    if in_columns(n):
+    if fit_in_columns(n):
         bad = load_columns(logits, stride, encoding, tokens, n, column, room)
         if bad >= 0:
             return bad
-        scores_of_columns(column, n, is_sigmoid, largest, total, column)
+        score_columns(column, n, is_sigmoid, largest, total, column)
     else:
         bad = load_rows(logits, stride, encoding, tokens, n, row, room, folded)
         if bad >= 0:
             return bad
-        scores_of_rows(
-            row, folded, tokens, n, distance_ahead(row[0], room, stride),
+        score_rows(
+            row, folded, tokens, n, prefetch_distance(row[0], room, stride),
             is_sigmoid, room, largest, total
         )
         to_columns(<const uint8_t*>room, padded * sizeof(real), tokens, n, column)
@@ -40,11 +42,11 @@ cdef Py_ssize_t score_block(
     return -1
 
 
-def guess_bounds(
+def sample_thresholds(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid,
     Py_ssize_t sample_size, Py_ssize_t rank, real[::1] bounds not None
 ):
-    """For each expert a score that `rank` of a sample of the tokens reach.
+    """Estimate for each expert a score that `rank` of a sample of the tokens reach.
 
     `sample_size` is a multiple of LANES.
     """
@@ -52,8 +54,7 @@ def guess_bounds(
     cdef Py_ssize_t blocks = sample_size // LANES
     cdef Py_ssize_t all_blocks = logits.shape[0] // LANES
     cdef Py_ssize_t e, i, token
-    cdef void* memory = room_for(n * sample_size + block_size(n), sizeof(real), n)
-    cdef real* column = <real*>from_cache_line(memory)
+    cdef real* column = <real*>allocate((n * sample_size + block_size(n)) * sizeof(real), n)
     cdef real* sample = column + block_size(n)
     with nogil:
         for i in range(blocks):
@@ -67,33 +68,32 @@ def guess_bounds(
                     sample + e * sample_size + i * LANES, column + e * LANES, LANES * sizeof(real)
                 )
         for e in range(n):
-            # Down to the fourth bit after the point.
-            bounds[e] = smallest_kept(
+            # Only the first four bits of the significand: it is an estimate.
+            bounds[e] = kth_largest(
                 sample + e * sample_size, sample_size, rank, <real>0.0,
                 <uint64_t>1 << (19 if real is float else 48)
             )
-    free(memory)
+    release(column)
 
 
-def hear(
+def collect_candidates(
     const uint8_t[:, :] logits not None, int encoding, Py_ssize_t num_experts, bint is_sigmoid,
     Py_ssize_t first, const real[::1] bounds not None, int32_t[:, ::1] found not None,
     real[:, ::1] value not None, int64_t[::1] count not None, Py_ssize_t start, Py_ssize_t stop
 ):
     """List for each expert, from `first` on, the tokens whose scores reach its bound, ascending.
 
-    `found` and `value` have room for a number of tokens and LANES more; `count` says how many there
-    would be. Returns the first token with a NaN, or -1.
+    `found` and `value` have room for a number of tokens and LANES more; `count` may exceed it, and
+    then the list is not complete. Returns the first token with a NaN, or -1.
     """
     cdef Py_ssize_t experts = bounds.shape[0]
     cdef Py_ssize_t room = found.shape[1] - LANES
     cdef Py_ssize_t e, token, tokens, at
     cdef Py_ssize_t bad = -1
-    cdef void* memory = room_for(block_size(num_experts), sizeof(real), num_experts)
-    cdef real* column = <real*>from_cache_line(memory)
+    cdef real* column = <real*>allocate(block_size(num_experts) * sizeof(real), num_experts)
     with nogil:
-        for token in range(start, stop, 16):
-            tokens = lanes_from(token, stop)
+        for token from start <= token < stop by LANES:
+            tokens = tokens_in_block(token, stop)
             bad = score_block(
                 &logits[token, 0], logits.strides[0], encoding, tokens, num_experts, is_sigmoid,
                 column, column + num_experts * LANES
@@ -102,37 +102,37 @@ def hear(
                 bad += token
                 break
             for e in range(experts):
-                # Past its room a list is written over and over, and asked for again.
+                # A list longer than its room is overwritten at its end; the caller repeats it.
                 at = count[e] if count[e] < room else room
-                count[e] += collect(
+                count[e] += collect_at_least(
                     column + (first + e) * LANES, LANES, bounds[e], <int32_t>token,
                     &found[e, at], &value[e, at]
                 )
-    free(memory)
+    release(column)
     return bad
 
 
-cdef void take_best(
+cdef void select_largest(
     int32_t* found, real* value, Py_ssize_t n, real least, int32_t* token, real* weight,
     Py_ssize_t capacity
 ) noexcept nogil:
-    # Of n >= capacity tokens those with the largest scores, the lower tokens where they tie.
-    # All scores reach `least`; both lists have room for LANES more than n, and are used up.
-    cdef Py_ssize_t padded = padded_to_lanes(n)
+    # Of n >= capacity tokens those with the largest scores, ties to the lower token. All scores
+    # reach `least`. Both lists have room for LANES more than n, and are overwritten.
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
     cdef Py_ssize_t i
     cdef Py_ssize_t count = 0
     cdef Py_ssize_t room = capacity
     cdef real bound
     for i in range(n, padded):
         value[i] = -1
-    bound = smallest_kept(value, n, capacity, least, 1)
+    bound = kth_largest(value, n, capacity, least, 1)
     if count_at_least(value, padded, bound) == capacity:
-        keep_at_least(found, value, padded, bound)
+        compact_at_least(found, value, padded, bound)
         memcpy(token, found, capacity * sizeof(int32_t))
         memcpy(weight, value, capacity * sizeof(real))
         return
-    for i in range(0, padded, 16):
-        room -= number_of_bits(above(value + i, bound))
+    for i from 0 <= i < padded by LANES:
+        room -= number_of_bits(mask_above(value + i, bound))
     for i in range(n):
         if value[i] == bound:
             if room == 0:
@@ -144,24 +144,25 @@ cdef void take_best(
             count += 1
 
 
-def keep_best(
+def select_candidates(
     const real[::1] bounds not None, const int32_t[:, :, ::1] found not None,
     const real[:, :, ::1] value not None, int64_t[:, ::1] count not None,
     int32_t[:, ::1] token_indices not None, real[:, ::1] weights not None,
     Py_ssize_t start, Py_ssize_t stop
 ):
-    """Choose for the experts from start to stop from their lists, one for each range of tokens.
+    """Select for the experts from start to stop from their lists, one for each range of tokens.
 
-    Lists hold what reaches the expert's bound. Where one was longer than its room, or all are too
-    short, `count[0]` becomes -1.
+    Lists hold the tokens that reach the expert's bound. If one was longer than its room, or all
+    together are too short, `count[0]` of the expert becomes -1.
     """
     cdef Py_ssize_t capacity = token_indices.shape[1]
     cdef Py_ssize_t lists = found.shape[0]
     cdef Py_ssize_t room = found.shape[2] - LANES
     cdef Py_ssize_t e, i, n
-    cdef Py_ssize_t most = padded_to_lanes(lists * room) + LANES
-    cdef void* memory = room_for(most, sizeof(real) + sizeof(int32_t), bounds.shape[0])
-    cdef real* joined_value = <real*>from_cache_line(memory)
+    cdef Py_ssize_t most = round_up_to_lanes(lists * room) + LANES
+    cdef real* joined_value = <real*>allocate(
+        most * (sizeof(real) + sizeof(int32_t)), bounds.shape[0]
+    )
     cdef int32_t* joined = <int32_t*>(joined_value + most)
     with nogil:
         for e in range(start, stop):
@@ -176,8 +177,8 @@ def keep_best(
             if n < capacity:
                 count[0, e] = -1
                 continue
-            take_best(
+            select_largest(
                 joined, joined_value, n, bounds[e],
                 &token_indices[e, 0], &weights[e, 0], capacity
             )
-    free(memory)
+    release(joined_value)

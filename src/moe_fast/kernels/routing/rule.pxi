@@ -1,4 +1,4 @@
-# What the Python layer has checked: how tokens choose.
+# How tokens choose, as checked by the Python layer.
 
 cdef struct Rule:
     Py_ssize_t num_experts
