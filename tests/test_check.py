@@ -330,7 +330,7 @@ def test_a_manifest_names_files_of_its_folder_alone(moe, name):
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("[]", "must be a JSON object"), ("{", "not valid JSON"), ("{}", "the key 'moe_fast' is")],
+    [("[]", "must be a JSON object"), ("{", "not valid JSON"), ("{}", "manifest_version is None")],
 )
 def test_a_manifest_that_is_none(moe, text, problem):
     (moe / "moe_fast.json").write_text(text)

@@ -20,8 +20,9 @@ from moe_fast.families.moe import MoeFamily
 
 @functools.cache
 def dense_families() -> Mapping[str, DenseFamily]:
-    """The dense families by the `model_type` of their config.json."""
+    """The dense families by the `model_type` of their config.json, in alphabetical order."""
     found = [family for lineage in lineages() for family in getattr(lineage, "DENSE", ())]
+    found.sort(key=lambda family: family.model_type)
     return MappingProxyType({family.model_type: family for family in found})
 
 
