@@ -156,8 +156,9 @@ class MoeModel:
             if expected is not None and count != expected:
                 problems.append(f"{where} holds {count} experts, config.json has {expected}")
             shapes: dict[str, set[tuple[int, ...]]] = {}
+            roles = roles_of(layer, self.axis)
             for number, expert in sorted(layer.experts.items()):
-                absent = [role for role in roles_of(layer, self.axis) if role not in expert]
+                absent = [role for role in roles if role not in expert]
                 if absent:
                     problems.append(f"{where}: expert {number} has no {' and no '.join(absent)}")
                 for role, tensor in expert.items():
