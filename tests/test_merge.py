@@ -96,7 +96,8 @@ def exactly(value: float) -> Any:
 
 def neighbours(value: float, dtype: Any) -> list[float]:
     near = np.array(value, dtype)
-    ends = [np.nextafter(near, np.array(end, dtype)) for end in (-np.inf, np.inf)]
+    with np.errstate(over="ignore", under="ignore"):
+        ends = [np.nextafter(near, np.array(end, dtype)) for end in (-np.inf, np.inf)]
     return [float(each) for each in ends if np.isfinite(each)]
 
 

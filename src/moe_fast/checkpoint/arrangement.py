@@ -50,6 +50,11 @@ def singles(layers: Mapping[str, Iterable[int]]) -> dict[str, list[Group]]:
 
 def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[OutputTensor]:
     """Every tensor of the model, in its order, those that count experts as they are arranged."""
+    made_of: dict[str, dict[int, list[int]]] = {}
+    for key, groups in arrangement.items():
+        numbers = made_of.setdefault(key, {})
+        for number, group in enumerate(groups):
+            numbers.setdefault(group.first, []).append(number)
     for name, tensor in model.tensors.items():
         if name not in model.places:
             yield OutputTensor(name, Weight.of(tensor))
@@ -59,11 +64,11 @@ def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[Outp
         if expert is None:
             yield OutputTensor(name, arranged(tensor, layer, inner, groups))
             continue
-        for number, group in enumerate(groups):
-            if group.first == expert:
-                parts = [layer.own[each][inner] for each in group.experts]
-                weight = Weight(tensor.dtype, tensor.shape, (mean_of(parts, group),))
-                yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
+        for number in made_of[layer.key].get(expert, ()):
+            group = groups[number]
+            parts = [layer.own[each][inner] for each in group.experts]
+            weight = Weight(tensor.dtype, tensor.shape, (mean_of(parts, group),))
+            yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
 
 
 def arranged(tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group]) -> Weight:

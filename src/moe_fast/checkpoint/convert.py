@@ -511,5 +511,5 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
 
 def metadata_of(tensors: Iterable[Tensor]) -> dict[str, str]:
     """The metadata of the model's first file, which every new file gets."""
-    first = min(Path(tensor.file.path) for tensor in tensors)
+    first = min(map(Path, {tensor.file.path for tensor in tensors}))
     return FORMAT | read_header_and_metadata(first)[1]

@@ -158,8 +158,9 @@ class MoeModel:
                 found = f"{block} holds {count} experts, config.json has {expected}"
                 problems.append(Problem(found, file=self.path))
             shapes: dict[str, set[tuple[int, ...]]] = {}
+            roles = roles_of(layer, self.axis)
             for number, expert in sorted(layer.experts.items()):
-                absent = [role for role in roles_of(layer, self.axis) if role not in expert]
+                absent = [role for role in roles if role not in expert]
                 if absent:
                     found = f"{block}: expert {number} has no {' and no '.join(absent)}"
                     problems.append(Problem(found, file=self.path))

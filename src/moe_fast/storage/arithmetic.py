@@ -104,7 +104,7 @@ def rounded(values: Doubles, dtype: str, overflow: Overflow) -> npt.NDArray[np.u
     every halfway point (Boldo and Melquiond 2008, double rounding).
     """
     flat = values.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         single: npt.NDArray[Any] = flat.astype(np.float32)
     if dtype != "F32":
         back = single.astype(np.float64)
