@@ -43,8 +43,6 @@ def as_array(values: npt.ArrayLike | Sequence[npt.ArrayLike], name: str) -> npt.
     MoeConfigError
         A list of tensors of different shapes.
     """
-    if type(values) is np.ndarray:
-        return values
     if is_tensor(values):
         return view_tensor(values, name)
     if isinstance(values, (list, tuple)) and any(map(is_tensor, values)):

@@ -32,11 +32,10 @@ def get_tokens_per_thread(num_experts: int) -> int:
 def route_again(logits: npt.NDArray[Any], call: tuple[object, ...], out: Routing) -> bool:
     """Route one token into `out`, if nothing but the logits differs from its last call.
 
-    Says whether it did. `call` holds the arguments of this one, compared by identity.
+    Says whether it did. `call` holds the arguments of this one, compared by identity: those of
+    `route`, or a router and `threads`. The first of them tells the two apart.
     """
     if not isinstance(out, Routing) or out.last_call is None:
-        return False
-    if len(call) != len(out.last_call[0]):
         return False
     bad = kernels.compiled.route_next_token(
         logits, out.indices, out.weights, out.tokens_per_expert_before_drop, call, *out.last_call
