@@ -93,8 +93,14 @@ def load_into(
             filled[id(parameter)] = parameter if has_memory(parameter) else wrap(held, parameter)
         files.check_unchanged()
     # FSDP2 takes note of parameters that are given to the model this way.
-    fresh = {name: filled[id(value)] for name, value in state.items() if not has_memory(value)}
+    fresh = {
+        name: filled[id(value)]
+        for name, value in state.items()
+        if id(value) in filled and not has_memory(value)
+    }
     model.load_state_dict(fresh, strict=False, assign=True)
+    if any(id(value) not in filled for value in state.values()):
+        model.tie_weights()
     initialize_buffers(model, state, choose_device(None, device))
 
 

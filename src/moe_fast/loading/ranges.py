@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from moe_fast.storage.pieces import (
 )
 from moe_fast.storage.tensors import Weight
 
+Indices = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Ranges:
@@ -35,6 +38,34 @@ class Ranges:
         """`[start, stop)`, or no range where that is empty."""
         ends = np.array([[start], [stop]] if start < stop else [[], []], np.int64)
         return cls(*ends)
+
+    @classmethod
+    def of_indices(
+        cls, shape: Sequence[int], indices: Sequence[Indices | None], item_size: int
+    ) -> Ranges:
+        """The bytes of chosen indices of each dimension, `None` for all, of a contiguous tensor.
+
+        Indices ascend; so do the ranges, in the order of a contiguous tensor of what is chosen.
+        """
+        sizes = [
+            size if held is None else len(held) for size, held in zip(shape, indices, strict=True)
+        ]
+        sharded = [dimension for dimension, held in enumerate(indices) if held is not None]
+        if 0 in sizes or not sharded:
+            return cls.one(0, math.prod(sizes) * item_size)
+        last = sharded[-1]
+        held = indices[last]
+        assert held is not None
+        breaks = np.flatnonzero(np.diff(held) != 1) + 1
+        block = math.prod(shape[last + 1 :]) * item_size
+        starts = held[np.concatenate([[0], breaks])] * block
+        stops = (held[np.concatenate([breaks - 1, [-1]])] + 1) * block
+        for dimension in reversed(range(last)):
+            block *= shape[dimension + 1]
+            outer = indices[dimension]
+            offsets = (np.arange(shape[dimension]) if outer is None else outer)[:, None] * block
+            starts, stops = (offsets + starts).ravel(), (offsets + stops).ravel()
+        return cls(starts, stops)
 
     @property
     def nbytes(self) -> int:
@@ -57,12 +88,10 @@ class Ranges:
             end = min(begin + size, int(ends[-1]))
             first = np.searchsorted(ends, begin, "right")
             last = np.searchsorted(ends, end, "left")
-            starts, stops = (
-                self.starts[first : last + 1].copy(),
-                self.stops[first : last + 1].copy(),
-            )
-            stops[-1] -= ends[last] - end
-            starts[0] = max(starts[0], self.stops[first] - (ends[first] - begin))
+            chosen = slice(first, last + 1)
+            starts, stops = self.starts[chosen].copy(), self.stops[chosen].copy()
+            starts[0] = self.stops[first] - (ends[first] - begin)
+            stops[-1] = self.stops[last] - (ends[last] - end)
             yield Ranges(starts, stops)
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_fast.loading.ranges import Ranges
-
-Indices = npt.NDArray[np.int64]
+from moe_fast.loading.ranges import Indices, Ranges
 
 
 def find_ranges(parameter: Tensor, item_size: int) -> Ranges:
     """The bytes of the whole that this process holds, where a number takes `item_size` bytes."""
-    return byte_ranges(tuple(parameter.shape), held_indices(parameter), item_size)
+    return Ranges.of_indices(tuple(parameter.shape), held_indices(parameter), item_size)
 
 
 def held_indices(parameter: Tensor) -> list[Indices | None]:
@@ -52,24 +45,3 @@ def held_indices(parameter: Tensor) -> list[Indices | None]:
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which each process holds a part."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def byte_ranges(shape: Sequence[int], indices: Sequence[Indices | None], item_size: int) -> Ranges:
-    """The bytes of these indices, in the order in which a contiguous tensor of them has them."""
-    sizes = [size if held is None else len(held) for size, held in zip(shape, indices, strict=True)]
-    sharded = [dimension for dimension, held in enumerate(indices) if held is not None]
-    if 0 in sizes or not sharded:
-        return Ranges.one(0, math.prod(sizes) * item_size)
-    last = sharded[-1]
-    held = indices[last]
-    assert held is not None
-    breaks = np.flatnonzero(np.diff(held) != 1) + 1
-    block = math.prod(shape[last + 1 :]) * item_size
-    starts = held[np.concatenate([[0], breaks])] * block
-    stops = (held[np.concatenate([breaks - 1, [-1]])] + 1) * block
-    for dimension in reversed(range(last)):
-        block *= shape[dimension + 1]
-        outer = indices[dimension]
-        offsets = (np.arange(shape[dimension]) if outer is None else outer)[:, None] * block
-        starts, stops = (offsets + starts).ravel(), (offsets + stops).ravel()
-    return Ranges(starts, stops)
