@@ -23,12 +23,15 @@ from moe_fast.threads import as_threads
 try:
     import torch
     from torch import Tensor
+
+    from moe_fast.loading.model import load_into
+    from moe_fast.loading.tensors import read
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"moe_fast.torch needs {error.name}: pip install torch", name=error.name
     ) from None
 
-__all__ = ["RoutingTensors", "huggingface_load_balancing_loss", "route"]
+__all__ = ["RoutingTensors", "huggingface_load_balancing_loss", "load_into", "read", "route"]
 
 
 class RoutingTensors:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,19 @@ from moe_fast.demo import make_dense_model
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_upcycled.py"
 
 
-def run(*arguments: object) -> str:
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+    ],
+}
+
+
+def run(*arguments: object, launcher: Sequence[str] = ()) -> str:
     # One thread: the figures stay the same, and small matrices are no faster with more.
     done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
+        [sys.executable, *launcher, SCRIPT, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -74,3 +84,38 @@ def test_a_model_and_a_text_of_ones_own(tmp_path):
     assert "training the dense model" not in printed
     assert len(cvs(printed)) == 5
     assert held_out(printed)["trained"] < held_out(printed)["upcycled"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_one_model(launcher, tmp_path):
+    options = ["--steps", 20, "--batch-size", 4, "--output", tmp_path / "moe"]
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
+        options.append("--accelerate")
+    printed = run(*options, launcher=LAUNCHERS[launcher])
+    losses = held_out(printed)
+    assert losses["upcycled"] == pytest.approx(losses["dense model"], abs=2e-4)
+    assert losses["trained"] < losses["upcycled"] - 0.01
+    assert len(cvs(printed)) == 20
+    assert cvs(printed)[-5:].mean() < 0.5
+    report = inspect_model(tmp_path / "moe")
+    assert (report.num_experts, report.num_moe_layers) == (8, 2)
+    assert report.copies == ()
+
+
+def test_a_recipe_and_a_start_for_its_routers(tmp_path):
+    for seed in range(2):
+        make_dense_model(tmp_path / f"dense{seed}", seed=seed)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"base_model: {tmp_path / 'dense0'}\ngate_mode: random\nexperts_per_token: 1\n"
+        f"experts:\n- source_model: {tmp_path / 'dense0'}\n"
+        f"- source_model: {tmp_path / 'dense1'}\n  noise_scale: 0.01\n"
+    )
+    output = tmp_path / "moe"
+    printed = run("--recipe", recipe, "--steps", 3, "--batch-size", 2, "--output", output)
+    assert len(cvs(printed)) == 3
+    assert inspect_model(output).num_experts == 2
+    alike = cvs(run(tmp_path / "dense0", "--routers", "uniform", "--steps", 1))
+    spread = cvs(run(tmp_path / "dense0", "--routers", "normal", "--steps", 1))
+    assert spread < alike == pytest.approx(np.sqrt(3), abs=1e-3)  # two of eight get every token

@@ -1,0 +1,179 @@
+"""A model filled with the weights of a design, no file between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moe_fast.checkpoint.design import Design
+from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.errors import CheckpointError
+from moe_fast.loading.buffers import check_buffers, initialize_buffers
+from moe_fast.loading.names import match_weights
+from moe_fast.loading.shards import find_ranges, is_distributed
+from moe_fast.loading.tensors import fill
+from moe_fast.storage.files import OpenFiles, open_regular
+from moe_fast.wording import format_count
+
+
+def load_into(
+    model: nn.Module, design: Design, *, device: torch.device | str | None = None
+) -> None:
+    """Fill a model's parameters with the weights of a design; nothing is written.
+
+    The model is one of transformers, made on the meta device or already allocated, whole or
+    sharded: by FSDP2's `fully_shard`, by transformers' expert parallelism, or by any other
+    placement of DTensors. Each process reads the bytes of its own shards and no others, and needs
+    no memory beyond them. Wrap a model in DDP, or compile it, afterwards.
+
+    Tensors go to the parameters that transformers' own key mapping sends them to, and are converted
+    to the dtypes that the parameters have, as `from_pretrained` converts them. Parameters that
+    share their weights still do so afterwards. Buffers that no checkpoint holds, such as the
+    frequencies of rotary embeddings, are computed as transformers computes them.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With the names and shapes of the design.
+    design : Design
+        What `design_moe` returns.
+    device : torch.device or str, optional
+        Where parameters on the meta device get their memory: by default, shards on the device of
+        their mesh, all others on torch's default device. Parameters that have memory stay where
+        they are.
+
+    Raises
+    ------
+    CheckpointError
+        Before anything is filled: sources that have changed since the design was made, tensors that
+        no parameter takes, parameters that no tensor fills, shapes that differ. Should a source
+        change while it is being read, parameters on the meta device stay there.
+
+    Examples
+    --------
+    >>> import moe_fast.torch, torch
+    >>> from moe_fast import MoeConfig, design_moe
+    >>> from moe_fast.demo import make_dense_model
+    >>> from transformers import AutoConfig, AutoModelForCausalLM
+    >>> make_dense_model("dense", seed=0)
+    >>> design = design_moe("dense", MoeConfig(num_experts=4))
+    >>> config = AutoConfig.for_model(**design.config)
+    >>> with torch.device("meta"):
+    ...     model = AutoModelForCausalLM.from_config(config)
+    >>> moe_fast.torch.load_into(model, design)
+    >>> model.model.layers[0].mlp.experts.gate_up_proj.shape
+    torch.Size([4, 256, 64])
+    """
+    state = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    check_sources(design)
+    check_buffers(model, state)
+    weights = match_weights(model, state, design)
+
+    filled: dict[int, Tensor] = {}
+    with OpenFiles() as files, noting_a_half_filled_model(state):
+        for name, weight in weights.items():
+            parameter = state[name]
+            held = allocate(parameter, device)
+            overflow = fill(held, weight, find_ranges(parameter, ITEM_SIZES[weight.dtype]), files)
+            if overflow:
+                warnings.warn(
+                    f"parameter {name!r}: {format_count(overflow, 'finite weight')} became infinite in "
+                    f"{parameter.dtype}",
+                    stacklevel=2,
+                )
+            filled[id(parameter)] = parameter if has_memory(parameter) else wrap(held, parameter)
+        files.check_unchanged()
+    # FSDP2 takes note of parameters that are given to the model this way.
+    fresh = {
+        name: filled[id(value)]
+        for name, value in state.items()
+        if id(value) in filled and not has_memory(value)
+    }
+    model.load_state_dict(fresh, strict=False, assign=True)
+    if any(id(value) not in filled for value in state.values()):
+        model.tie_weights()
+    initialize_buffers(model, state, choose_device(None, device))
+
+
+def check_sources(design: Design) -> None:
+    """Raise `CheckpointError` for every source that is no longer as it was."""
+    problems: list[str] = []
+    for file in design.source_files():
+        try:
+            stream = open_regular(Path(file.path))
+        except CheckpointError as error:
+            problems += error.problems
+            continue
+        with stream:
+            try:
+                file.check_unchanged(stream)
+            except CheckpointError:
+                problems.append(f"{file.path}: changed since the design was made")
+    if problems:
+        raise CheckpointError(*problems)
+
+
+@contextmanager
+def noting_a_half_filled_model(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Adds to an error that parameters which had memory before may hold new weights."""
+    try:
+        yield
+    except BaseException as error:
+        if any(has_memory(value) for value in state.values()):
+            error.add_note("Some parameters of the model may hold new weights, others old ones.")
+        raise
+
+
+def held_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, in the same memory."""
+    detached = parameter.detach()
+    return detached.to_local() if is_distributed(detached) else detached
+
+
+def has_memory(parameter: Tensor) -> bool:
+    return not held_part(parameter).is_meta
+
+
+def allocate(parameter: Tensor, device: torch.device | str | None) -> Tensor:
+    """The part that this process holds: the memory that it has, or new one."""
+    part = held_part(parameter)
+    if not part.is_meta:
+        return part
+    return torch.empty(part.shape, dtype=part.dtype, device=choose_device(parameter, device))
+
+
+def choose_device(parameter: Tensor | None, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if parameter is not None and is_distributed(parameter):
+        return torch.device(parameter.device_mesh.device_type)
+    default = torch.get_default_device()
+    return torch.device("cpu") if default.type == "meta" else default
+
+
+def wrap(held: Tensor, parameter: Tensor) -> Tensor:
+    """The part that this process holds, as the same kind of tensor as the parameter."""
+    whole = held
+    if is_distributed(parameter):
+        from torch.distributed.tensor import DTensor
+
+        whole = DTensor.from_local(
+            held,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        ).to(held.device)  # back from the mesh's device, where FSDP keeps weights on the CPU
+    if isinstance(parameter, nn.Parameter):
+        return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return whole
