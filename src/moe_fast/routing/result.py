@@ -26,8 +26,8 @@ Counts = npt.NDArray[np.int64]
 class Routing:
     """Where tokens go: T tokens, E experts, k experts a token, or C tokens an expert.
 
-    Top-k and Switch hold, for each token, its experts; expert choice holds, for each expert, its
-    tokens. `by_token` and `by_expert` give either form of either.
+    Top-k and Switch hold the experts of each token, expert choice the tokens of each expert.
+    `by_token` and `by_expert` give either form of any routing.
 
     Attributes
     ----------

@@ -123,23 +123,23 @@ class RoutingStats:
 
     All are sums over tokens kept as integers: the result does not depend on how tokens are split
     into batches, files, threads or processes, nor on the order of merging. (What a capacity drops
-    does depend on the batches, because a capacity is one of a batch.)
+    does depend on the batches: the tokens of a batch share it.)
 
     Parameters
     ----------
     config : MoeConfig or Router
-        What is routed, and how; E is its number of experts, k its number of experts a token.
+        How tokens are routed; E is its number of experts, k its number of experts a token.
     num_layers : int
-        L, the routers that are told apart.
+        L, the number of layers, each with a router.
     capacity_factors : sequence of float
-        For each, what it would drop is counted too.
+        F factors; what each of them would drop is counted too.
     **options
         Those of `route`; not for a `Router`, which has its own.
 
     Attributes
     ----------
     router : Router
-        What routes the tokens.
+        It routes the tokens.
     num_tokens : int64 [L]
         Tokens added.
     counts : int64 [L, E]
@@ -208,14 +208,14 @@ class RoutingStats:
         tokens_per_batch: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """Route tokens of one layer and add them up.
+        """Route tokens of one layer and add them to the statistics.
 
         Parameters
         ----------
         logits : array_like of float32, float64, bfloat16 or float16, shape (T, E)
             Memory-mapped arrays are read a piece at a time. Torch tensors are taken as by `route`.
         layer : int
-            Which of the layers these are of.
+            The layer that the logits belong to.
         tokens_per_batch : int, optional
             Tokens that share a capacity; by default all of this array.
         threads : int, optional
@@ -419,7 +419,7 @@ class RoutingStats:
         return [np.flatnonzero(row).tolist() for row in dominates]
 
     def describe(self) -> str:
-        """The state of each layer in words: even or uneven, who starves, who dominates."""
+        """Each layer in words: even or uneven load, experts that starve or dominate."""
         layers = enumerate(self._describe_layers())
         return "\n".join(f"layer {layer}: {words}" for layer, words in layers)
 
@@ -440,15 +440,15 @@ class RoutingStats:
             if tokens == 0:
                 yield "no tokens yet"
                 continue
-            even = "even load" if not starving and not dominating else "uneven load"
+            evenness = "uneven load" if starving or dominating else "even load"
             parts = [
-                f"{even} (coefficient of variation {variation:.2f}, "
+                f"{evenness} (coefficient of variation {variation:.2f}, "
                 f"works like {effective:.1f} of {num_experts} experts)"
             ]
             for experts, verb in ((dominating, "dominate"), (starving, "starve")):
                 if experts:
-                    of_load = 100 * load[layer, experts].sum()
-                    parts.append(f"{name_experts(experts, verb)} with {of_load:.1f} % of the load")
+                    percent = 100 * load[layer, experts].sum()
+                    parts.append(f"{name_experts(experts, verb)} with {percent:.1f} % of the load")
             if dropped:
                 parts.append(f"{100 * dropped:.1f} % of the choices dropped")
             yield "; ".join(parts)
@@ -506,7 +506,7 @@ class RoutingStats:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All that was added up, in plain values as JSON has them: sums are exact integers.
+        """The statistics in plain values, as JSON has them: their sums are exact integers.
 
         Examples
         --------

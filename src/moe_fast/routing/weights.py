@@ -155,7 +155,10 @@ def draw_routers(
     """Router weights of shape `layers` followed by one layer's; from `layer` on."""
     what = layers, hidden_size, num_experts, init, layer, full_range, remove_base, transpose
     threads = as_threads(threads)
-    draws = plan_draws_once(*what) if rows is None else plan_draws(*what, rows)
+    try:
+        draws = plan_draws_once(*what) if rows is None else plan_draws(*what, rows)
+    except TypeError:  # An argument that cannot be hashed, or that `plan_draws` finds wrong.
+        draws = plan_draws(*what, rows)
     out = as_output(out, draws.shape, dtype)
     if not kernel_name(out.dtype):
         raise wrong_dtype("out.dtype", out.dtype)
@@ -243,16 +246,8 @@ def plan_draws(
     return Draws(shape, not spread, arguments)
 
 
-def plan_draws_once(*arguments: Any) -> Draws:
-    """`plan_draws`, called once for the same arguments, if they can be hashed."""
-    try:
-        return cached_draws(*arguments)
-    except TypeError:  # An argument that cannot be hashed, or that `plan_draws` finds wrong.
-        return plan_draws(*arguments)
-
-
 # 1 and True are equal, and only one of them is an integer here.
-cached_draws = lru_cache(maxsize=256, typed=True)(plan_draws)
+plan_draws_once = lru_cache(maxsize=256, typed=True)(plan_draws)
 
 
 def fill_range(fill: Any, flat: Any, draws: tuple[Any, ...], begin: int, end: int) -> None:
