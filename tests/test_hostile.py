@@ -26,7 +26,7 @@ from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.command.cli import app
 from moe_fast.demo import make_dense_model
 from moe_fast.models.folder import read_checkpoint
-from moe_fast.storage import safetensors_header as header_module
+from moe_fast.models import folder as folder_module
 from moe_fast.storage.safetensors_header import read_header
 
 WEIGHTS = "model.safetensors"
@@ -383,7 +383,7 @@ def test_an_index_of_thousands_of_missing_files_is_given_up_on(dense):
 
 def test_an_index_longer_than_any(dense, monkeypatch):
     in_shards(dense)
-    monkeypatch.setattr(header_module, "LONGEST_INDEX", 1000)
+    monkeypatch.setattr(folder_module, "LONGEST_INDEX", 1000)
     refused(dense, r"index\.json: is longer than 1000 bytes")
 
 
@@ -402,7 +402,7 @@ def test_shards_that_are_broken_are_all_named(dense):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": None}, "model_type None is not supported; supported are llama"),
+        ({"model_type": None}, "model_type None is not supported; supported are .*llama, mistral"),
         ({"model_type": ["llama"] * 10**5}, "model_type .* is not supported"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, the safetensors hold 20"),
         ({"num_hidden_layers": 10**4000}, "num_hidden_layers is 1000+.*at least 1"),
@@ -665,7 +665,7 @@ def test_memory_is_bounded(tmp_path, kind):
         f"""
         import resource, sys
         from pathlib import Path
-        from moe_fast.checkpoint.header import read_header
+        from moe_fast.storage.safetensors_header import read_header
         from moe_fast.errors import CheckpointError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:

@@ -171,7 +171,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
     del logits
     script = """
 import sys, tracemalloc
-from moe_fast.checkpoint.router_logits import statistics_of_file
+from moe_fast.routing.logits_file import statistics_of_file
 tracemalloc.start()
 statistics_of_file(sys.argv[1])
 print(tracemalloc.get_traced_memory()[1])

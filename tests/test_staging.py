@@ -226,7 +226,7 @@ def test_a_build_in_another_process_is_refused_until_it_ends(dense, place):
     holder = textwrap.dedent(
         f"""
         import sys
-        from moe_fast.checkpoint.staging import staged
+        from moe_fast.storage.staging import staged
         from pathlib import Path
         with staged(Path({str(place / "moe")!r}), "0" * 64) as folder:
             (folder / "model.safetensors").touch()
@@ -268,7 +268,7 @@ def test_a_child_that_outlives_the_build_does_not_hold_its_lock(dense, place):
     holder = textwrap.dedent(
         f"""
         import os, signal, time
-        from moe_fast.checkpoint.staging import staged
+        from moe_fast.storage.staging import staged
         from pathlib import Path
         with staged(Path({str(place / "moe")!r}), "0" * 64) as folder:
             child = os.fork()
@@ -572,7 +572,7 @@ def test_ctrl_c_tells_how_to_go_on(dense, place):
         import signal, sys
         # Ignored where the tests themselves run in the background of a shell.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        from moe_fast.checkpoint import writer
+        from moe_fast.storage import writer
         written = writer.write_shard
         count = 0
         def one_more(*args, **options):

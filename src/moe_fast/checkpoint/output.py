@@ -18,6 +18,8 @@ from moe_fast.storage.writer import FileRecord, copy_file, key_of, write_shards,
 from moe_fast.threads import as_threads
 
 Progress = Callable[[int, int], None]
+# Any one of these makes a folder a model, which may be overwritten.
+MARKS = ("config.json", MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def find_obstacles(
         yield f"{output}: would replace {inside[0]}, which it is made from; choose another output"
     elif around:
         yield f"{output}: lies in {around[0]}, which it is made from; choose another output"
-    elif (problem := why_not(output, overwrite=writing.overwrite)) is not None:
+    elif (problem := why_not(output, overwrite=writing.overwrite, marks=MARKS)) is not None:
         yield problem
     parent = existing_parent(output)
     if not parent.is_dir():
@@ -117,7 +119,9 @@ def write_output(
     """
     key = key_of(shards, writing.fsync)
     written = WrittenBytes(sum(shard.nbytes for shard in shards), writing.progress)
-    with staged(output, key, overwrite=writing.overwrite, fsync=writing.fsync) as folder:
+    with staged(
+        output, key, overwrite=writing.overwrite, marks=MARKS, fsync=writing.fsync
+    ) as folder:
         records = write_shards(
             shards,
             folder,

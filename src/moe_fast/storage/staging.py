@@ -17,11 +17,10 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.writer import sync_folder
 
@@ -37,10 +36,16 @@ held_here_lock = threading.Lock()
 
 @contextmanager
 def staged(
-    output: Path, key: str, *, overwrite: bool = False, fsync: bool = False
+    output: Path,
+    key: str,
+    *,
+    overwrite: bool = False,
+    marks: Collection[str] = (),
+    fsync: bool = False,
 ) -> Iterator[Path]:
     """A folder to fill, which becomes `output` on success.
 
+    With `overwrite`, a folder that holds a file of one of the names `marks` is replaced.
     On an error of the input (`CheckpointError`) everything in it is removed; on any other it stays
     where it holds files, for the same build to go on from.
     """
@@ -52,7 +57,7 @@ def staged(
             # A replacement was cut off between its two renames, and a folder made there since.
             make_room(output)
             old.rename(output)
-        problem = why_not(output, overwrite=overwrite)
+        problem = why_not(output, overwrite=overwrite, marks=marks)
         if problem is not None:
             raise CheckpointError(problem)
         remove_all_but(key, work)
@@ -123,8 +128,11 @@ def unfinished(output: Path) -> int:
     return sum(file.st_size for file in files)
 
 
-def why_not(output: Path, *, overwrite: bool) -> str | None:
-    """Why `output` may not be written, or `None` where it may."""
+def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | None:
+    """Why `output` may not be written, or `None` if it may.
+
+    Only a folder with a file of one of the names `marks` is a model, and may be overwritten.
+    """
     if not os.path.lexists(output):
         return None
     if not output.is_dir():
@@ -139,7 +147,7 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
     if is_vacant(output):
         return None
     names = {entry.name for entry in output.iterdir()}
-    if not names & {"config.json", MANIFEST}:
+    if names.isdisjoint(marks):
         return (
             f"{output}: exists already, holds no model, and is not overwritten; "
             "choose another output, or empty it yourself if you mean it"
