@@ -6,7 +6,6 @@ dry runs, resuming, the manifest and `check_moe` act on the design alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, singledispatch
@@ -25,13 +24,20 @@ from moe_fast.checkpoint.output import (
     write_output,
 )
 from moe_fast.config import Dtype
-from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, ITEM_SIZES, as_stored_dtype
+from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, as_stored_dtype
 from moe_fast.errors import CheckpointError
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import json_text
-from moe_fast.storage.tensors import FORMAT, Shard, Weight, index_json, plan_shards
+from moe_fast.storage.tensors import (
+    FORMAT,
+    Shard,
+    Weight,
+    index_json,
+    plan_shards,
+    whole_bytes,
+)
 from moe_fast.storage.writer import FileRecord
 
 Facts = Mapping[str, Any]
@@ -140,11 +146,11 @@ class Design:
 
     def row_range(self, weight: Weight, rows: slice | None) -> tuple[int, int]:
         """The first and the last byte of some rows."""
-        nbytes = math.prod(self.shape_of_rows(weight, rows)) * ITEM_SIZES[weight.dtype]
+        nbytes = whole_bytes(weight.dtype, self.shape_of_rows(weight, rows))
         if rows is None:
             return 0, nbytes
-        row = math.prod(weight.shape[1:]) * ITEM_SIZES[weight.dtype]
-        start = rows.indices(weight.shape[0])[0] * row
+        before = rows.indices(weight.shape[0])[0]
+        start = whole_bytes(weight.dtype, (before, *weight.shape[1:]))
         return start, start + nbytes
 
     @cached_property

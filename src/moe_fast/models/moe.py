@@ -7,7 +7,6 @@ a layer in two fused tensors, `[E, 2I, H]` (gate, then up) and `[E, H, I]` (down
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.dense import FFN
 from moe_fast.models.folder import read_checkpoint, read_config
@@ -168,10 +166,11 @@ def slices(tensor: Tensor, gate_up: bool) -> list[Expert]:
     """Each expert's part of a fused tensor, `[E, 2I, H]` or `[E, H, I]`."""
     num_experts, rows, columns = tensor.shape
     roles = ("gate_proj", "up_proj") if gate_up else ("down_proj",)
-    if num_experts * rows * columns == 0 or rows % len(roles):
+    parts = num_experts * len(roles)
+    if num_experts * rows * columns == 0 or rows % len(roles) or tensor.nbytes % parts:
         return []
     shape = (rows // len(roles), columns)
-    nbytes = math.prod(shape) * ITEM_SIZES[tensor.dtype]
+    nbytes = tensor.nbytes // parts
     experts = []
     position = tensor.offset
     for number in range(num_experts):

@@ -8,13 +8,12 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import math
 import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.dtypes import ITEM_BITS, count_bytes
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.files import SourceFile, open_regular
 from moe_fast.storage.strict_json import BRIEFLY, brief, is_size, parse_json
@@ -39,7 +38,9 @@ class Tensor(NamedTuple):
     def first_rows(self, number: int) -> Tensor:
         """The first `number` rows, as a tensor of its own."""
         shape = (number, *self.shape[1:])
-        return self._replace(shape=shape, nbytes=math.prod(shape) * ITEM_SIZES[self.dtype])
+        nbytes = count_bytes(self.dtype, shape)
+        assert nbytes is not None
+        return self._replace(shape=shape, nbytes=nbytes)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -71,7 +72,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
     header = parse_json(text, path)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # null is as good as absent
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     data_start = 8 + length
@@ -100,11 +103,11 @@ def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> T
 
     if not is_unicode(name):
         raise wrong("the name is not Unicode")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise wrong("must have exactly dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise wrong("must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise wrong(f"unknown dtype {brief(dtype)}; known are {', '.join(ITEM_SIZES)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise wrong(f"unknown dtype {brief(dtype)}; known are {', '.join(ITEM_BITS)}")
     if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
         raise wrong(f"shape has {len(shape)} dimensions")
     if not isinstance(shape, list) or not all(is_size(n) for n in shape):
@@ -117,7 +120,9 @@ def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> T
             f"data_offsets {offsets} do not lie in the file's "
             f"{file.size - data_start} bytes of data"
         )
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    nbytes = count_bytes(dtype, shape)
+    if nbytes is None:
+        raise wrong(f"shape {brief(shape)} of {dtype} does not end at a whole byte")
     if nbytes != end - begin:
         raise wrong(
             f"shape {brief(shape)} of {dtype} takes {brief(nbytes)} bytes, "
