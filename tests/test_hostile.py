@@ -25,8 +25,8 @@ from folders import edit_config, names_in
 from moe_fast import CheckpointError, MoeConfig, build_moe
 from moe_fast.command.cli import app
 from moe_fast.demo import make_dense_model
-from moe_fast.models import folder as folder_module
 from moe_fast.models.folder import read_checkpoint
+from moe_fast.storage import safetensors_header as header_module
 from moe_fast.storage.safetensors_header import read_header
 
 WEIGHTS = "model.safetensors"
@@ -383,7 +383,7 @@ def test_an_index_of_thousands_of_missing_files_is_given_up_on(dense):
 
 def test_an_index_longer_than_any(dense, monkeypatch):
     in_shards(dense)
-    monkeypatch.setattr(folder_module, "LONGEST_INDEX", 1000)
+    monkeypatch.setattr(header_module, "LONGEST_INDEX", 1000)
     refused(dense, r"index\.json: is longer than 1000 bytes")
 
 
@@ -665,7 +665,8 @@ def test_memory_is_bounded(tmp_path, kind):
         f"""
         import resource, sys
         from pathlib import Path
-        from moe_fast.storage.safetensors_header import read_header
+        from moe_fast.storage import safetensors_header as header_module
+from moe_fast.storage.safetensors_header import read_header
         from moe_fast.errors import CheckpointError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:

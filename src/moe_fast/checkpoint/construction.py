@@ -91,8 +91,8 @@ class Construction:
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""
-        for tensor in self.base.before_layers():
-            yield OutputTensor(tensor.name, self.keep(tensor))
+        for name, tensor in self.base.before_layers():
+            yield OutputTensor(name, self.keep(tensor))
 
     def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
         """Attention and norms of a layer, under the base's names inside the layer."""
@@ -101,8 +101,8 @@ class Construction:
 
     def after_layers(self) -> Iterator[OutputTensor]:
         """The last norm and the head."""
-        for tensor in self.base.after_layers():
-            yield OutputTensor(tensor.name, self.keep(tensor))
+        for name, tensor in self.base.after_layers():
+            yield OutputTensor(name, self.keep(tensor))
 
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""

@@ -66,8 +66,8 @@ class Design:
     """Each tensor's bytes by its name, in the order in which they will be stored."""
     config: Mapping[str, Any] = field(repr=False)
     """The output's config.json."""
-    companions: Sequence[Path] = field(repr=False)
-    """Files to copy as they are: the tokenizer, settings for generation."""
+    companions: Mapping[str, Path] = field(repr=False)
+    """Files to copy as they are, by their path in the output: the tokenizer, for instance."""
     sources: Sequence[Mapping[str, Tensor]] = field(repr=False)
     """The tensors of every model that it is made from."""
     family: str

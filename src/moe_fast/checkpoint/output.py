@@ -109,7 +109,7 @@ def write_output(
     output: Path,
     shards: Sequence[Shard],
     texts: Mapping[str, str],
-    companions: Sequence[Path],
+    companions: Mapping[str, Path],
     manifest: Callable[[dict[str, FileRecord]], str],
     writing: Writing,
 ) -> dict[str, FileRecord]:
@@ -135,9 +135,9 @@ def write_output(
             records[name] = write_text(
                 text, folder / name, checksum=writing.checksum, fsync=writing.fsync
             )
-        for source in companions:
-            records[source.name] = copy_file(
-                source, folder / source.name, checksum=writing.checksum, fsync=writing.fsync
+        for name, source in companions.items():
+            records[name] = copy_file(
+                source, folder / name, checksum=writing.checksum, fsync=writing.fsync
             )
         write_text(manifest(records), folder / MANIFEST, fsync=writing.fsync)
     return records

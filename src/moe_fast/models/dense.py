@@ -88,7 +88,7 @@ def check_tensors(
         shape = expected.get(name, optional.get(name))
         if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
             continue
-        where = f"{tensor.file.path}: tensor {brief(name)}"
+        where = f"{tensor.file.path}: tensor {brief(tensor.name)}"
         if shape is None:
             if not name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it
                 problems.append(f"{where} is not part of a {family.model_type} model")

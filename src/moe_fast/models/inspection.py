@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from moe_fast.errors import RoutingError
 from moe_fast.families.dense import FFN
+from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel, open_moe_model
 from moe_fast.reports import Report, frame_of
 from moe_fast.routing.health import as_hidden_states, predict_load
@@ -159,7 +160,7 @@ def inspect_model(
         hidden_states="random tokens" if hidden_states is None else "given tokens",
         routers=router_reports(model, hidden_states),
         copies=expert_copies(model) if copies and model.layers else None,
-        problems=tuple(model.problems()),
+        problems=(*model.problems(), *find_second_weights(model.path)),
     )
 
 

@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 
 from moe_fast.dtypes import ITEM_BITS, count_bytes
 from moe_fast.errors import CheckpointError
-from moe_fast.storage.files import SourceFile, open_regular
-from moe_fast.storage.strict_json import BRIEFLY, brief, is_size, parse_json
+from moe_fast.storage.files import SourceFile, is_plain_name, open_regular
+from moe_fast.storage.strict_json import (
+    BRIEFLY,
+    LONGEST_INDEX,
+    brief,
+    is_size,
+    parse_json,
+    read_json,
+)
 
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 MOST_DIMENSIONS = 64
@@ -95,6 +102,23 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
             f"{path}: the tensors end at byte {position}, the file at {status.st_size}"
         )
     return {t.name: t for t in tensors}, metadata
+
+
+def read_index(path: Path) -> dict[str, list[str]]:
+    """The files that an index names, each beside it, with the names of their tensors."""
+    index = read_json(path, limit=LONGEST_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
+            raise CheckpointError(
+                f"{path}: tensor {brief(name)}: {brief(file)} must be the name of a .safetensors "
+                "file in the same folder"
+            )
+        files.setdefault(file, []).append(name)
+    return files
 
 
 def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:

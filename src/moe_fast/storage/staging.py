@@ -65,7 +65,8 @@ def staged(
             growing.mkdir(exist_ok=True)
             yield growing
             if fsync:
-                sync_folder(growing)
+                for folder in (*filter(Path.is_dir, growing.rglob("*")), growing):
+                    sync_folder(folder)
             take_place(growing, output, old, overwrite=overwrite)
             if fsync:
                 sync_folder(output.parent)
@@ -124,8 +125,9 @@ def work_folder(output: Path) -> Path:
 
 def unfinished(output: Path) -> int:
     """Bytes that an unfinished build takes on disk, for the next one to use or to remove."""
-    files = (path.stat() for path in work_folder(output).glob("*/*") if path.parent.name != "old")
-    return sum(file.st_size for file in files)
+    work = work_folder(output)
+    files = (path for path in work.glob("*/**/*") if path.relative_to(work).parts[0] != "old")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | None:
