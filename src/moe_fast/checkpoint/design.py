@@ -21,6 +21,7 @@ from moe_fast.checkpoint.output import (
     Writing,
     find_lack_of_space,
     find_obstacles,
+    planned_records,
     write_output,
 )
 from moe_fast.config import Dtype
@@ -194,9 +195,15 @@ class Design:
         output = Path(output)
         files = list(self.source_files())
         sources = tuple(SourceRecord.of(file) for file in files)
+
+        def manifest(records: Mapping[str, FileRecord]) -> str:
+            return replace(self.manifest, source_files=sources, files=records).text()
+
+        planned = planned_records(self.shards, self.texts, self.companions)
+        sizes = [*(record.size for record in planned.values()), len(manifest(planned).encode())]
         problems = [
             *find_obstacles(output, files, writing, self.also_read),
-            *find_lack_of_space(output, self.num_bytes),
+            *find_lack_of_space(output, sizes),
         ]
         if problems:
             raise CheckpointError(*problems)
@@ -207,7 +214,7 @@ class Design:
             self.shards,
             self.texts,
             self.companions,
-            lambda records: replace(self.manifest, source_files=sources, files=records).text(),
+            manifest,
             writing,
         )
 

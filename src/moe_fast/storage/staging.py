@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moe_fast.errors import CheckpointError
+from moe_fast.storage.tensors import BLOCK
 from moe_fast.storage.writer import sync_folder
 
 # How many workers may each be making a file in a folder at the moment it is removed.
@@ -124,10 +125,15 @@ def work_folder(output: Path) -> Path:
 
 
 def unfinished(output: Path) -> int:
-    """Bytes that an unfinished build takes on disk, for the next one to use or to remove."""
+    """Bytes of disk that an unfinished build takes, for the next one to use or to remove."""
     work = work_folder(output)
     files = (path for path in work.glob("*/**/*") if path.relative_to(work).parts[0] != "old")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(on_disk(file.stat().st_size) for file in files if file.is_file())
+
+
+def on_disk(size: int) -> int:
+    """The bytes that a file of `size` bytes takes: whole blocks."""
+    return size + -size % BLOCK
 
 
 def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | None:
