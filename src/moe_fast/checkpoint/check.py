@@ -533,7 +533,10 @@ def check_structure(model: MoeModel) -> Finding:
 
 def check_routing(model: MoeModel) -> Finding:
     """Whether the routers can send tokens anywhere at all."""
-    reports = router_reports(model)
+    try:
+        reports = router_reports(model)
+    except CheckpointError as error:
+        return finding("routing", "", error.problems, "the routers cannot be read")
     problems = [
         f"{model.path}: the router of layer {router.layer} holds numbers that are not finite"
         for router in reports

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_fast.errors import CheckpointError
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.dense import FFN
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.strict_json import brief
 
 BLOCK = r"(?P<block>(?:.+\.)?layers\.(?P<layer>\d{1,6})\.\w+)"
 PER_EXPERT = re.compile(BLOCK + r"\.experts\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight", re.ASCII)
@@ -27,6 +29,7 @@ FUSED = re.compile(
 )
 ROUTER = re.compile(BLOCK + r"\.(?:gate|router|router\.layer)\.weight", re.ASCII)
 ROLE_OF_PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"} | {r: r for r in FFN}
+MOST_FUSED_EXPERTS = 2**19  # in all layers; the largest known model has some 50,000
 GATE_UP_PARTS = ("experts.gate_up_proj", "input_linear.weight")
 # The parts of a checkpoint that come from different places.
 PARTS = ("experts", "routers", "other weights")
@@ -132,8 +135,15 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
 
 
 def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
-    """The MoE layers among the tensors, in order."""
+    """The MoE layers among the tensors, in order.
+
+    Raises
+    ------
+    CheckpointError
+        For fused tensors of more experts than any model has.
+    """
     layers: dict[str, MoeLayer] = {}
+    stacked = 0
 
     def layer_of(match: re.Match[str], fused: bool) -> MoeLayer:
         layer = MoeLayer(int(match["layer"]), match["block"], fused)
@@ -146,6 +156,12 @@ def find_layers(tensors: Mapping[str, Tensor]) -> tuple[MoeLayer, ...]:
                 expert = layer_of(match, False).experts.setdefault(int(match["expert"]), {})
                 expert[ROLE_OF_PART[match["part"]]] = tensor
         elif (match := FUSED.fullmatch(name)) and len(tensor.shape) == 3:
+            stacked += tensor.shape[0]
+            if stacked > MOST_FUSED_EXPERTS:  # before looping over a number from a file
+                raise CheckpointError(
+                    f"{tensor.file.path}: tensor {brief(tensor.name)}: the layers so far hold "
+                    f"{stacked} experts, more than any model's"
+                )
             for number, expert in enumerate(slices(tensor, match["part"] in GATE_UP_PARTS)):
                 layer_of(match, True).experts.setdefault(number, {}).update(expert)
         elif match := ROUTER.fullmatch(name):
