@@ -325,7 +325,7 @@ def test_people_may_edit_the_card(moe):
 def test_a_manifest_names_files_of_its_folder_alone(moe, name):
     edit_json(moe / "moe_fast.json", files={name: {"size": 3}})
     problems = check_moe(moe)["manifest"].problems
-    assert f"{name!r} is not the name of a file in the same folder" in problems[0]
+    assert f"{name!r} is not the name of a file in the folder" in problems[0]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ ranges = st.lists(
 
 
 @pytest.mark.parametrize("checksum", [False, True], ids=["kernel", "buffer"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+)
 @given(ranges=ranges, buffer=st.sampled_from([1000, BLOCK, writer.BUFFER]))
 def test_any_ranges_of_any_files(tmp_path_factory, monkeypatch, checksum, ranges, buffer):
     folder = tmp_path_factory.mktemp("ranges")

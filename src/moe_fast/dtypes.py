@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +20,33 @@ if TYPE_CHECKING:
 
     DtypeLike = Dtype | DtypeName | type[Any] | np.dtype[Any] | torch.dtype
 
-ITEM_SIZES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
+# Every dtype that safetensors 0.8.0 reads.
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
 }
+# The bytes of an item, for dtypes whose items are whole bytes.
+ITEM_SIZES = {dtype: bits // 8 for dtype, bits in ITEM_BITS.items() if bits % 8 == 0}
 # Of numbers that are computed with: what NumPy and torch call them, and the other way round.
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NUMPY_NAMES = {
@@ -59,6 +69,8 @@ ML_DTYPES_NAMES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # what can be built from, and converted to
@@ -73,6 +85,12 @@ ALIASES = {
     "fp64": "float64",
 }
 TORCH_ALIASES = {"float": "float32", "half": "float16"}
+
+
+def count_bytes(dtype: str, shape: Sequence[int]) -> int | None:
+    """The bytes of a tensor; `None` if it does not end at a whole byte."""
+    nbytes, bits = divmod(math.prod(shape) * ITEM_BITS[dtype], 8)
+    return None if bits else nbytes
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.strict_json import read_json
 
+LONGEST_TOKENIZER = 200_000_000  # bytes; it is read whole. The largest known have 35 MB.
+
 
 class PromptTokenizer:
     """The tokenizer of a model folder, which neither cuts nor pads a prompt.
@@ -33,6 +35,11 @@ class PromptTokenizer:
                 "is missing, and prompts need it "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)",
                 file=self.file,
+            )
+        size = self.file.stat().st_size
+        if size > LONGEST_TOKENIZER:
+            raise CheckpointError(
+                f"{self.file}: has {size:,} bytes; no tokenizer has more than {LONGEST_TOKENIZER:,}"
             )
         try:
             self.tokenizer = Tokenizer.from_file(str(self.file))

@@ -37,6 +37,7 @@ from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
+from moe_fast.models.folder import find_second_weights
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
 from moe_fast.reports import Report, pandas_frame
@@ -49,9 +50,9 @@ from moe_fast.request import (
     RouterStart,
 )
 from moe_fast.routing.health import RouterHealth, as_hidden_states, router_health
-from moe_fast.storage.companions import find_companions
+from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.floats import decode
-from moe_fast.storage.hub import find_model
+from moe_fast.storage.hub import find_missing_tokenizer, find_model
 from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
@@ -564,6 +565,9 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         reason_to_differ=find_reason_to_differ(request, construction.base),
         card=model_card(request_values(request), family, layout, construction, config),
         warnings=(
+            *(w for each in construction.opened_models() for w in find_second_weights(each.path)),
+            *find_missing_code(construction.base.path),
+            *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
             *warn_of_unused_models(request.models, plan_report),

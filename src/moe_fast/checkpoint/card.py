@@ -20,6 +20,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.request import ExpertSource
 from moe_fast.storage.companions import has_tokenizer
 from moe_fast.storage.files import open_regular
+from moe_fast.storage.hub import SNAPSHOT
 from moe_fast.storage.tensors import FORMAT
 from moe_fast.version import __version__
 from moe_fast.wording import format_runs
@@ -29,8 +30,6 @@ LONGEST_CARD = 1_000_000
 LONGEST_METADATA = 1000
 LONGEST_RECIPE = 20_000
 MOST_IN_TITLE = 4
-# The folder in which the Hub's cache keeps a revision of a model.
-SNAPSHOT = re.compile(r"models--(?P<name>[\w.-]+)[/\\]snapshots[/\\]\w+[/\\]?$")
 # What the Hub takes for the name of a model; other folder names stay out of its metadata.
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -22,9 +22,9 @@ from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
-from moe_fast.families.rules import Reader
+from moe_fast.families.rules import TRANSFORMERS_4, TRANSFORMERS_5, Reader
 from moe_fast.models.dense import open_dense_model
-from moe_fast.models.folder import check_is_folder
+from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
 from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
 from moe_fast.models.structure import structure_problems
@@ -32,9 +32,10 @@ from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
 from moe_fast.storage.companions import find_companions, has_tokenizer
 from moe_fast.storage.copies import equal_groups
-from moe_fast.storage.files import is_plain_name, read_exactly
+from moe_fast.storage.files import is_plain_path, read_exactly, same_bytes
 from moe_fast.storage.pieces import FileRange, Piece, Remembered
 from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.strict_json import brief
 from moe_fast.storage.writer import FileRecord, sha256_of
 from moe_fast.wording import format_count, format_range
 
@@ -191,7 +192,8 @@ def check_moe(
         raise CheckpointError("holds no experts; it is not an MoE", file=folder)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
-    headers = finding("headers", f"{len(model.tensors)} tensors in {where}, without holes")
+    summary = f"{len(model.tensors)} tensors in {where}, without holes"
+    headers = finding("headers", "; ".join((summary, *find_second_weights(folder))))
     manifest, manifest_finding = check_manifest(model)
     design = repeat_design(model, manifest, sources)
     findings = [
@@ -205,6 +207,7 @@ def check_moe(
     readers = find_readers(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
+    readers = tuple(without_other_names(model, reader) for reader in readers)
     findings.append(check_readers(model, readers))
     if text is not None:
         findings.append(check_logits(model, design, sources, readers, text))
@@ -226,9 +229,9 @@ def check_manifest(model: MoeModel) -> tuple[Manifest | None, Finding]:
     for name, record in manifest.files.items():
         if name == CARD:  # people edit it
             continue
-        if not is_plain_name(name):
+        if not is_plain_path(name):
             where = f"{folder / MANIFEST}: files"
-            problems.append(f"{where}: {name!r} is not the name of a file in the same folder")
+            problems.append(f"{where}: {name!r} is not the name of a file in the folder")
         else:
             problems += file_problems(folder / name, record, headers.get(name))
     digests = sum(record.sha256 is not None for record in manifest.files.values())
@@ -322,7 +325,7 @@ def check_sources(
         return [
             *compare_weights(model, design, progress),
             compare_config(model, design.config),
-            compare_companions(model, design.reference),
+            compare_companions(model, design.companions),
         ]
     if design is None and against:
         return check_origins(model, against)
@@ -419,22 +422,25 @@ def compare_config(model: MoeModel, config: Mapping[str, Any]) -> Finding:
         if key not in expected:
             problems.append(f"{file}: {key} is none of the keys that the build writes")
         elif value != expected[key]:
-            problems.append(f"{file}: {key} is {value!r}, the build writes {expected[key]!r}")
+            problems.append(
+                f"{file}: {key} is {brief(value)}, the build writes {brief(expected[key])}"
+            )
     return finding("configuration", f"{len(expected)} keys as the build writes them", problems)
 
 
-def compare_companions(model: MoeModel, base: Path) -> Finding:
-    """Tokenizer and generation settings against the base model's."""
-    names = sorted(file.name for file in find_companions(base))
+def compare_companions(model: MoeModel, companions: Mapping[str, Path]) -> Finding:
+    """Tokenizer, settings for generation and code against the source's."""
+    companions = {name: file for name, file in companions.items() if name != CARD}
     problems = []
-    for name in names:
-        if not (model.path / name).is_file():
-            problems.append(f"{model.path / name}: is missing; the source has it")
-        elif (model.path / name).read_bytes() != (base / name).read_bytes():
-            problems.append(f"{model.path / name}: differs from {base / name}")
-    if not names:
+    for name, source in sorted(companions.items()):
+        file = model.path / name
+        if not file.is_file():
+            problems.append(f"{file}: is missing; the source has it")
+        elif not same_bytes(file, source):
+            problems.append(f"{file}: differs from {source}")
+    if not companions:
         return not_possible("tokenizer", "the source has none")
-    return finding("tokenizer", f"{len(names)} files equal the source's", problems)
+    return finding("tokenizer", f"{len(companions)} files equal the source's", problems)
 
 
 def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding]:
@@ -464,16 +470,16 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
         not_possible("routers", reason.format("routers")),
         check_other_weights(model, sources),
         not_possible("configuration", reason.format("keys")),
-        compare_companions(model, sources[0].path),
+        compare_companions(model, find_companions(sources[0].path)),
     ]
 
 
 def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Finding:
-    others = [t for name, t in model.tensors.items() if part_of(name) == "other weights"]
+    others = [(name, t) for name, t in model.tensors.items() if part_of(name) == "other weights"]
     problems = []
     compared = 0
-    for tensor in others:
-        candidates = [s.tensors[tensor.name] for s in sources if tensor.name in s.tensors]
+    for name, tensor in others:
+        candidates = [s.tensors[name] for s in sources if name in s.tensors]
         if not candidates:
             continue  # shared experts, biases of zeros: the structure is checked elsewhere
         compared += 1
@@ -483,6 +489,28 @@ def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Findi
             problems.append(f"{where} equals that of none of the sources")
     summary = f"{compared - len(problems)} of {compared} tensors equal one of the sources'"
     return finding("other weights", summary, problems, summary)
+
+
+def other_names(model: MoeModel) -> list[tuple[str, str]]:
+    """The names of tensors that are not canonical, each with the one that is."""
+    return [(tensor.name, name) for name, tensor in model.tensors.items() if tensor.name != name]
+
+
+def without_other_names(model: MoeModel, reader: Reader) -> Reader:
+    """A reader, which does not load tensors under other names than it looks for.
+
+    transformers sees where `model.` is missing, transformers 5 also where it stands twice.
+    """
+    names = other_names(model)
+    if reader.name in (TRANSFORMERS_4, TRANSFORMERS_5):
+        names = [(found, name) for found, name in names if name != f"model.{found}"]
+    if reader.name == TRANSFORMERS_5:
+        names = [(found, name) for found, name in names if found != f"model.{name}"]
+    if not names:
+        return reader
+    found, name = names[0]
+    reason = f"looks for {brief(name)}, which is {brief(found)} here; moe-fast convert renames it"
+    return Reader(reader.name, False, (*reader.reasons, reason))
 
 
 def check_structure(model: MoeModel) -> Finding:
@@ -499,6 +527,18 @@ def check_structure(model: MoeModel) -> Finding:
             problems = structure_problems(model)
         except CheckpointError as error:
             problems = list(error.problems)
+    names = other_names(model)
+    if names:
+        found, name = names[0]
+        problems.append(
+            Problem(
+                f"would be {brief(name)} in the layout of Hugging Face"
+                f"{f', and so {len(names) - 1} more' * (len(names) > 1)}; moe-fast convert "
+                "renames them",
+                file=model.path,
+                tensor=found,
+            )
+        )
     title = moe_families()[model.model_type].title
     return finding("structure", f"names, shapes and config.json are those of {title}", problems)
 
@@ -515,7 +555,10 @@ def check_dense_structure(model: MoeModel) -> Finding:
 
 def check_routing(model: MoeModel) -> Finding:
     """Whether the routers can send tokens anywhere at all."""
-    reports = router_reports(model)
+    try:
+        reports = router_reports(model)
+    except CheckpointError as error:
+        return finding("routing", "", error.problems, "the routers cannot be read")
     problems = [
         f"{model.path}: the router of layer {router.layer} holds numbers that are not finite"
         for router in reports

@@ -98,11 +98,12 @@ class Construction:
         models = (self.base, *self.sources, *self.shared_sources)
         return list({model.path: model for model in models}.values())
 
-    def keep(self, tensor: Tensor) -> Weight:
+    def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
+        tensor = self.base.tensors[name]
         if not self.backbone:
             return self.convert(Weight.of(tensor))
-        tensors = [model.tensors[tensor.name] for model, _ in self.backbone]
+        tensors = [model.tensors[name] for model, _ in self.backbone]
         mean = Averaged(
             tuple(FileRange(t.file, t.offset, t.nbytes) for t in tensors),
             tuple(t.dtype for t in tensors),
@@ -128,18 +129,18 @@ class Construction:
 
     def before_layers(self) -> Iterator[OutputTensor]:
         """The embedding."""
-        for tensor in self.base.before_layers():
-            yield OutputTensor(tensor.name, self.keep(tensor))
+        for name, _ in self.base.before_layers():
+            yield OutputTensor(name, self.keep(name))
 
     def layer(self, layer: int) -> Iterator[tuple[str, Weight]]:
         """Attention and norms of a layer, under the base's names inside the layer."""
-        for name, tensor in self.base.layer(layer):
-            yield name, self.keep(tensor)
+        for name, _ in self.base.layer(layer):
+            yield name, self.keep(f"model.layers.{layer}.{name}")
 
     def after_layers(self) -> Iterator[OutputTensor]:
         """The last norm and the head."""
-        for tensor in self.base.after_layers():
-            yield OutputTensor(tensor.name, self.keep(tensor))
+        for name, _ in self.base.after_layers():
+            yield OutputTensor(name, self.keep(name))
 
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
@@ -184,7 +185,7 @@ class Construction:
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of a layer without experts."""
-        return self.keep(self.base.ffn(layer, role))
+        return self.keep(f"model.layers.{layer}.mlp.{role}.weight")
 
     def shared_expert(self, layer: int, index: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
@@ -248,18 +249,17 @@ class Construction:
 
     def backbone_problems(self) -> Iterator[Problem]:
         """Why there is no mean over the models."""
+        names = [name for name, _ in (*self.base.before_layers(), *self.base.after_layers())]
+        for layer in range(self.num_layers):
+            names += [f"model.layers.{layer}.{name}" for name, _ in self.base.layer(layer)]
+        for layer in self.dense_layers:
+            names += [f"model.layers.{layer}.mlp.{role}.weight" for role in FFN]
         for model, _ in self.backbone:
-            for tensor in (*self.base.before_layers(), *self.base.after_layers()):
-                yield from self.mean_problems(model, tensor)
-            for layer in range(self.num_layers):
-                for _, tensor in self.base.layer(layer):
-                    yield from self.mean_problems(model, tensor)
-            for layer in self.dense_layers:
-                for role in FFN:
-                    yield from self.mean_problems(model, self.base.ffn(layer, role))
+            for name in names:
+                yield from self.mean_problems(model, name)
 
-    def mean_problems(self, model: DenseModel, tensor: Tensor) -> Iterator[Problem]:
-        other = model.tensors.get(tensor.name)
+    def mean_problems(self, model: DenseModel, name: str) -> Iterator[Problem]:
+        tensor, other = self.base.tensors[name], model.tensors.get(name)
         if other is None:
             what = "is missing, which the mean of models takes"
             yield Problem(what, file=model.path, tensor=tensor.name)

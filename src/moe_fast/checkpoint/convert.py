@@ -25,6 +25,7 @@ from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
+from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
 from moe_fast.models.structure import structure_problems
@@ -32,7 +33,7 @@ from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
 from moe_fast.storage.arithmetic import Dequantised
-from moe_fast.storage.companions import find_companions, has_tokenizer
+from moe_fast.storage.companions import find_companions, find_missing_code, has_tokenizer
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
@@ -213,10 +214,10 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
     config = converted_config(model, family, request.dtype)
     tokenizer = has_tokenizer(model.path)
     readers = find_readers(config, layout, model.num_experts, has_tokenizer=tokenizer)
-    companions = find_companions(model.path)
+    companions = find_companions(model.path, model.config)
     card = updated_card(model.path / CARD, readers)
     if card is None and (model.path / CARD).is_file():
-        companions.append(model.path / CARD)
+        companions[CARD] = model.path / CARD
     return ConvertDesign(
         weights=weights,
         config=config,
@@ -230,6 +231,8 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
         card=card,
         warnings=(
             *([] if model.assumed is None else [f"{model.path}: {model.assumed}"]),
+            *find_second_weights(model.path),
+            *find_missing_code(model.path, model.config),
             *warn_of_rounding(model, family, layout, weights, request.dtype),
         ),
         metadata=metadata_of(model.tensors.values()),

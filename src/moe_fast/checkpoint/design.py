@@ -6,7 +6,6 @@ dry runs, resuming, the manifest and `check_moe` act on the design alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, singledispatch
@@ -22,17 +21,25 @@ from moe_fast.checkpoint.output import (
     Writing,
     find_lack_of_space,
     find_obstacles,
+    planned_records,
     write_output,
 )
 from moe_fast.checks import as_path
 from moe_fast.config import Dtype
-from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, ITEM_SIZES, as_stored_dtype
+from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, as_stored_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import json_text
-from moe_fast.storage.tensors import FORMAT, Shard, Weight, index_json, plan_shards
+from moe_fast.storage.tensors import (
+    FORMAT,
+    Shard,
+    Weight,
+    index_json,
+    plan_shards,
+    whole_bytes,
+)
 from moe_fast.storage.writer import FileRecord
 
 Facts = Mapping[str, Any]
@@ -63,8 +70,8 @@ class Design:
     """Each tensor's bytes by its name, in the order in which they will be stored."""
     config: Mapping[str, Any] = field(repr=False)
     """The output's config.json."""
-    companions: Sequence[Path] = field(repr=False)
-    """Files to copy as they are: the tokenizer, settings for generation."""
+    companions: Mapping[str, Path] = field(repr=False)
+    """Files to copy as they are, by their path in the output: the tokenizer, for instance."""
     sources: Sequence[Mapping[str, Tensor]] = field(repr=False)
     """The tensors of every model that it is made from."""
     family: str
@@ -149,11 +156,11 @@ class Design:
 
     def row_range(self, weight: Weight, rows: slice | None) -> tuple[int, int]:
         """The first and the last byte of some rows."""
-        nbytes = math.prod(self.shape_of_rows(weight, rows)) * ITEM_SIZES[weight.dtype]
+        nbytes = whole_bytes(weight.dtype, self.shape_of_rows(weight, rows))
         if rows is None:
             return 0, nbytes
-        row = math.prod(weight.shape[1:]) * ITEM_SIZES[weight.dtype]
-        start = rows.indices(weight.shape[0])[0] * row
+        before = rows.indices(weight.shape[0])[0]
+        start = whole_bytes(weight.dtype, (before, *weight.shape[1:]))
         return start, start + nbytes
 
     @cached_property
@@ -197,9 +204,15 @@ class Design:
         output = as_path(output, "output")
         files = list(self.source_files())
         sources = tuple(SourceRecord.of(file) for file in files)
+
+        def manifest(records: Mapping[str, FileRecord]) -> str:
+            return replace(self.manifest, source_files=sources, files=records).text()
+
+        planned = planned_records(self.shards, self.texts, self.companions)
+        sizes = [*(record.size for record in planned.values()), len(manifest(planned).encode())]
         problems = [
             *find_obstacles(output, files, writing, self.also_read),
-            *find_lack_of_space(output, self.num_bytes),
+            *find_lack_of_space(output, sizes),
         ]
         if problems:
             raise CheckpointError(*problems)
@@ -210,7 +223,7 @@ class Design:
             self.shards,
             self.texts,
             self.companions,
-            lambda records: replace(self.manifest, source_files=sources, files=records).text(),
+            manifest,
             writing,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,16 @@ from pathlib import Path
 from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import ArgumentTypeError, Problem
 from moe_fast.storage.files import SourceFile
-from moe_fast.storage.staging import is_around, staged, unfinished, why_not
-from moe_fast.storage.tensors import Shard
+from moe_fast.storage.pieces import FileRange
+from moe_fast.storage.staging import is_around, on_disk, staged, unfinished, why_not
+from moe_fast.storage.tensors import BLOCK, Shard
 from moe_fast.storage.writer import FileRecord, copy_file, key_of, write_shards, write_text
 from moe_fast.threads import as_threads
 
 Progress = Callable[[int, int], None]
+# Any one of these makes a folder a model, which may be overwritten.
+MARKS = ("config.json", MANIFEST)
+FOLDERS = 4 * BLOCK  # what the folders themselves take
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def find_obstacles(
         yield Problem(
             f"lies in {around[0]}, which it is made from; choose another output", file=output
         )
-    elif (problem := why_not(output, overwrite=writing.overwrite)) is not None:
+    elif (problem := why_not(output, overwrite=writing.overwrite, marks=MARKS)) is not None:
         yield Problem(problem, file=output)
     parent = existing_parent(output)
     if not parent.is_dir():
@@ -94,15 +98,37 @@ def find_obstacles(
         yield Problem(f"the folder {parent} is not writable", file=output)
 
 
-def find_lack_of_space(output: Path, nbytes: int) -> Iterator[str]:
-    """Whether the disk is too full, beside what an unfinished build to `output` already takes."""
+def find_lack_of_space(output: Path, sizes: Iterable[int]) -> Iterator[str]:
+    """Whether the disk is too full for files of these sizes.
+
+    What an unfinished build to `output` already takes counts as free.
+    """
     output = Path(os.path.realpath(output))
+    nbytes = sum(map(on_disk, sizes)) + FOLDERS
     free = shutil.disk_usage(existing_parent(output)).free + unfinished(output)
     if nbytes > free:
         yield Problem(
             f"needs {nbytes:,} bytes of disk, {free:,} are free; choose another disk or make room",
             file=output,
         )
+
+
+def planned_records(
+    shards: Sequence[Shard], texts: Mapping[str, str], companions: Mapping[str, Path]
+) -> dict[str, FileRecord]:
+    """What the records of an output's files will be at most: their sizes, and digests as long."""
+    digest = "0" * 64
+    records = {}
+    for shard in shards:
+        overflow = {
+            name: weight.num_parameters
+            for name, weight in shard.tensors
+            if weight.dtype == "F16" and not all(isinstance(p, FileRange) for p in weight.pieces)
+        }
+        records[shard.file_name] = FileRecord(shard.nbytes, digest, digest, overflow or None)
+    sizes = {name: len(text.encode()) for name, text in texts.items()}
+    sizes |= {name: file.stat().st_size for name, file in companions.items()}
+    return records | {name: FileRecord(size, sha256=digest) for name, size in sizes.items()}
 
 
 def existing_parent(output: Path) -> Path:
@@ -113,7 +139,7 @@ def write_output(
     output: Path,
     shards: Sequence[Shard],
     texts: Mapping[str, str],
-    companions: Sequence[Path],
+    companions: Mapping[str, Path],
     manifest: Callable[[dict[str, FileRecord]], str],
     writing: Writing,
 ) -> dict[str, FileRecord]:
@@ -123,7 +149,9 @@ def write_output(
     """
     key = key_of(shards, writing.fsync)
     written = WrittenBytes(sum(shard.nbytes for shard in shards), writing.progress)
-    with staged(output, key, overwrite=writing.overwrite, fsync=writing.fsync) as folder:
+    with staged(
+        output, key, overwrite=writing.overwrite, marks=MARKS, fsync=writing.fsync
+    ) as folder:
         records = write_shards(
             shards,
             folder,
@@ -137,9 +165,9 @@ def write_output(
             records[name] = write_text(
                 text, folder / name, checksum=writing.checksum, fsync=writing.fsync
             )
-        for source in companions:
-            records[source.name] = copy_file(
-                source, folder / source.name, checksum=writing.checksum, fsync=writing.fsync
+        for name, source in companions.items():
+            records[name] = copy_file(
+                source, folder / name, checksum=writing.checksum, fsync=writing.fsync
             )
         write_text(manifest(records), folder / MANIFEST, fsync=writing.fsync)
     return records

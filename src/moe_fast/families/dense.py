@@ -123,20 +123,23 @@ class DenseModel:
         """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
         return self.tensors[f"model.layers.{layer}.mlp.{role}.weight"]
 
-    def before_layers(self) -> Iterator[Tensor]:
-        """The embedding."""
-        yield self.tensors["model.embed_tokens.weight"]
+    def before_layers(self) -> Iterator[tuple[str, Tensor]]:
+        """The embedding, with its name."""
+        yield from self.named("model.embed_tokens.weight")
 
     def layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer apart from its FFN, with their names inside the layer."""
         for name in self.family.layer_shapes(self.sizes, self.config):
             yield name, self.tensors[f"model.layers.{layer}.{name}"]
 
-    def after_layers(self) -> Iterator[Tensor]:
-        """The last norm, and the head where the model stores one."""
-        yield self.tensors["model.norm.weight"]
+    def after_layers(self) -> Iterator[tuple[str, Tensor]]:
+        """The last norm, and the head where the model stores one, with their names."""
+        yield from self.named("model.norm.weight")
         if "lm_head.weight" in self.tensors:
-            yield self.tensors["lm_head.weight"]
+            yield from self.named("lm_head.weight")
+
+    def named(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        yield name, self.tensors[name]
 
     @property
     def expert_dtype(self) -> str:

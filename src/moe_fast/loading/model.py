@@ -86,8 +86,8 @@ def load_into(
             overflow = fill(held, weight, find_ranges(parameter, ITEM_SIZES[weight.dtype]), files)
             if overflow:
                 warnings.warn(
-                    f"parameter {name!r}: {format_count(overflow, 'finite weight')} became infinite in "
-                    f"{parameter.dtype}",
+                    f"parameter {name!r}: {format_count(overflow, 'finite weight')} became "
+                    f"infinite in {parameter.dtype}",
                     stacklevel=2,
                 )
             filled[id(parameter)] = parameter if has_memory(parameter) else wrap(held, parameter)

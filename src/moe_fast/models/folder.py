@@ -1,22 +1,43 @@
-"""A model folder: its config.json, and the headers of all its safetensors files."""
+"""A model folder: its config.json, and the headers of all its safetensors files.
+
+Tensors are known by the names of the Hugging Face layout, `model.layers.0.mlp.up_proj.weight`.
+Names that training frameworks put before or into these are taken off, here and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError, Problem
-from moe_fast.storage.files import is_absent, is_plain_name
-from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, read_header
-from moe_fast.storage.strict_json import LONGEST_INDEX, brief, read_json
+from moe_fast.storage.files import is_absent
+from moe_fast.storage.other_formats import (
+    GGUF,
+    describe_loose_safetensors,
+    describe_other_format,
+)
+from moe_fast.storage.safetensors_header import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Tensor,
+    read_header,
+    read_index,
+)
+from moe_fast.storage.strict_json import brief, read_json
 
 MOST_PROBLEMS = 100  # of one folder, before looking for more ends
 MOST_NAMED = 8
+# What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head."
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face model folder, by name.
+    """Every tensor of a Hugging Face model folder, by its canonical name.
+
+    A tensor's own `name` stays what it is in the file.
 
     Raises
     ------
@@ -25,17 +46,60 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """
     names = names_in(folder)
     if SINGLE_FILE in names:
-        return read_header(folder / SINGLE_FILE)
+        return with_canonical_names(read_header(folder / SINGLE_FILE))
     if INDEX_FILE in names:
-        return read_shards(folder)
-    pickles = [name for name in names if PurePath(name).suffix in (".bin", ".pt", ".pth", ".pkl")]
-    if pickles:
-        raise CheckpointError(
-            f"holds {pickles[0]}, a pickle file, which can run code when opened and is "
-            "never read; save the model as safetensors (save_pretrained does)",
-            file=folder,
+        return with_canonical_names(read_shards(folder))
+    found = describe_loose_safetensors(names) or describe_other_format(names)
+    what = found or f"holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    raise CheckpointError(what, file=folder)
+
+
+def with_canonical_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their canonical names; as they are if two would get the same one."""
+    renamed = dict(zip(canonical_names(tensors), tensors.values(), strict=True))
+    return renamed if len(renamed) == len(tensors) else dict(tensors)
+
+
+def canonical_names(names: Iterable[str]) -> list[str]:
+    """The names of the Hugging Face layout for the names of a model's tensors.
+
+    Parts that wrappers put into names are left out: `_orig_mod.`. What stands before all names,
+    such as `module.`, is left out as far as the embedding shows where the model begins. `model.` is
+    put before the names of a model that was saved without its head, as `AutoModel` saves it.
+    """
+    plain = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names]
+    embeddings = [name for name in plain if name == EMBEDDING or name.endswith(f".{EMBEDDING}")]
+    if not embeddings:
+        return plain
+    before = min(embeddings, key=len).removesuffix(EMBEDDING)
+    inner = before == "model." or before.endswith(".model.")
+    prefix = before.removesuffix("model.") if inner else before
+    if not all(name.startswith(prefix) for name in plain):
+        return plain
+    plain = [name.removeprefix(prefix) for name in plain]
+    if inner:
+        return plain
+    return [name if name.startswith(HEAD) else f"model.{name}" for name in plain]
+
+
+def find_second_weights(folder: Path) -> Iterator[str]:
+    """A warning if `model.safetensors` lies beside an index that names other files.
+
+    Readers differ in which of the two they take.
+    """
+    if is_absent(folder / SINGLE_FILE) or is_absent(folder / INDEX_FILE):
+        return
+    try:
+        files = set(read_index(folder / INDEX_FILE))
+    except CheckpointError as error:
+        yield f"{error}; {SINGLE_FILE} beside it is read"
+        return
+    if files != {SINGLE_FILE}:
+        other = min(files - {SINGLE_FILE})
+        yield (
+            f"{folder / SINGLE_FILE}: is read, {INDEX_FILE} beside it names {brief(other)}; "
+            "transformers reads the first, vLLM what the index names; remove one of the two"
         )
-    raise CheckpointError(f"holds neither {SINGLE_FILE} nor {INDEX_FILE}", file=folder)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -48,21 +112,8 @@ def names_in(folder: Path) -> list[str]:
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """The tensors of every shard that the folder's index names, index and shards agreeing."""
-    path = folder / INDEX_FILE
-    index = read_json(path, limit=LONGEST_INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("weight_map must map tensor names to file names", file=path)
-    named: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
-            raise CheckpointError(
-                f"is placed in {brief(file)}; that must be the name of a .safetensors file in the "
-                "same folder",
-                file=path,
-                tensor=name,
-            )
-        named.setdefault(file, []).append(name)
+    named = read_index(folder / INDEX_FILE)
+    weight_map = {name: file for file, names in named.items() for name in names}
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     for file, names in sorted(named.items()):
@@ -103,15 +154,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_is_folder(folder)
     path = folder / "config.json"
     if is_absent(path):
-        gguf = sorted(file.name for file in folder.glob("*.gguf"))
+        other = describe_other_format(names_in(folder))
         models = sorted(file.parent.name for file in folder.glob("*/config.json"))
-        if gguf:
-            advice = f"; it holds {gguf[0]}, and {without_gguf(gguf[0])}"
+        advice = ""
+        if other is not None:
+            advice = f"; it {other}"
         elif models:
             advice = f"; its folders with models are {', '.join(models[:MOST_NAMED])}"
             advice += ", ..." if len(models) > MOST_NAMED else ""
-        else:
-            advice = ""
         raise CheckpointError(f"is no model folder, it has no config.json{advice}", file=folder)
     config = read_json(path)
     if not isinstance(config, dict):
@@ -125,16 +175,9 @@ def check_is_folder(folder: Path) -> None:
         return
     advice = ""
     if folder.suffix == ".gguf":
-        advice = f"; {without_gguf(folder.name)}"
+        advice = f"; {GGUF.format(name=folder.name)}"
     elif folder.is_file():
         advice = f"; it is a file, and a model is the folder with config.json: {folder.parent}"
     elif is_absent(folder):
         advice = "; there is nothing of that name"
     raise CheckpointError(f"is not a folder with a model{advice}", file=folder)
-
-
-def without_gguf(name: str) -> str:
-    return (
-        "GGUF is not read: load it with transformers "
-        f"(from_pretrained with gguf_file={name!r}) and save it with save_pretrained"
-    )

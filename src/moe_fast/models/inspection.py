@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.errors import RoutingError
+from moe_fast.errors import CheckpointError, RoutingError
+from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel, open_moe_model
 from moe_fast.reports import Report, frame_of
 from moe_fast.routing.health import as_hidden_states, predict_load
@@ -21,6 +22,7 @@ from moe_fast.storage.copies import equal_groups
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.strict_json import brief
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -33,6 +35,7 @@ Place = tuple[int, int]
 """Layer and expert."""
 
 
+LARGEST_ROUTER = 2**24  # numbers: 1024 experts of a hidden size of 16384
 MOST_EXPERTS = 2**12  # beyond, a load is not predicted: that takes the square of it in memory
 
 
@@ -158,7 +161,7 @@ def inspect_model(
         hidden_states="random tokens" if hidden_states is None else "given tokens",
         routers=router_reports(model, hidden_states),
         copies=expert_copies(model) if copies and model.layers else None,
-        problems=tuple(model.problems()),
+        problems=(*model.problems(), *find_second_weights(model.path)),
     )
 
 
@@ -241,7 +244,18 @@ def router_report(
 
 
 def read_floats(tensor: Tensor, files: OpenFiles) -> npt.NDArray[np.float64] | None:
-    """A tensor's values; `None` where its dtype is not one of floats."""
+    """A router's values; `None` where its dtype is not one of floats.
+
+    Raises
+    ------
+    CheckpointError
+        For one far larger than any model's: it is read whole.
+    """
+    if math.prod(tensor.shape) > LARGEST_ROUTER:
+        raise CheckpointError(
+            f"{tensor.file.path}: tensor {brief(tensor.name)} has the shape {list(tensor.shape)}; "
+            f"no router has more than {LARGEST_ROUTER:,} numbers"
+        )
     data = files.read(tensor.file, tensor.offset, tensor.nbytes)
     return decode_any(data, tensor.dtype, tensor.shape)
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from moe_fast.checks import as_path
 from moe_fast.config import Layout
-from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1_W3_W2, ExpertAxis
@@ -42,6 +41,7 @@ ROUTER_ENDING = re.compile(
     r"(?:^|\.)(?:gate|router)\.(?:wg\.|gate\.|layer\.|proj\.|classifier\.)?(?:weight|bias)$"
     r"|(?:e_score_correction_bias|expert_bias|per_expert_scale)$"
 )
+MOST_STACKED = 2**19  # experts in all layers; the largest known model has some 50,000
 # The parts of a checkpoint that come from different places.
 PARTS = ("experts", "routers", "other weights")
 # Where the configuration of a multimodal model keeps that of its language model.
@@ -344,6 +344,7 @@ def find_layers(
     """The MoE layers among the tensors, in order."""
     layers: dict[str, MoeLayer] = {}
     candidates: dict[str, list[tuple[str, Tensor]]] = {}
+    num_stacked = 0
 
     def layer_of(match: re.Match[str], block: str, fused: bool) -> MoeLayer:
         name, number = block_name(match, block), int(match["number"])
@@ -372,6 +373,13 @@ def find_layers(
         candidates.setdefault(block_name(match, block), []).append((inner, tensor))
         roles = stacked_roles(inner, axis)
         if roles and len(tensor.shape) > 2:
+            num_stacked += tensor.shape[0]
+            if num_stacked > MOST_STACKED:  # before looping over a number from a file
+                raise CheckpointError(
+                    f"the layers so far hold {num_stacked} experts, more than any model's",
+                    file=tensor.file.path,
+                    tensor=tensor.name,
+                )
             layer = layer_of(match, block, True)
             for number, slices in enumerate(slices_of(tensor, roles)):
                 layer.experts.setdefault(number, {}).update(slices)
@@ -434,10 +442,11 @@ def part_of(name: str) -> str:
 def slices_of(tensor: Tensor, roles: tuple[str, ...]) -> list[Expert]:
     """Each expert's part of a tensor that stacks them, its matrices one over the other."""
     num_experts, rows, *rest = tensor.shape
-    if math.prod(tensor.shape) == 0 or rows % len(roles):
+    parts = num_experts * len(roles)
+    if math.prod(tensor.shape) == 0 or rows % len(roles) or tensor.nbytes % parts:
         return []
     shape = (rows // len(roles), *rest)
-    nbytes = math.prod(shape) * ITEM_SIZES[tensor.dtype]
+    nbytes = tensor.nbytes // parts
     experts = []
     position = tensor.offset
     for number in range(num_experts):

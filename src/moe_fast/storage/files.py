@@ -28,6 +28,7 @@ class SourceFile(NamedTuple):
 
 # Far below what systems let a process have open; models may stand in more files than that.
 MOST_OPEN = 64
+CHUNK = 1024 * 1024
 
 
 class OpenFiles:
@@ -105,6 +106,22 @@ def fill(buffer: memoryview, stream: FileIO, path: str) -> None:
         if not count:
             raise CheckpointError(f"ended at byte {stream.tell()} while being read", file=path)
         buffer = buffer[count:]
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether `path`, parts separated by slashes, can only lead to a file below its folder."""
+    return all(map(is_plain_name, path.split("/")))
+
+
+def same_bytes(file: Path, other: Path) -> bool:
+    """Whether two files are equal, read a chunk at a time and only as far as they are."""
+    with open_regular(file) as left, open_regular(other) as right:
+        if os.fstat(left.fileno()).st_size != os.fstat(right.fileno()).st_size:
+            return False
+        while chunk := left.read(CHUNK):
+            if read_exactly(right, len(chunk), str(other)) != chunk:
+                return False
+    return True
 
 
 def is_plain_name(name: str) -> bool:

@@ -8,16 +8,21 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import math
 import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.dtypes import ITEM_BITS, count_bytes
 from moe_fast.errors import CheckpointError
-from moe_fast.storage.files import SourceFile, open_regular
-from moe_fast.storage.strict_json import brief, is_size, parse_json
+from moe_fast.storage.files import SourceFile, is_plain_name, open_regular
+from moe_fast.storage.strict_json import (
+    LONGEST_INDEX,
+    brief,
+    is_size,
+    parse_json,
+    read_json,
+)
 
 LONGEST_HEADER = 100_000_000  # the limit of the format's own library
 MOST_DIMENSIONS = 64
@@ -38,7 +43,9 @@ class Tensor(NamedTuple):
     def first_rows(self, number: int) -> Tensor:
         """The first `number` rows, as a tensor of its own."""
         shape = (number, *self.shape[1:])
-        return self._replace(shape=shape, nbytes=math.prod(shape) * ITEM_SIZES[self.dtype])
+        nbytes = count_bytes(self.dtype, shape)
+        assert nbytes is not None
+        return self._replace(shape=shape, nbytes=nbytes)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -71,7 +78,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
     header = parse_json(text, path)
     if not isinstance(header, dict):
         raise CheckpointError("the header must be a JSON object", file=path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # null is as good as absent
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("__metadata__ must map strings to strings", file=path)
     data_start = 8 + length
@@ -96,17 +105,34 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
     return {t.name: t for t in tensors}, metadata
 
 
+def read_index(path: Path) -> dict[str, list[str]]:
+    """The files that an index names, each beside it, with the names of their tensors."""
+    index = read_json(path, limit=LONGEST_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
+            raise CheckpointError(
+                f"{path}: tensor {brief(name)}: {brief(file)} must be the name of a .safetensors "
+                "file in the same folder"
+            )
+        files.setdefault(file, []).append(name)
+    return files
+
+
 def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(what, file=file.path, tensor=name)
 
     if not is_unicode(name):
         raise wrong("has a name that is not Unicode")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise wrong("must have exactly dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise wrong("must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise wrong(f"has the unknown dtype {brief(dtype)}; known are {', '.join(ITEM_SIZES)}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise wrong(f"has the unknown dtype {brief(dtype)}; known are {', '.join(ITEM_BITS)}")
     if isinstance(shape, list) and len(shape) > MOST_DIMENSIONS:
         raise wrong(f"has {len(shape)} dimensions, more than {MOST_DIMENSIONS}")
     if not isinstance(shape, list) or not all(is_size(n) for n in shape):
@@ -118,7 +144,9 @@ def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> T
         raise wrong(
             f"has data_offsets {offsets} beyond the file's {file.size - data_start} bytes of data"
         )
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    nbytes = count_bytes(dtype, shape)
+    if nbytes is None:
+        raise wrong(f"shape {brief(shape)} of {dtype} does not end at a whole byte")
     if nbytes != end - begin:
         raise wrong(
             f"has the shape {brief(shape)} of {dtype}, which takes {brief(nbytes)} bytes; "

@@ -17,12 +17,12 @@ import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import CheckpointError
+from moe_fast.storage.tensors import BLOCK
 from moe_fast.storage.writer import sync_folder
 
 # How many workers may each be making a file in a folder at the moment it is removed.
@@ -37,10 +37,16 @@ held_here_lock = threading.Lock()
 
 @contextmanager
 def staged(
-    output: Path, key: str, *, overwrite: bool = False, fsync: bool = False
+    output: Path,
+    key: str,
+    *,
+    overwrite: bool = False,
+    marks: Collection[str] = (),
+    fsync: bool = False,
 ) -> Iterator[Path]:
     """A folder to fill, which becomes `output` on success.
 
+    With `overwrite`, a folder that holds a file of one of the names `marks` is replaced.
     On an error of the input (`CheckpointError`) everything in it is removed; on any other it stays
     where it holds files, for the same build to go on from.
     """
@@ -52,7 +58,7 @@ def staged(
             # A replacement was cut off between its two renames, and a folder made there since.
             make_room(output)
             old.rename(output)
-        problem = why_not(output, overwrite=overwrite)
+        problem = why_not(output, overwrite=overwrite, marks=marks)
         if problem is not None:
             raise CheckpointError(problem, file=output)
         remove_all_but(key, work)
@@ -60,7 +66,8 @@ def staged(
             growing.mkdir(exist_ok=True)
             yield growing
             if fsync:
-                sync_folder(growing)
+                for folder in (*filter(Path.is_dir, growing.rglob("*")), growing):
+                    sync_folder(folder)
             take_place(growing, output, old, overwrite=overwrite)
             if fsync:
                 sync_folder(output.parent)
@@ -118,13 +125,22 @@ def work_folder(output: Path) -> Path:
 
 
 def unfinished(output: Path) -> int:
-    """Bytes that an unfinished build takes on disk, for the next one to use or to remove."""
-    files = (path.stat() for path in work_folder(output).glob("*/*") if path.parent.name != "old")
-    return sum(file.st_size for file in files)
+    """Bytes of disk that an unfinished build takes, for the next one to use or to remove."""
+    work = work_folder(output)
+    files = (path for path in work.glob("*/**/*") if path.relative_to(work).parts[0] != "old")
+    return sum(on_disk(file.stat().st_size) for file in files if file.is_file())
 
 
-def why_not(output: Path, *, overwrite: bool) -> str | None:
-    """Why `output` may not be written, or `None` where it may."""
+def on_disk(size: int) -> int:
+    """The bytes that a file of `size` bytes takes: whole blocks."""
+    return size + -size % BLOCK
+
+
+def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | None:
+    """Why `output` may not be written, or `None` if it may.
+
+    Only a folder with a file of one of the names `marks` is a model, and may be overwritten.
+    """
     if not os.path.lexists(output):
         return None
     if not output.is_dir():
@@ -139,7 +155,7 @@ def why_not(output: Path, *, overwrite: bool) -> str | None:
     if is_vacant(output):
         return None
     names = {entry.name for entry in output.iterdir()}
-    if not names & {"config.json", MANIFEST}:
+    if names.isdisjoint(marks):
         return (
             "exists already, holds no model, and is not overwritten; "
             "choose another output, or empty it yourself if you mean it"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.dtypes import count_bytes
+from moe_fast.errors import CheckpointError
 from moe_fast.storage.pieces import Converted, FileRange, Piece, Zeros, read_range
 from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, header_bytes
 from moe_fast.storage.strict_json import json_text
@@ -38,7 +39,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return self.num_parameters * ITEM_SIZES[self.dtype]
+        return whole_bytes(self.dtype, self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Weight:
@@ -64,12 +65,19 @@ class Weight:
 
     @classmethod
     def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Weight:
-        return cls(dtype, shape, (Zeros(math.prod(shape) * ITEM_SIZES[dtype]),))
+        return cls(dtype, shape, (Zeros(whole_bytes(dtype, shape)),))
 
     @classmethod
     def stacked(cls, parts: Sequence[Weight], shape: tuple[int, ...]) -> Weight:
         """The bytes of `parts`, one after the other, as one tensor of `shape`."""
         return cls(parts[0].dtype, shape, tuple(p for part in parts for p in part.pieces))
+
+
+def whole_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    nbytes = count_bytes(dtype, shape)
+    if nbytes is None:
+        raise CheckpointError(f"the shape {list(shape)} of {dtype} does not end at a whole byte")
+    return nbytes
 
 
 class OutputTensor(NamedTuple):

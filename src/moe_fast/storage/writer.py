@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import secrets
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,11 @@ def write_shards(
 
 def remove_all_but(names: Collection[str], folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.name not in names:
+        if entry.name in names:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
             entry.unlink()
 
 
@@ -295,7 +300,8 @@ def write_text(text: str, file: Path, *, checksum: bool = False, fsync: bool = F
 def copy_file(
     source: Path, file: Path, *, checksum: bool = False, fsync: bool = False
 ) -> FileRecord:
-    """Copy a small file beside the shards; links are followed."""
+    """Copy a small file beside the shards, or into a folder there; links are followed."""
+    file.parent.mkdir(exist_ok=True)
     with open_regular(source) as stream:
         chunks = iter(lambda: stream.read(BUFFER), b"")
         return write_chunks(chunks, file, checksum=checksum, fsync=fsync)
@@ -313,7 +319,7 @@ def write_chunks(chunks: Iterable[bytes], file: Path, *, checksum: bool, fsync: 
 
 
 def sha256_of(file: Path) -> str:
-    with file.open("rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
