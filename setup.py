@@ -1,6 +1,7 @@
 """The extension modules: one build of the kernels per SIMD level, and the processor check."""
 
 import os
+import struct
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -10,8 +11,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
+# The platform names the architecture of the kernel, on which a 32-bit Python may run.
 platform = sysconfig.get_platform()
-ON_X86_64 = platform.endswith(("x86_64", "amd64")) and not platform.startswith("macosx")
+HAS_LEVELS = (
+    platform.endswith(("x86_64", "amd64"))
+    and struct.calcsize("P") == 8
+    and not platform.startswith("macosx")
+)
 DEBUG = os.environ.get("MOE_FAST_BUILD_DEBUG") == "1"
 SANITIZE = os.environ.get("MOE_FAST_BUILD_SANITIZE") == "1"
 COVERAGE = os.environ.get("MOE_FAST_BUILD_COVERAGE") == "1"
@@ -34,22 +40,23 @@ installing it takes a C compiler and Python's headers:
     Fedora           dnf install gcc python3-devel
     macOS            xcode-select --install
     Windows          the "Desktop development with C++" of the Visual Studio Build Tools
-To be told whether there is a wheel: pip install --only-binary moe-fast moe-fast"""
+To see whether there is a wheel: pip install --only-binary moe-fast moe-fast"""
 
 
-# What not every compiler takes. GCC copies functions for arguments it guesses: an eighth of the
-# wheel, and no faster. Where a loop begins decided over a tenth of its time, by luck.
+# Flags that not every compiler accepts. By default GCC clones functions for some arguments, which
+# makes the wheel an eighth larger and nothing faster. And the speed of a loop depends on its
+# address, by over a tenth: with alignment, a change elsewhere does not change it.
 WHERE_ACCEPTED = ["-fno-ipa-cp-clone", "-falign-functions=64", "-falign-loops=32"]
 
 
 class BuildKernels(build_ext):
-    """Flags by compiler; the compiler is known only here."""
+    """Chooses the flags, as only here the compiler is known."""
 
     def accepts(self, flag):
         command = [*self.compiler.compiler_so, flag, "-fsyntax-only", "-xc", os.devnull]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
-        except FileNotFoundError:  # no compiler: what compiles says so
+        except FileNotFoundError:  # no compiler: compiling will say so
             return False
 
     def build_extensions(self):
@@ -59,9 +66,9 @@ class BuildKernels(build_ext):
                 extension.extra_compile_args = ["/O2", "/fp:precise"]
                 level_flags = LEVEL_FLAGS["msvc"]
             else:
-                # GCC fuses a*b+c by default, which would change the last bit of a weight. And it
-                # keeps loops with conditions scalar, to raise the processor's floating-point flags
-                # in order, which nobody reads.
+                # By default GCC fuses a*b+c, which would change the last bit of a weight. And it
+                # does not vectorise loops with conditions, because floating-point exceptions,
+                # which nobody reads, might be raised in another order.
                 extension.extra_compile_args = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
                 extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
                 if SANITIZE:
@@ -88,7 +95,7 @@ class BuildKernels(build_ext):
 
 KERNELS = Path("src/moe_fast/kernels")
 DEFINITIONS = sorted(str(file) for end in ("pxi", "h") for file in KERNELS.rglob(f"*.{end}"))
-# What Cython adds to every module that takes buffers, compiled once instead of once a level.
+# The code that Cython adds to every module that takes buffers, compiled once, not for each level.
 SHARED = "moe_fast.kernels._shared"
 
 
@@ -101,7 +108,7 @@ def extension(name):
     )
 
 
-levels = ["_baseline", "_x86_64_v3", "_x86_64_v4"] if ON_X86_64 else ["_baseline"]
+levels = ["_baseline", "_x86_64_v3", "_x86_64_v4"] if HAS_LEVELS else ["_baseline"]
 
 setup(
     ext_modules=cythonize(
@@ -110,7 +117,7 @@ setup(
             *(extension(name) for name in ["_processor", *levels]),
         ],
         shared_utility_qualified_name=SHARED,
-        module_name=SHARED,  # of the shared module alone; without it, it takes the name "_shared"
+        module_name=SHARED,  # names the shared module, which would be "_shared" otherwise
         compiler_directives={
             "language_level": 3,
             "autotestdict": False,
