@@ -18,7 +18,7 @@ from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_fast.checkpoint.output import Progress
 from moe_fast.checks import as_path
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
