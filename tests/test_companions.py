@@ -138,12 +138,33 @@ def test_code_of_a_model_goes_with_a_conversion(dense, tmp_path):
     assert check_moe(tmp_path / "half", against=moe)["tokenizer"].status is Status.PASSED
 
 
-def test_code_that_is_not_there_is_said(dense, tmp_path):
+def loading(folder: Path) -> set[str]:
+    return {reader.name for reader in check_moe(folder).readers if reader.loads}
+
+
+def test_code_that_is_not_there_is_said_and_does_not_load(dense, tmp_path):
     own_tokenizer(dense)
-    (warning,) = build_moe(dense, tmp_path / "moe", CONFIG).warnings
-    assert warning.startswith(
-        f"{dense / 'tokenizer_config.json'}: auto_map names code in tokenization_own.py, which is"
-    )
+    moe = tmp_path / "moe"
+    (warning,) = build_moe(dense, moe, CONFIG).warnings
+    words = "tokenizer_config.json: auto_map names code in tokenization_own.py, which is not beside"
+    assert warning.startswith(f"{dense}{os.sep}{words}")
+    assert loading(moe) == {"llama.cpp"}
+    for reader in check_moe(moe).readers:
+        assert reader.loads or words in reader.reasons[-1]
+    write(moe, "tokenization_own.py")
+    assert loading(moe) == {"transformers 4", "transformers 5", "vLLM", "llama.cpp"}
+
+
+def test_code_of_a_model_that_transformers_lacks_is_needed(dense, tmp_path):
+    for target, needed in (("mixtral", False), ("deepseek", True)):
+        moe = tmp_path / target
+        build_moe(dense, moe, CONFIG, target=target)
+        before = loading(moe)
+        edit_json(moe / "config.json", auto_map={"AutoConfig": "configuration_own.Config"})
+        assert loading(moe) == (before - {"vLLM"} if needed else before)
+        write(moe, "configuration_own.py")
+        assert loading(moe) == before
+        assert "vLLM" in before
 
 
 @pytest.mark.parametrize(

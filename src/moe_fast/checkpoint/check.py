@@ -22,7 +22,7 @@ from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
-from moe_fast.families.rules import TRANSFORMERS_4, TRANSFORMERS_5, Reader
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, Reader
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
@@ -30,7 +30,7 @@ from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
-from moe_fast.storage.companions import find_companions, has_tokenizer
+from moe_fast.storage.companions import find_companions, find_missing_code, has_tokenizer
 from moe_fast.storage.copies import equal_groups
 from moe_fast.storage.files import is_plain_path, read_exactly, same_bytes
 from moe_fast.storage.pieces import FileRange, Piece, Remembered
@@ -207,7 +207,7 @@ def check_moe(
     readers = find_readers(
         model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
     )
-    readers = tuple(without_other_names(model, reader) for reader in readers)
+    readers = tuple(without_code(model, without_other_names(model, each)) for each in readers)
     findings.append(check_readers(model, readers))
     if text is not None:
         findings.append(check_logits(model, design, sources, readers, text))
@@ -511,6 +511,18 @@ def without_other_names(model: MoeModel, reader: Reader) -> Reader:
     found, name = names[0]
     reason = f"looks for {brief(name)}, which is {brief(found)} here; moe-fast convert renames it"
     return Reader(reader.name, False, (*reader.reasons, reason))
+
+
+def without_code(model: MoeModel, reader: Reader) -> Reader:
+    """A reader, which does not load what needs code that is named in the folder and not there.
+
+    Code of the model is needed where transformers has no class of its own.
+    """
+    if reader.name == LLAMA_CPP:
+        return reader
+    own = TRANSFORMERS_5 in moe_families()[model.model_type].rules.natively
+    reasons = tuple(find_missing_code(model.path, None if own else model.config))
+    return Reader(reader.name, False, (*reader.reasons, *reasons)) if reasons else reader
 
 
 def check_structure(model: MoeModel) -> Finding:
