@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_fast.checkpoint.design import Design
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
-from moe_fast.loading.buffers import check_buffers, initialize_buffers
+from moe_fast.loading.buffers import initialize_buffers
 from moe_fast.loading.names import match_weights
 from moe_fast.loading.shards import find_ranges, is_distributed
 from moe_fast.loading.tensors import fill
@@ -75,8 +75,9 @@ def load_into(
         if isinstance(value, Tensor)
     }
     check_sources(design)
-    check_buffers(model, state)
     weights = match_weights(model, state, design)
+    beside = next(filter(is_distributed, state.values()), next(iter(state.values())))
+    initialize_buffers(model, state, choose_device(beside, device))
 
     filled: dict[int, Tensor] = {}
     with OpenFiles() as files, noting_a_half_filled_model(state):
@@ -101,7 +102,6 @@ def load_into(
     model.load_state_dict(fresh, strict=False, assign=True)
     if any(id(value) not in filled for value in state.values()):
         model.tie_weights()
-    initialize_buffers(model, state, choose_device(None, device))
 
 
 def check_sources(design: Design) -> None:
@@ -151,10 +151,13 @@ def allocate(parameter: Tensor, device: torch.device | str | None) -> Tensor:
     return torch.empty(part.shape, dtype=part.dtype, device=choose_device(parameter, device))
 
 
-def choose_device(parameter: Tensor | None, device: torch.device | str | None) -> torch.device:
+def choose_device(parameter: Tensor, device: torch.device | str | None) -> torch.device:
+    """Where memory is made for a parameter, or for what stands beside it."""
     if device is not None:
         return torch.device(device)
-    if parameter is not None and is_distributed(parameter):
+    if has_memory(parameter):
+        return held_part(parameter).device
+    if is_distributed(parameter):
         return torch.device(parameter.device_mesh.device_type)
     default = torch.get_default_device()
     return torch.device("cpu") if default.type == "meta" else default
