@@ -32,8 +32,8 @@ def load_into(
     no memory beyond them. Wrap a model in DDP, or compile it, afterwards.
 
     Tensors go to the parameters that transformers' own key mapping sends them to, and are converted
-    to the dtypes that the parameters have, as `from_pretrained` converts them. Parameters that
-    share their weights still do so afterwards. Buffers that no checkpoint holds, such as the
+    to the dtypes that the parameters have, as `from_pretrained` converts them. Weights are tied as
+    the model's configuration says. Buffers that no checkpoint holds, such as the
     frequencies of rotary embeddings, are computed as transformers computes them.
 
     Parameters
@@ -69,6 +69,8 @@ def load_into(
     >>> model.model.layers[0].mlp.experts.gate_up_proj.shape
     torch.Size([4, 256, 64])
     """
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # what was made or sharded without, as transformers does after loading
     state = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
@@ -94,14 +96,8 @@ def load_into(
             filled[id(parameter)] = parameter if has_memory(parameter) else wrap(held, parameter)
         files.check_unchanged()
     # FSDP2 takes note of parameters that are given to the model this way.
-    fresh = {
-        name: filled[id(value)]
-        for name, value in state.items()
-        if id(value) in filled and not has_memory(value)
-    }
+    fresh = {name: filled[id(value)] for name, value in state.items() if not has_memory(value)}
     model.load_state_dict(fresh, strict=False, assign=True)
-    if any(id(value) not in filled for value in state.values()):
-        model.tie_weights()
 
 
 def check_sources(design: Design) -> None:
