@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,12 +253,50 @@ def test_weights_that_become_infinite_are_counted(tmp_path):
         moe_fast.torch.load_into(model, design)
 
 
-def test_buffers_that_nothing_computes_are_named(tmp_path):
-    design = make_design(tmp_path, "mixtral")
-    model = nn.Module()
-    model.register_buffer("angles", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(CheckpointError, match="buffer 'angles' is on the meta device"):
+def one_tensor(design):
+    """A design of the last norm alone, as `norm`."""
+    return replace(design, weights={"norm": design.weights["model.norm.weight"]})
+
+
+class WithAngles(nn.Module):
+    """A parameter, and a buffer that no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Parameter(torch.empty(48))
+        self.register_buffer("angles", torch.empty(3), persistent=False)
+
+
+class Computing(WithAngles):
+    def initialize_weights(self):
+        self.angles.copy_(torch.arange(3))
+
+
+class Forgetting(WithAngles):
+    def initialize_weights(self):
+        pass
+
+
+@pytest.mark.parametrize("kind", [WithAngles, Forgetting])
+def test_buffers_that_nothing_computes_are_named(kind, tmp_path):
+    design = one_tensor(make_design(tmp_path, "mixtral"))
+    with torch.device("meta"):
+        model = kind()
+    with pytest.raises(CheckpointError, match=rf"buffer 'angles' is in no .* {kind.__name__} does"):
         moe_fast.torch.load_into(model, design)
+    assert model.norm.is_meta
+    assert model.angles.is_meta
+
+
+def test_buffers_that_have_memory_stay(tmp_path):
+    design = one_tensor(make_design(tmp_path, "mixtral"))
+    with torch.device("meta"):
+        model = Computing()
+    moe_fast.torch.load_into(model, design)
+    assert torch.equal(model.angles, torch.arange(3.0))
+    model.angles.fill_(7)
+    moe_fast.torch.load_into(model, design)
+    assert torch.equal(model.angles, torch.full((3,), 7.0))
 
 
 def run_sharded(way, dense, num_experts, *built, processes=2):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_fast.checkpoint.design import Design
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
-from moe_fast.loading.buffers import check_buffers, initialize_buffers
+from moe_fast.loading.buffers import initialize_buffers
 from moe_fast.loading.names import match_weights
 from moe_fast.loading.shards import find_ranges, is_distributed
 from moe_fast.loading.tensors import fill
@@ -32,8 +32,8 @@ def load_into(
     no memory beyond them. Wrap a model in DDP, or compile it, afterwards.
 
     Tensors go to the parameters that transformers' own key mapping sends them to, and are converted
-    to the dtypes that the parameters have, as `from_pretrained` converts them. Parameters that
-    share their weights still do so afterwards. Buffers that no checkpoint holds, such as the
+    to the dtypes that the parameters have, as `from_pretrained` converts them. Weights are tied as
+    the model's configuration says. Buffers that no checkpoint holds, such as the
     frequencies of rotary embeddings, are computed as transformers computes them.
 
     Parameters
@@ -69,14 +69,17 @@ def load_into(
     >>> model.model.layers[0].mlp.experts.gate_up_proj.shape
     torch.Size([4, 256, 64])
     """
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # what was made or sharded without, as transformers does after loading
     state = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
     check_sources(design)
-    check_buffers(model, state)
     weights = match_weights(model, state, design)
+    beside = next(filter(is_distributed, state.values()), next(iter(state.values())))
+    initialize_buffers(model, state, choose_device(beside, device))
 
     filled: dict[int, Tensor] = {}
     with OpenFiles() as files, noting_a_half_filled_model(state):
@@ -93,15 +96,8 @@ def load_into(
             filled[id(parameter)] = parameter if has_memory(parameter) else wrap(held, parameter)
         files.check_unchanged()
     # FSDP2 takes note of parameters that are given to the model this way.
-    fresh = {
-        name: filled[id(value)]
-        for name, value in state.items()
-        if id(value) in filled and not has_memory(value)
-    }
+    fresh = {name: filled[id(value)] for name, value in state.items() if not has_memory(value)}
     model.load_state_dict(fresh, strict=False, assign=True)
-    if any(id(value) not in filled for value in state.values()):
-        model.tie_weights()
-    initialize_buffers(model, state, choose_device(None, device))
 
 
 def check_sources(design: Design) -> None:
@@ -151,10 +147,13 @@ def allocate(parameter: Tensor, device: torch.device | str | None) -> Tensor:
     return torch.empty(part.shape, dtype=part.dtype, device=choose_device(parameter, device))
 
 
-def choose_device(parameter: Tensor | None, device: torch.device | str | None) -> torch.device:
+def choose_device(parameter: Tensor, device: torch.device | str | None) -> torch.device:
+    """Where memory is made for a parameter, or for what stands beside it."""
     if device is not None:
         return torch.device(device)
-    if parameter is not None and is_distributed(parameter):
+    if has_memory(parameter):
+        return held_part(parameter).device
+    if is_distributed(parameter):
         return torch.device(parameter.device_mesh.device_type)
     default = torch.get_default_device()
     return torch.device("cpu") if default.type == "meta" else default

@@ -67,24 +67,14 @@ def match_weights(
             )
         else:
             weights[name] = weight
-    tied = read_tied_names(model)
     problems += [
         f"parameter {name!r}: the design has no tensor for it"
         for name, parameter in parameters.items()
-        if id(parameter) not in filled and tied.get(name) not in found
+        if id(parameter) not in filled
     ]
     if problems:
         raise CheckpointError(*problems)
     return weights
-
-
-def read_tied_names(model: nn.Module) -> Mapping[str, str]:
-    """The parameters that transformers makes the same as another when a model is loaded.
-
-    Sharding may have parted them until then.
-    """
-    names: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    return names
 
 
 def find_sources(
