@@ -343,7 +343,7 @@ def test_a_request_of_the_wrong_kind(moe):
     edit_json_request(moe, models=[{"model": 3}])
     report = check_moe(moe)
     assert failed(report) == ["manifest"]
-    assert "request.models[0].model: 3 is not str" in report["manifest"].problems[0]
+    assert "request.models[0].model: must be a string, got 3" in report["manifest"].problems[0]
 
 
 def test_a_check_in_a_notebook_and_on_one_line(moe):

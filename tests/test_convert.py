@@ -224,7 +224,7 @@ def test_what_cannot_be_converted(moe, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds 4 experts, config\.json has 5"):
         convert_moe(moe, output)
     edit_config(moe, model_type="olmoe", num_local_experts=4)
-    with pytest.raises(CheckpointError, match="olmoe has 'per-expert' alone"):
+    with pytest.raises(MoeConfigError, match="layout must be 'per-expert' for olmoe"):
         convert_moe(moe, output, layout="fused")  # for these are not the names of an OLMoE
     assert not output.exists()
 

@@ -16,7 +16,7 @@ pytest.importorskip("safetensors")
 from safetensors.numpy import load_file
 
 from moe_families import FAMILIES, NUM_EXPERTS, OPERATED_ON, write_model, write_moe
-from moe_fast import CheckpointError, Layout, check_moe, compare_moe, convert_moe
+from moe_fast import CheckpointError, Layout, MoeConfigError, check_moe, compare_moe, convert_moe
 from moe_fast.families.registry import expert_axes
 
 BOTH = [family for family in OPERATED_ON if len(expert_axes()[family].layouts) == 2]
@@ -48,7 +48,7 @@ def test_families_of_one_layout_keep_it(tmp_path, family):
     again = load_file(tmp_path / "again" / "model.safetensors")
     for name, array in tensors.items():
         np.testing.assert_array_equal(again[name], array.astype(ml_dtypes.bfloat16))
-    with pytest.raises(CheckpointError, match=r"layout 'per-expert': .* has 'fused' alone"):
+    with pytest.raises(MoeConfigError, match=r"layout must be 'fused' for .*, got 'per-expert'"):
         convert_moe(tmp_path / "moe", tmp_path / "no", layout="per-expert")
 
 
@@ -56,7 +56,7 @@ def test_an_unknown_family_keeps_its_layout(tmp_path):
     write_moe(tmp_path / "moe", "olmoe", model_type="unheard_of")
     report = convert_moe(tmp_path / "moe", tmp_path / "half", dtype="float16")
     assert "experts are taken to be mlp.experts of 3 layers" in report.warnings[0]
-    with pytest.raises(CheckpointError, match="unheard_of has 'per-expert' alone"):
+    with pytest.raises(MoeConfigError, match="layout must be 'per-expert' for unheard_of"):
         convert_moe(tmp_path / "moe", tmp_path / "no", layout="fused")
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from families import make_model
-from moe_fast import CheckpointError, ExpertSource, Layout, MoeConfig, build_moe, design_moe
+from moe_fast import (
+    CheckpointError,
+    ExpertSource,
+    Layout,
+    MoeConfig,
+    MoeConfigError,
+    build_moe,
+    design_moe,
+)
 from moe_fast.checkpoint.convert import ConvertRequest
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.models.folder import read_checkpoint
@@ -151,7 +159,7 @@ def test_no_more_is_read_than_asked_for(tmp_path, monkeypatch):
 def test_wrong_names_and_rows(tmp_path):
     make_model(tmp_path / "dense", "llama")
     design = design_moe(tmp_path / "dense", CONFIG)
-    with pytest.raises(CheckpointError, match=r"the design has no tensor 'lm_hat\.weight'"):
+    with pytest.raises(MoeConfigError, match=r"name must be that of a tensor .*'lm_hat\.weight'"):
         design.shape("lm_hat.weight")
     with pytest.raises(CheckpointError, match=r"rows must be a slice of the first axis, step 1"):
         design.read("model.norm.weight", slice(0, 4, 2))

@@ -498,7 +498,13 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
     if family is not None and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):
-        config |= read_rope({"rope_theta": None, **config}, file).in_every_spelling()
+        partial = family is not None and family.partial_rotary
+        rope = read_rope({"rope_theta": None, **config}, file, partial=partial)
+        before = config.get("rope_parameters") or {}
+        config |= rope.in_every_spelling()
+        if "partial_rotary_factor" in before:
+            factor = {"partial_rotary_factor": before["partial_rotary_factor"]}
+            config["rope_parameters"] = {**config["rope_parameters"], **factor}
     inner = [config]
     if model.language_key is not None:
         config[model.language_key] = dict(model.language_config)

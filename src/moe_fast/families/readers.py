@@ -40,10 +40,10 @@ def find_readers(
             reasons = [
                 *layout_problems(reader, family.rules, layout),
                 *misread_keys(reader, family.rules, config, num_experts),
-                *family.reader_problems(reader, config),
             ]
             if reader == LLAMA_CPP:
                 reasons += llama_cpp_problems(family.rules, config, num_experts, has_tokenizer)
+            reasons += family.reader_problems(reader, config)
         else:
             reasons = [f"has no {model_type} of its own"]
         found.append(Reader(reader, not reasons, tuple(reasons)))
