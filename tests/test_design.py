@@ -161,7 +161,7 @@ def test_wrong_names_and_rows(tmp_path):
     design = design_moe(tmp_path / "dense", CONFIG)
     with pytest.raises(MoeConfigError, match=r"name must be that of a tensor .*'lm_hat\.weight'"):
         design.shape("lm_hat.weight")
-    with pytest.raises(CheckpointError, match=r"rows must be a slice of the first axis, step 1"):
+    with pytest.raises(MoeConfigError, match=r"rows must be a slice of the first axis, step 1"):
         design.read("model.norm.weight", slice(0, 4, 2))
 
 
