@@ -495,9 +495,9 @@ def test_readers_of_families(tmp_path):
             "qwen2",
             "qwen2_moe",
             (
+                "wants a head of its own in a qwen2_moe, here it is the embedding",
                 "does not divide the weights of a qwen2_moe's chosen experts by their sum, "
                 "norm_topk_prob is true",
-                "wants a head of its own in a qwen2_moe, here it is the embedding",
             ),
         ),
         (

@@ -37,7 +37,10 @@ from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
+from moe_fast.families.key_types import with_floats
+from moe_fast.families.readers import find_readers
 from moe_fast.models.folder import find_second_weights
+from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
 from moe_fast.reports import Report, pandas_frame
@@ -524,7 +527,7 @@ def build(
 
 @design_of.register
 def design_build(request: BuildRequest, decisions: Facts | None = None) -> BuildDesign:
-    """From headers alone, unless routers are to be made from prompts."""
+    """From headers alone, unless routers are to be made from prompts, or a head is tied."""
     construction = construct(request, (decisions or {}).get("router_sha256", ()))
     problems = construction.problems()
     try:
@@ -535,7 +538,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         raise CheckpointError(*problems)
     layout = request.layout or family.layouts[0]
     construction = replace(construction, scale_shards=family.scaling_key is None)
-    plan, config = construction.plan, family.config(construction)
+    plan, config = construction.plan, with_floats(family.config(construction))
     sizes = construction.base.sizes
     plan_report = plan.report(
         sizes.hidden_size,
@@ -545,6 +548,14 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
     weights = dict(family.tensors(construction, layout))
+    contents = contents_of(
+        config,
+        weights,
+        construction.base.path,
+        layout=layout,
+        num_experts=plan.num_experts,
+    )
+    readers = find_readers(config, contents)
     return BuildDesign(
         weights=weights,
         config=config,
@@ -563,13 +574,14 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         ),
         reference=construction.base.path,
         reason_to_differ=find_reason_to_differ(request, construction.base),
-        card=model_card(request_values(request), family, layout, construction, config),
+        card=model_card(request_values(request), family, construction, config, readers),
         warnings=(
             *(w for each in construction.opened_models() for w in find_second_weights(each.path)),
             *find_missing_code(construction.base.path),
             *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
+            *warn_of_readers(config, contents, construction.base.path),
             *warn_of_unused_models(request.models, plan_report),
         ),
         metadata=file_metadata(construction),

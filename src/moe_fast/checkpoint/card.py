@@ -15,10 +15,8 @@ from typing import Any
 from moe_fast.checkpoint.construction import Construction
 from moe_fast.errors import CheckpointError
 from moe_fast.families.moe import MoeFamily
-from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
 from moe_fast.request import ExpertSource
-from moe_fast.storage.companions import has_tokenizer
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.hub import SNAPSHOT
 from moe_fast.storage.tensors import FORMAT
@@ -111,9 +109,9 @@ def file_metadata(construction: Construction) -> dict[str, str]:
 def model_card(
     recipe: Mapping[str, Any],
     family: MoeFamily,
-    layout: str,
     construction: Construction,
     config_json: Mapping[str, Any],
+    readers: Sequence[Reader],
 ) -> str:
     """The README.md of an output, with the metadata that the Hub shows.
 
@@ -166,8 +164,6 @@ def model_card(
         "```",
         "",
     ]
-    tokenizer = has_tokenizer(construction.base.path)
-    readers = find_readers(config_json, layout, plan.num_experts, has_tokenizer=tokenizer)
     return "\n".join(lines) + reader_lines(readers)
 
 

@@ -22,15 +22,16 @@ from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, Reader
+from moe_fast.families.rules import Reader
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
 from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
+from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
-from moe_fast.storage.companions import find_companions, find_missing_code, has_tokenizer
+from moe_fast.storage.companions import find_companions
 from moe_fast.storage.copies import equal_groups
 from moe_fast.storage.files import is_plain_path, read_exactly, same_bytes
 from moe_fast.storage.pieces import FileRange, Piece, Remembered
@@ -204,10 +205,7 @@ def check_moe(
     ]
     if model.layers:
         findings.append(check_routing(model))
-    readers = find_readers(
-        model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(folder)
-    )
-    readers = tuple(without_code(model, without_other_names(model, each)) for each in readers)
+    readers = find_readers(model.config, contents_of_model(model))
     findings.append(check_readers(model, readers))
     if text is not None:
         findings.append(check_logits(model, design, sources, readers, text))
@@ -491,40 +489,6 @@ def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Findi
     return finding("other weights", summary, problems, summary)
 
 
-def other_names(model: MoeModel) -> list[tuple[str, str]]:
-    """The names of tensors that are not canonical, each with the one that is."""
-    return [(tensor.name, name) for name, tensor in model.tensors.items() if tensor.name != name]
-
-
-def without_other_names(model: MoeModel, reader: Reader) -> Reader:
-    """A reader, which does not load tensors under other names than it looks for.
-
-    transformers sees where `model.` is missing, transformers 5 also where it stands twice.
-    """
-    names = other_names(model)
-    if reader.name in (TRANSFORMERS_4, TRANSFORMERS_5):
-        names = [(found, name) for found, name in names if name != f"model.{found}"]
-    if reader.name == TRANSFORMERS_5:
-        names = [(found, name) for found, name in names if found != f"model.{name}"]
-    if not names:
-        return reader
-    found, name = names[0]
-    reason = f"looks for {brief(name)}, which is {brief(found)} here; moe-fast convert renames it"
-    return Reader(reader.name, False, (*reader.reasons, reason))
-
-
-def without_code(model: MoeModel, reader: Reader) -> Reader:
-    """A reader, which does not load what needs code that is named in the folder and not there.
-
-    Code of the model is needed where transformers has no class of its own.
-    """
-    if reader.name == LLAMA_CPP:
-        return reader
-    own = TRANSFORMERS_5 in moe_families()[model.model_type].rules.natively
-    reasons = tuple(find_missing_code(model.path, None if own else model.config))
-    return Reader(reader.name, False, (*reader.reasons, *reasons)) if reasons else reader
-
-
 def check_structure(model: MoeModel) -> Finding:
     """Names and shapes against what config.json says and the family asks for."""
     problems = model.problems()
@@ -539,7 +503,7 @@ def check_structure(model: MoeModel) -> Finding:
             problems = structure_problems(model)
         except CheckpointError as error:
             problems = list(error.problems)
-    names = other_names(model)
+    names = find_other_names(model)
     if names:
         found, name = names[0]
         problems.append(

@@ -20,7 +20,8 @@ from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, first_size, is_count, read_rope
+from moe_fast.families.config import is_count, read_rope
+from moe_fast.families.key_types import with_floats
 from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
@@ -28,12 +29,13 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
+from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
 from moe_fast.storage.arithmetic import Dequantised
-from moe_fast.storage.companions import find_companions, find_missing_code, has_tokenizer
+from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
@@ -199,7 +201,7 @@ def convert_moe(
 
 @design_of.register
 def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -> ConvertDesign:
-    """From headers and routers alone."""
+    """From headers and routers, and from the head if it should be the embedding."""
     model = open_moe_model(request.model)
     if not model.layers:
         raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
@@ -212,8 +214,10 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
     layout = choose_layout(model, family, request.layout)
     weights = dict(converted_tensors(model, family, layout, request.dtype))
     config = converted_config(model, family, request.dtype)
-    tokenizer = has_tokenizer(model.path)
-    readers = find_readers(config, layout, model.num_experts, has_tokenizer=tokenizer)
+    contents = contents_of(
+        config, weights, model.path, layout=layout, num_experts=model.num_experts
+    )
+    readers = find_readers(config, contents)
     companions = find_companions(model.path, model.config)
     card = updated_card(model.path / CARD, readers)
     if card is None and (model.path / CARD).is_file():
@@ -233,6 +237,7 @@ def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -
             *([] if model.assumed is None else [f"{model.path}: {model.assumed}"]),
             *find_second_weights(model.path),
             *find_missing_code(model.path, model.config),
+            *warn_of_readers(config, contents, model.path),
             *warn_of_rounding(model, family, layout, weights, request.dtype),
         ),
         metadata=metadata_of(model.tensors.values()),
@@ -490,11 +495,10 @@ def distinct(values: Iterable[str]) -> tuple[str, ...]:
 
 def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None) -> dict[str, Any]:
     """The model's config.json; each key that readers spell differently in both spellings."""
-    config = dict(model.config)
+    config = with_floats(model.config)
     file = model.path / "config.json"
     if family is not None and ("num_experts" in config or "num_local_experts" in config):
-        number = first_size(config, NUM_EXPERTS_KEYS)
-        config |= {"num_local_experts": number, "num_experts": number}
+        config |= {"num_local_experts": model.num_experts, "num_experts": model.num_experts}
     if family is not None and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):
@@ -507,7 +511,7 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
             config["rope_parameters"] = {**config["rope_parameters"], **factor}
     inner = [config]
     if model.language_key is not None:
-        config[model.language_key] = dict(model.language_config)
+        config[model.language_key] = with_floats(model.language_config)
         inner.append(config[model.language_key])
     for each in inner:
         dtype = to or each.get("dtype") or each.get("torch_dtype")

@@ -16,9 +16,10 @@ from moe_fast.checkpoint.output import Writing, warn_of_overflow
 from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
 from moe_fast.models.moe import MoeModel
+from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
-from moe_fast.storage.companions import find_companions, has_tokenizer
+from moe_fast.storage.companions import find_companions
 from moe_fast.storage.tensors import Weight
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def design_operation(
     `sentence` tells people what was done, in the model card.
     """
     family = str(config.get("model_type", "unknown"))
-    readers = find_readers(
-        config, model.layout, experts_per_layer, has_tokenizer=has_tokenizer(model.path)
+    contents = contents_of(
+        config, weights, model.path, layout=model.layout, num_experts=experts_per_layer
     )
+    readers = find_readers(config, contents)
     assumed = (
         [] if model.assumed is None else [f"{model.path}: {model.model_type}: {model.assumed}"]
     )
@@ -107,7 +109,7 @@ def design_operation(
         reference=model.path,
         reason_to_differ=reason_to_differ,
         card=operation_card(model.path / CARD, sentence, readers),
-        warnings=(*assumed, *warnings),
+        warnings=(*assumed, *warn_of_readers(config, contents, model.path), *warnings),
         metadata=metadata_of(model.tensors.values()),
         max_shard_size=max_shard_size,
         model=model,

@@ -25,8 +25,8 @@ from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
 from moe_fast.models.inspection import ModelReport, inspect_model
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
+from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.storage.companions import has_tokenizer
 from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs
 
 __all__ = ["write_report"]
@@ -331,9 +331,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 def describe_readers(model: MoeModel) -> Iterator[str]:
     if not model.layers:
         return
-    readers = find_readers(
-        model.config, model.layout, model.num_experts, has_tokenizer=has_tokenizer(model.path)
-    )
+    readers = find_readers(model.config, contents_of_model(model))
     rows = [
         (f"{'✓' if r.loads else '✗'} {r.name}", "loads it" if r.loads else "; ".join(r.reasons))
         for r in readers

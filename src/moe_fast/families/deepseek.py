@@ -8,7 +8,7 @@ from typing import Any
 from moe_fast.config import Layout
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, ExpertAxis
-from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes
+from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
 from moe_fast.storage.tensors import Weight
 
@@ -30,9 +30,28 @@ class DeepSeek(MoeFamily):
         1e4,
         llama_cpp_normalises=False,
         llama_cpp_ropes=("default",),
+        llama_cpp_sentencepiece=True,
+        want_head=(VLLM,),
         natively=(VLLM, LLAMA_CPP),
         fused=(),
     )
+    defaults: Mapping[str, Any] = {
+        **{key: value for key, value in DEFAULTS_OF_MOE.items() if key != "head_dim"},
+        "attention_bias": False,
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+        "first_k_dense_replace": 0,
+        "moe_intermediate_size": 1407,
+        "moe_layer_freq": 1,
+        "n_routed_experts": None,
+        "n_shared_experts": None,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": None,
+        "num_key_value_heads": 32,
+        "scoring_func": "softmax",
+    }
+    """Those of DeepSeek's own code."""
     dense_twin = "llama"
     layouts = (Layout.PER_EXPERT,)
     own_head_dim = False

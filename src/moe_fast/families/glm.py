@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_fast.families.dense import FFN, QKV
 from moe_fast.families.experts import BIAS, ExpertAxis
-from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import Rules
+from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
+from moe_fast.families.rules import VLLM, Rules
 from moe_fast.storage.tensors import Weight
 
 
@@ -22,7 +22,31 @@ class Glm4Moe(MoeFamily):
     title = "GLM-4.5-MoE"
     architecture = "Glm4MoeForCausalLM"
     auto_rank = None
-    rules = Rules("n_routed_experts", 128, 1e4, llama_cpp_ropes=("default", "linear", "yarn"))
+    rules = Rules(
+        "n_routed_experts",
+        128,
+        1e4,
+        llama_cpp_tokens=("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>"),
+        want_head=(VLLM,),
+    )
+    defaults = DEFAULTS_OF_MOE | {
+        "attention_bias": False,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 10944,
+        "max_position_embeddings": 131072,
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 8,
+        "num_mtp_layers": 1,
+        "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": False,
+    }
     dense_twin = "llama"
     qk_norms = (None, "head")
     attention_biases = ((), QKV)

@@ -9,6 +9,7 @@ from moe_fast.config import Layout
 from moe_fast.families.dense import DEFAULTS, QKVO, DenseFamily
 from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
+    DEFAULTS_OF_MOE,
     GATE_UP,
     ExpertTensor,
     MoeFamily,
@@ -29,7 +30,34 @@ class GraniteMoe(MoeFamily):
     title = "GraniteMoE"
     architecture = "GraniteMoeForCausalLM"
     auto_rank = 4
-    rules = Rules("num_local_experts", 8, 1e4, per_expert=(), fused=READERS)
+    rules = Rules(
+        "num_local_experts",
+        8,
+        1e4,
+        llama_cpp_sentencepiece=True,
+        per_expert=(),
+        fused=READERS,
+    )
+    defaults: Mapping[str, Any] = {
+        **DEFAULTS_OF_MOE,
+        "attention_bias": False,
+        "attention_multiplier": 1.0,
+        "bos_token_id": 1,
+        "embedding_multiplier": 1.0,
+        "eos_token_id": 2,
+        "logits_scaling": 1.0,
+        "num_local_experts": 8,
+        "residual_multiplier": 1.0,
+        "router_aux_loss_coef": 0.001,
+    }
+    types: Mapping[str, str] = {
+        "attention_dropout": "float | int | None",
+        "num_experts_per_tok": "int | None",
+        "num_key_value_heads": "int | None",
+        "num_local_experts": "int | None",
+        "output_router_logits": "bool | None",
+        "router_aux_loss_coef": "float | None",
+    }
     dense_twin = "granite"
     layouts = (Layout.FUSED,)
     attention_biases = ((), QKVO)
@@ -67,6 +95,7 @@ class GraniteMoeShared(GraniteMoe):
     title = "GraniteMoE Shared"
     architecture = "GraniteMoeSharedForCausalLM"
     auto_rank = 6
+    defaults: Mapping[str, Any] = {**GraniteMoe.defaults, "shared_intermediate_size": 0}
     shared_experts = True
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:

@@ -7,7 +7,7 @@ from typing import Any
 from moe_fast.config import Layout
 from moe_fast.families.dense import DEFAULTS, DenseFamily
 from moe_fast.families.experts import mixtral_like
-from moe_fast.families.moe import ExpertTensor, MoeFamily, Parts, num_experts
+from moe_fast.families.moe import DEFAULTS_OF_MOE, ExpertTensor, MoeFamily, Parts, num_experts
 from moe_fast.families.rules import Rules
 
 
@@ -24,8 +24,21 @@ class Mixtral(MoeFamily):
         8,
         1e6,
         llama_cpp_ropes=("default", "linear", "yarn", "llama3"),
+        llama_cpp_sentencepiece=True,
         either_count_key=True,
     )
+    defaults = DEFAULTS_OF_MOE | {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+    }
     dense_twin = "mistral"
     own_expert_width = False
     expert_names = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))

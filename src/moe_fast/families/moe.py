@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from moe_fast.config import Layout, MoeConfig, RoutingMethod
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import ROPE_TYPES
+from moe_fast.families.config import ORIGINAL, ROPE_TYPES
 from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseModel
+from moe_fast.families.key_types import TYPES
 from moe_fast.families.rules import Rules
 from moe_fast.request import ExpertSource
 from moe_fast.storage.strict_json import brief
@@ -111,6 +113,29 @@ class Parts(Protocol):
         ...
 
 
+# What transformers takes for a key that a config.json leaves out, in most MoE families.
+DEFAULTS_OF_MOE: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": None,
+    "output_router_logits": False,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+# The keys that no config.json may leave out, though transformers has defaults for them too.
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)
+
+
 class MoeFamily:
     """A Mixture-of-Experts family: what fits it, its tensors, its configuration.
 
@@ -125,6 +150,10 @@ class MoeFamily:
     dense_twin: str
     """The dense family that it is outside of its experts."""
     rules: Rules
+    defaults: Mapping[str, Any] = DEFAULTS_OF_MOE
+    """The keys of config.json that the family reads, with what readers take for missing ones."""
+    types: Mapping[str, str] = MappingProxyType({})
+    """The types of keys that have another type here than in other families."""
     auto_rank: int | None = None
     """Where `target="auto"` tries it, the more readers the earlier; `None` where it does not."""
     mergekit_name: str | None = None
@@ -239,6 +268,25 @@ class MoeFamily:
                 f"{config}: rope_type is {rope!r}; "
                 f"{self.title} has {', '.join(self.rope_types)} alone"
             )
+
+    @property
+    def count_keys(self) -> tuple[str, ...]:
+        """The keys that hold the number of experts."""
+        other = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
+        key = self.rules.count_key
+        return (key, other[key]) if self.rules.either_count_key else (key,)
+
+    def key_types(self) -> dict[str, str]:
+        """The types of the keys that the family reads."""
+        types = {**TYPES, **self.types}
+        keys = (*REQUIRED, *self.defaults)
+        return {key: types[key] for key in keys if key in types}
+
+    def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of `config` that the family reads, and its defaults for missing ones."""
+        keys = (*REQUIRED, *ROPE, *self.defaults, *self.count_keys)
+        read = {key: config[key] for key in keys if key in config}
+        return {"rope_theta": self.rules.default_theta, **self.defaults, **read}
 
     def twin_name(self, config: Mapping[str, Any]) -> str:
         """The dense family that a checkpoint of this config.json is outside of its experts."""

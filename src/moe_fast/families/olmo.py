@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_fast.families.dense import DEFAULTS, NORMS_AFTER, QKVO, DenseFamily
 from moe_fast.families.experts import ExpertAxis
-from moe_fast.families.moe import MoeFamily, Parts, num_experts
+from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, num_experts
 from moe_fast.families.rules import TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
 
 
@@ -25,6 +26,20 @@ class FlexOlmo(MoeFamily):
         natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM),  # vLLM by transformers' classes
         fused=(TRANSFORMERS_5, VLLM),
     )
+    defaults = DEFAULTS_OF_MOE | {
+        "attention_bias": False,
+        "eos_token_id": 100257,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_experts": 7,
+        "num_experts_per_tok": 5,
+        "pad_token_id": 100277,
+        "router_aux_loss_coef": 0.01,
+    }
+    types: Mapping[str, str] = {
+        "attention_dropout": "float | None",
+        "num_key_value_heads": "int | None",
+    }
     dense_twin = "olmo2"
     norms = NORMS_AFTER
     qk_norms = ("width",)

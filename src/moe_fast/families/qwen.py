@@ -9,12 +9,32 @@ from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DEFAULTS, FFN, QKV, QKVO, DenseFamily
 from moe_fast.families.experts import WHOLE, ExpertAxis
-from moe_fast.families.moe import MoeFamily, Parts, Shapes, as_count, ffn_shapes, num_experts
+from moe_fast.families.moe import (
+    DEFAULTS_OF_MOE,
+    MoeFamily,
+    Parts,
+    Shapes,
+    as_count,
+    ffn_shapes,
+    num_experts,
+)
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
 QWEN_FUSED = (TRANSFORMERS_5, VLLM, LLAMA_CPP)
+
+
+DEFAULTS_OF_QWEN_MOE: dict[str, Any] = {
+    **DEFAULTS_OF_MOE,
+    "decoder_sparse_step": 1,
+    "max_position_embeddings": 32768,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
 
 
 class Qwen(MoeFamily):
@@ -63,6 +83,14 @@ class Qwen3Moe(Qwen):
         either_count_key=True,
         fused=QWEN_FUSED,
     )
+    defaults = DEFAULTS_OF_QWEN_MOE | {
+        "attention_bias": False,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 4,
+    }
     dense_twin = "qwen3"
     qk_norms = ("head",)
     attention_biases = ((), QKVO)
@@ -91,7 +119,26 @@ class Qwen2Moe(Qwen):
     architecture = "Qwen2MoeForCausalLM"
     mergekit_name = "qwen moe"
     auto_rank = 3
-    rules = Rules("num_experts", 60, 1e4, llama_cpp_normalises=False, fused=QWEN_FUSED)
+    rules = Rules(
+        "num_experts",
+        60,
+        1e4,
+        llama_cpp_normalises=False,
+        want_head=(LLAMA_CPP,),
+        fused=QWEN_FUSED,
+    )
+    defaults = DEFAULTS_OF_QWEN_MOE | {
+        "intermediate_size": 5632,
+        "layer_types": None,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 5632,
+    }
+    types: Mapping[str, str] = {"num_key_value_heads": "int | None"}
     dense_twin = "qwen2"
     attention_biases = ((), QKV)
     own_head_dim = False
@@ -99,6 +146,9 @@ class Qwen2Moe(Qwen):
     shared_gate = True
     # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
     silent_width = 256
+
+    def twin_name(self, config: Mapping[str, Any]) -> str:
+        return "qwen2" if config.get("qkv_bias", True) else "mistral"  # which has no biases
 
     def attention(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         for name, weight in parts.layer(layer):
@@ -135,10 +185,6 @@ class Qwen2Moe(Qwen):
             "qkv_bias": True,
             "layer_types": kinds,
         }
-
-    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == LLAMA_CPP and config.get("tie_word_embeddings"):
-            yield f"wants a head of its own in a {self.name}, here it is the embedding"
 
 
 DEFAULTS_OF_QWEN: dict[str, Any] = {

@@ -7,26 +7,77 @@ computes something else. That counts as not loading.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_fast.families.config import ORIGINAL
+from moe_fast.families.key_types import find_wrong_types
+from moe_fast.families.moe import MoeFamily
 from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import (
     LLAMA_CPP,
     READERS,
     TRANSFORMERS_4,
     TRANSFORMERS_5,
+    VLLM,
     Reader,
     Rules,
 )
+from moe_fast.storage.strict_json import brief
 
+# Readers that take a stored head even if config.json says that the head is the embedding.
+TAKE_STORED_HEAD = (TRANSFORMERS_5, VLLM, LLAMA_CPP)
+# Readers that refuse a value of another type than transformers 5 expects; vLLM asks it.
+CHECK_TYPES = (TRANSFORMERS_5, VLLM)
+# Where llama.cpp looks for the number of experts, one after the other.
+LLAMA_CPP_COUNT_KEYS = ("num_local_experts", "num_experts")
 REMEDY = "moe-fast convert writes both spellings"
 
 
-def find_readers(
-    config: Mapping[str, Any], layout: str, num_experts: int, *, has_tokenizer: bool
-) -> tuple[Reader, ...]:
-    """Each reader, and why it does not load a checkpoint of this `config.json` and layout.
+@dataclass(frozen=True)
+class Contents:
+    """What readers meet in a checkpoint besides its config.json.
+
+    Parameters
+    ----------
+    layout : str
+        `"per-expert"` or `"fused"`.
+    num_experts : int
+        Experts of each layer.
+    has_tokenizer : bool
+        Whether a tokenizer is there that llama.cpp could convert.
+    has_sentencepiece : bool
+        Whether the tokenizer is there as sentencepiece has it, in `tokenizer.model`.
+    largest_token : int, optional
+        The largest token that the tokenizer gives, if that is known.
+    added_tokens : frozenset of str
+        The tokens that the tokenizer has beside its vocabulary.
+    has_head : bool
+        Whether a head is stored.
+    has_other_head : bool
+        Whether `config.json` ties the head to the embedding, and another head is stored.
+    missing_code, missing_tokenizer_code : tuple of str
+        The code that is named and not there, a sentence for each file: any, and that of the
+        tokenizer.
+    other_names : tuple of (str, str)
+        The names of tensors that readers do not look for, each with the one that they do.
+    """
+
+    layout: str
+    num_experts: int
+    has_tokenizer: bool = True
+    has_sentencepiece: bool = False
+    largest_token: int | None = None
+    added_tokens: frozenset[str] = frozenset()
+    has_head: bool = True
+    has_other_head: bool = False
+    missing_code: tuple[str, ...] = ()
+    missing_tokenizer_code: tuple[str, ...] = ()
+    other_names: tuple[tuple[str, str], ...] = ()
+
+
+def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader, ...]:
+    """Each reader, and why it does not load a checkpoint of this `config.json`.
 
     Empty for a family without rules.
     """
@@ -38,11 +89,15 @@ def find_readers(
     for reader in READERS:
         if reader in family.rules.natively:
             reasons = [
-                *layout_problems(reader, family.rules, layout),
-                *misread_keys(reader, family.rules, config, num_experts),
+                *layout_problems(reader, family.rules, contents.layout),
+                *misread_keys(reader, family.rules, config, contents.num_experts),
+                *head_problems(reader, family.rules, config, contents),
+                *value_problems(reader, family, config),
+                *code_problems(reader, family, contents),
+                *name_problems(reader, contents),
             ]
             if reader == LLAMA_CPP:
-                reasons += llama_cpp_problems(family.rules, config, num_experts, has_tokenizer)
+                reasons += llama_cpp_problems(family.rules, config, contents)
             reasons += family.reader_problems(reader, config)
         else:
             reasons = [f"has no {model_type} of its own"]
@@ -59,17 +114,70 @@ def layout_problems(reader: str, rules: Rules, layout: str) -> Iterator[str]:
         )
 
 
+def head_problems(
+    reader: str, rules: Rules, config: Mapping[str, Any], contents: Contents
+) -> Iterator[str]:
+    family = config.get("model_type")
+    if reader in rules.want_head and config.get("tie_word_embeddings") and not contents.has_head:
+        yield f"wants a head of its own in a {family}, here it is the embedding"
+    if contents.has_other_head and reader in TAKE_STORED_HEAD:
+        yield "takes the stored head, config.json says that the head is the embedding"
+
+
+def value_problems(reader: str, family: MoeFamily, config: Mapping[str, Any]) -> Iterator[str]:
+    """Values of `config.json` that the reader refuses."""
+    if reader in CHECK_TYPES and TRANSFORMERS_5 in family.rules.natively:
+        yield from find_wrong_types(config, family.key_types())
+    effective = family.effective_config(config)
+    pad, rows = effective["pad_token_id"], effective.get("vocab_size")
+    if reader in (TRANSFORMERS_4, TRANSFORMERS_5) and is_beyond(pad, rows):
+        yield f"takes no padding beyond the embedding: pad_token_id is {pad}, of {rows} rows"
+
+
+def is_beyond(token: Any, num_rows: Any) -> bool:
+    """Whether a token, counted from the end if it is negative, is no row of an embedding."""
+    if type(token) is not int or type(num_rows) is not int:
+        return False
+    return not -num_rows <= token < num_rows
+
+
+def code_problems(reader: str, family: MoeFamily, contents: Contents) -> Iterator[str]:
+    """Code of the model is needed if transformers has no class of its own."""
+    if reader == LLAMA_CPP:
+        return
+    own = TRANSFORMERS_5 in family.rules.natively
+    yield from contents.missing_tokenizer_code if own else contents.missing_code
+
+
+def name_problems(reader: str, contents: Contents) -> Iterator[str]:
+    """transformers sees where `model.` is missing, transformers 5 also where it stands twice."""
+    names = list(contents.other_names)
+    if reader in (TRANSFORMERS_4, TRANSFORMERS_5):
+        names = [(found, name) for found, name in names if name != f"model.{found}"]
+    if reader == TRANSFORMERS_5:
+        names = [(found, name) for found, name in names if found != f"model.{name}"]
+    for found, name in names[:1]:
+        yield f"looks for {brief(name)}, which is {brief(found)} here; moe-fast convert renames it"
+
+
 def llama_cpp_problems(
-    rules: Rules, config: Mapping[str, Any], num_experts: int, has_tokenizer: bool
+    rules: Rules, config: Mapping[str, Any], contents: Contents
 ) -> Iterator[str]:
     """What llama.cpp has one way of doing, and `config.json` asks for otherwise."""
     family = config.get("model_type")
-    if not has_tokenizer:
+    if not contents.has_tokenizer:
         yield "needs the tokenizer, and no file of one is here"
+    rows, largest = config.get("vocab_size"), contents.largest_token
+    ignores_others = rules.llama_cpp_sentencepiece and contents.has_sentencepiece
+    if largest is not None and type(rows) is int and largest >= rows and not ignores_others:
+        yield f"takes no tokens beyond the embedding: the tokenizer has {largest}, of {rows} rows"
+    missing = [token for token in rules.llama_cpp_tokens if token not in contents.added_tokens]
+    if contents.has_tokenizer and missing:
+        yield f"looks for {', '.join(missing)} in the tokenizer of a {family}"
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         yield f"wants experts in every layer of a {family}, some here are dense"
     does, asked = rules.llama_cpp_normalises, bool(config.get("norm_topk_prob"))
-    if does not in (None, asked) and config.get("num_experts_per_tok") != num_experts:
+    if does not in (None, asked) and config.get("num_experts_per_tok") != contents.num_experts:
         divides = "divides" if does else "does not divide"
         yield (
             f"{divides} the weights of a {family}'s chosen experts by their sum, "
@@ -102,6 +210,10 @@ def misread_keys(
                 + (f"; it would take {default} experts" if reader != LLAMA_CPP and default else "")
                 + (f"; {REMEDY}" if there else "")
             )
+    first = next((key for key in LLAMA_CPP_COUNT_KEYS if config.get(key) is not None), None)
+    asked = reader == LLAMA_CPP and rules.count_key in LLAMA_CPP_COUNT_KEYS
+    if asked and first is not None and config[first] != num_experts:
+        yield f"looks for {first}, which is {brief(config[first])} for {num_experts} experts"
     parameters = config.get("rope_parameters")
     if reader == TRANSFORMERS_4 and isinstance(parameters, Mapping):
         theta = parameters.get("rope_theta", rules.default_theta)

@@ -58,4 +58,6 @@ def lineages() -> Iterator[ModuleType]:
 
 
 # The files of this package that are not about one lineage.
-BASES = ("choice", "config", "dense", "experts", "moe", "readers", "registry", "rules")
+BASES = (
+    *("choice", "config", "dense", "experts", "key_types", "moe", "readers", "registry", "rules"),
+)

@@ -32,7 +32,10 @@ class Rules:
     spelling as well where `either_count_key`. The defaults are those of transformers 4. llama.cpp
     knows the types of rope in `llama_cpp_ropes`. Of the families with a `norm_topk_prob`, it
     divides the chosen experts' weights by their sum in some and not in others, whatever
-    `config.json` says.
+    `config.json` says. With `llama_cpp_sentencepiece`, its converter takes a `tokenizer.model` if
+    there is one, and leaves out tokens beyond the embedding; `llama_cpp_tokens` are those that the
+    tokenizer must have added. The readers that `want_head` do not take the embedding for a head
+    that is not stored.
     """
 
     count_key: str
@@ -40,6 +43,9 @@ class Rules:
     default_theta: float
     llama_cpp_normalises: bool | None = None
     llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    llama_cpp_sentencepiece: bool = False
+    llama_cpp_tokens: tuple[str, ...] = ()
+    want_head: tuple[str, ...] = ()
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
     per_expert: tuple[str, ...] = READERS

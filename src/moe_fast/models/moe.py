@@ -21,7 +21,7 @@ from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1_W3_W2, ExpertAxis
-from moe_fast.families.registry import expert_axes
+from moe_fast.families.registry import expert_axes, moe_families
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.wording import format_count
@@ -146,7 +146,9 @@ class MoeModel:
     def problems(self) -> list[Problem]:
         """Where the MoE layers do not hold together; empty where they do."""
         problems: list[Problem] = []
-        expected = first_size(self.language_config, NUM_EXPERTS_KEYS)
+        family = moe_families().get(self.model_type)
+        keys = NUM_EXPERTS_KEYS if family is None else family.count_keys
+        expected = first_size(self.language_config, keys)
         for layer in self.layers:
             block = layer.block
             count = len(layer.experts)

@@ -7,7 +7,8 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, read_rope, read_sizes
+from moe_fast.families.config import Sizes, read_rope, read_sizes
+from moe_fast.families.dense import DenseFamily
 from moe_fast.families.moe import MoeFamily, Shapes, as_count
 from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.models.moe import MoeModel
@@ -25,8 +26,9 @@ def structure_problems(model: MoeModel) -> list[Problem]:
     """
     family = moe_families()[model.model_type]
     file = model.path / "config.json"
-    twin = dense_families()[family.twin_name(model.config)]
-    config = {**twin.defaults, "intermediate_size": 1, "head_dim": None, **model.config}
+    config = family.effective_config(model.config)
+    twin = dense_families()[family.twin_name(config)]
+    config = {**twin.defaults, **config}  # of what a twin alone has, none is read
     sizes = read_sizes(config, file)
     read_rope(config, file, partial=family.partial_rotary)
     ahead = prediction_tensors(model, sizes.num_hidden_layers)
@@ -43,8 +45,8 @@ def structure_problems(model: MoeModel) -> list[Problem]:
                 file=file,
             )
         ]
-    problems = list(config_problems(model))
-    expected = expected_shapes(family, model, config, sizes)
+    problems = list(config_problems(family, model))
+    expected = expected_shapes(family, twin, model, config, sizes)
     problems += [
         Problem("is missing", file=model.path, tensor=name)
         for name in expected
@@ -78,10 +80,10 @@ def prediction_tensors(model: MoeModel, num_layers: int) -> set[str]:
     return {name for name in model.tensors if name.startswith(prefixes)}
 
 
-def config_problems(model: MoeModel) -> Iterator[Problem]:
+def config_problems(family: MoeFamily, model: MoeModel) -> Iterator[Problem]:
     """Keys that decide how tokens are routed, and do not fit the experts that are there."""
     file = model.path / "config.json"
-    for key in NUM_EXPERTS_KEYS:
+    for key in family.count_keys:
         value = model.config.get(key)
         if value is not None and value != model.num_experts:
             yield Problem(
@@ -106,9 +108,12 @@ def config_problems(model: MoeModel) -> Iterator[Problem]:
 
 
 def expected_shapes(
-    family: MoeFamily, model: MoeModel, config: Mapping[str, Any], sizes: Sizes
+    family: MoeFamily,
+    twin: DenseFamily,
+    model: MoeModel,
+    config: Mapping[str, Any],
+    sizes: Sizes,
 ) -> Shapes:
-    twin = dense_families()[family.twin_name(model.config)]
     vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
     expected: Shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),

@@ -1,0 +1,119 @@
+"""The types of the values in a config.json.
+
+transformers 5 refuses a model whose config.json has a value of another type, 0 for 0.0 among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_fast.storage.strict_json import brief
+
+# The types of the keys of MoE families, as transformers annotates them; families say where theirs
+# differ.
+TYPES: Mapping[str, str] = {
+    "attention_bias": "bool",
+    "attention_dropout": "float | int",
+    "attention_multiplier": "float | int | None",
+    "bos_token_id": "int | None",
+    "decoder_sparse_step": "int",
+    "embedding_multiplier": "float | int | None",
+    "eos_token_id": "int | list[int] | None",
+    "first_k_dense_replace": "int",
+    "head_dim": "int | None",
+    "hidden_act": "str",
+    "hidden_size": "int",
+    "initializer_range": "float",
+    "intermediate_size": "int",
+    "layer_types": "list[str] | None",
+    "logits_scaling": "float | int | None",
+    "max_position_embeddings": "int",
+    "max_window_layers": "int",
+    "mlp_only_layers": "list[int] | None",
+    "moe_intermediate_size": "int",
+    "n_group": "int",
+    "n_routed_experts": "int",
+    "n_shared_experts": "int",
+    "norm_topk_prob": "bool",
+    "num_attention_heads": "int",
+    "num_experts": "int",
+    "num_experts_per_tok": "int",
+    "num_hidden_layers": "int",
+    "num_key_value_heads": "int",
+    "num_local_experts": "int",
+    "num_mtp_layers": "int",
+    "output_router_logits": "bool",
+    "pad_token_id": "int | None",
+    "qkv_bias": "bool",
+    "residual_multiplier": "float | int | None",
+    "rms_norm_eps": "float",
+    "routed_scaling_factor": "float",
+    "router_aux_loss_coef": "float",
+    "router_jitter_noise": "float",
+    "shared_expert_intermediate_size": "int",
+    "shared_intermediate_size": "int",
+    "sliding_window": "int | None",
+    "tie_word_embeddings": "bool",
+    "topk_group": "int",
+    "use_cache": "bool",
+    "use_qk_norm": "bool",
+    "use_sliding_window": "bool",
+    "vocab_size": "int",
+}
+# The keys that are floats in one MoE family at least; in none are they integers.
+FLOAT_KEYS = (
+    *("attention_dropout", "attention_multiplier", "attention_value_scale", "attn_scale"),
+    *("aux_loss_alpha", "aux_loss_coef", "clip_qkv", "embedding_multiplier"),
+    *("final_logit_softcapping", "initializer_range", "input_jitter_noise", "kda_lower_bound"),
+    *("layer_norm_eps", "layer_norm_epsilon", "logit_scale", "logits_scaling", "moe_norm_min"),
+    *("moe_routed_scaling_factor", "moe_router_logit_softcapping", "norm_eps"),
+    *("partial_rotary_factor", "residual_multiplier", "rms_norm_eps", "rope_theta"),
+    *("route_scale", "routed_scaling_factor", "router_aux_loss_coef", "router_jitter_noise"),
+    *("router_scaling_factor", "swiglu_alpha", "swiglu_limit", "time_step_floor"),
+    *("time_step_max", "time_step_min"),
+)
+# The same inside of `rope_parameters` and `rope_scaling`.
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+ROPE_FLOAT_KEYS = (
+    *("attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor"),
+    *("long_factor", "low_freq_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"),
+    *("rope_theta", "short_factor"),
+)
+
+
+def with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration; integers become floats under the keys that are floats."""
+    found = {key: as_float(value) if key in FLOAT_KEYS else value for key, value in config.items()}
+    for key in ROPE_KEYS:
+        if isinstance(found.get(key), dict):
+            found[key] = {
+                name: as_float(value) if name in ROPE_FLOAT_KEYS else value
+                for name, value in found[key].items()
+            }
+    return found
+
+
+def as_float(value: Any) -> Any:
+    if isinstance(value, list):
+        return [as_float(item) for item in value]
+    return float(value) if type(value) is int else value
+
+
+def find_wrong_types(config: Mapping[str, Any], types: Mapping[str, str]) -> Iterator[str]:
+    """The keys of `config` whose values have another type than `types` says."""
+    for key, expected in types.items():
+        if key in config and not has_type(config[key], expected):
+            yield f"takes {expected} for {key}, config.json has {brief(config[key])}"
+
+
+def has_type(value: Any, expected: str) -> bool:
+    """Whether a value of JSON has one of the types of an annotation such as `"int | None"`."""
+    found = "None" if value is None else type(value).__name__
+    expected_types = expected.split(" | ")
+    if isinstance(value, list):
+        items = {type(item).__name__ for item in value}
+        return any(
+            items <= {each.removeprefix("list[")[:-1]} for each in expected_types if "[" in each
+        )
+    return found in expected_types

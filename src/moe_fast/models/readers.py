@@ -1,0 +1,156 @@
+"""What readers meet in a checkpoint besides its config.json, and what to warn of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_fast.errors import CheckpointError
+from moe_fast.families.readers import Contents, is_beyond
+from moe_fast.models.moe import MoeModel
+from moe_fast.storage.companions import find_missing_code, has_tokenizer
+from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
+from moe_fast.storage.tensors import Weight
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CHUNK = 16 * 1024 * 1024
+
+
+def contents_of(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Weight],
+    folder: Path,
+    *,
+    layout: str,
+    num_experts: int,
+) -> Contents:
+    """The contents of a checkpoint of these weights, whose tokenizer lies in `folder`.
+
+    Weights are read only if a head is stored that should be the embedding.
+    """
+    return Contents(
+        layout=layout,
+        num_experts=num_experts,
+        has_tokenizer=has_tokenizer(folder),
+        has_sentencepiece=(folder / "tokenizer.model").is_file(),
+        largest_token=find_largest_token(folder),
+        added_tokens=find_added_tokens(folder),
+        has_head=HEAD in weights,
+        has_other_head=has_other_head(config, weights),
+        missing_code=tuple(find_missing_code(folder, config)),
+        missing_tokenizer_code=tuple(find_missing_code(folder)),
+    )
+
+
+def contents_of_model(model: MoeModel) -> Contents:
+    """The contents of a checkpoint on disk."""
+    tensors = model.tensors
+    stored = {n: Weight.of(tensors[n]) for n in (EMBEDDING, HEAD) if n in tensors}
+    contents = contents_of(
+        model.config, stored, model.path, layout=model.layout, num_experts=model.num_experts
+    )
+    return replace(contents, other_names=find_other_names(model))
+
+
+def find_other_names(model: MoeModel) -> tuple[tuple[str, str], ...]:
+    """The names of tensors that are not those readers look for, each with the one that is."""
+    return tuple((t.name, name) for name, t in model.tensors.items() if t.name != name)
+
+
+def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path) -> Iterator[str]:
+    """What readers make of a checkpoint otherwise than its maker may expect.
+
+    `folder` has the tokenizer, and the config.json from which `config` has its keys.
+    """
+    file, rows = folder / "config.json", config.get("vocab_size")
+    if contents.has_other_head:
+        yield (
+            f"{file}: tie_word_embeddings is true, and {HEAD} is not the embedding: "
+            "transformers 4 takes the embedding, other readers the stored head; write false if the "
+            "head is meant, or else remove it"
+        )
+    if rows is None or not is_size(rows):
+        return
+    pad, largest = config.get("pad_token_id"), contents.largest_token
+    if is_beyond(pad, rows):
+        yield (
+            f"{file}: pad_token_id is {pad}, the embedding has {rows} rows: transformers "
+            "does not load that; write null or a token of the vocabulary"
+        )
+    if largest is not None and largest >= rows:
+        yield (
+            f"{folder}: the tokenizer has tokens up to {largest}, the embedding has {rows} rows: "
+            "readers fail on a text with such tokens, llama.cpp on the whole model"
+        )
+
+
+def has_other_head(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> bool:
+    """Whether `config` ties the head to the embedding, and another head is stored."""
+    if config.get("tie_word_embeddings") is not True or HEAD not in weights:
+        return False
+    return EMBEDDING in weights and not hold_the_same(weights[HEAD], weights[EMBEDDING])
+
+
+def hold_the_same(first: Weight, second: Weight) -> bool:
+    """Whether two weights have the same dtype, shape and bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    ranges = ((start, start + CHUNK) for start in range(0, first.nbytes, CHUNK))
+    return all(b"".join(first.read(*r)) == b"".join(second.read(*r)) for r in ranges)
+
+
+def find_largest_token(folder: Path) -> int | None:
+    """The largest token of the tokenizer in a folder; `None` if that is not known."""
+    found = [
+        *tokens_of_tokenizer(read_or_none(folder / "tokenizer.json")),
+        *tokens_of_config(read_or_none(folder / "tokenizer_config.json")),
+    ]
+    for name in ("added_tokens.json", "vocab.json"):
+        found += values_of(read_or_none(folder / name))
+    tokens = [token for token in found if type(token) is int and 0 <= token <= LARGEST_SIZE]
+    return max(tokens, default=None)
+
+
+def find_added_tokens(folder: Path) -> frozenset[str]:
+    """The tokens that the tokenizer in a folder has beside its vocabulary."""
+    tokenizer = read_or_none(folder / "tokenizer.json")
+    added = tokenizer.get("added_tokens") if isinstance(tokenizer, Mapping) else None
+    texts = [t.get("content") for t in added or () if isinstance(t, Mapping)]
+    return frozenset(text for text in texts if isinstance(text, str))
+
+
+def read_or_none(file: Path) -> Any:
+    """A JSON file of a tokenizer; `None` if there is none, or it cannot be read."""
+    try:
+        return read_json(file, limit=LONGEST_INDEX) if file.is_file() else None
+    except (CheckpointError, OSError):  # copied as it is; whoever reads it will say so
+        return None
+
+
+def tokens_of_tokenizer(tokenizer: Any) -> Iterator[Any]:
+    """The tokens in a tokenizer.json."""
+    if not isinstance(tokenizer, Mapping):
+        return
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, list) and vocabulary:  # Unigram: a token is its place
+        yield len(vocabulary) - 1
+    yield from values_of(vocabulary)
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, Mapping):
+            yield token.get("id")
+
+
+def tokens_of_config(config: Any) -> Iterator[int]:
+    """The tokens that a tokenizer_config.json adds, which are keys there."""
+    added = config.get("added_tokens_decoder") if isinstance(config, Mapping) else None
+    for key in added if isinstance(added, Mapping) else ():
+        if key.isascii() and key.isdigit() and len(key) < 20:
+            yield int(key)
+
+
+def values_of(mapping: Any) -> Iterator[Any]:
+    yield from mapping.values() if isinstance(mapping, Mapping) else ()

@@ -1,0 +1,173 @@
+"""What readers make of a checkpoint otherwise than config.json says: warned of, not loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for extra in ("safetensors", "ml_dtypes"):
+    pytest.importorskip(extra)
+
+from ml_dtypes import bfloat16
+
+from families import make_model
+from folders import edit_config, edit_json, rewrite
+from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
+from moe_fast.demo import make_dense_model
+
+CONFIG = MoeConfig(num_experts=4)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FAMILIES = {
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3",
+    "qwen2_moe": "qwen2",
+    "granitemoe": "granite",
+    "granitemoeshared": "granite",
+    "flex_olmo": "olmo2",
+    "glm4_moe": "llama",
+    "deepseek": "llama",
+}
+
+
+def reasons_of(moe: Path) -> dict[str, tuple[str, ...]]:
+    """Why each reader does not load it; nothing for those that do."""
+    return {reader.name: reader.reasons for reader in check_moe(moe).readers}
+
+
+def about(texts: tuple[str, ...], word: str) -> list[str]:
+    return [text for text in texts if word in text]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    make_dense_model(tmp_path / "dense", seed=0)
+    return tmp_path / "dense"
+
+
+def store_head(folder: Path, factor: float) -> None:
+    """Store the embedding times `factor` as the head."""
+    rewrite(folder, lambda tensors: tensors | {HEAD: tensors[EMBEDDING] * np.float32(factor)})
+
+
+@pytest.mark.parametrize("target", FAMILIES)
+def test_a_stored_head_of_a_tied_model(tmp_path, target):
+    make_model(tmp_path / "dense", FAMILIES[target], tie_word_embeddings=True)
+    store_head(tmp_path / "dense", -1)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target)
+    (warning,) = about(report.warnings, HEAD)
+    assert warning.startswith(f"{tmp_path / 'dense' / 'config.json'}: tie_word_embeddings is true")
+    converted = convert_moe(tmp_path / "moe", tmp_path / "other")
+    assert about(converted.warnings, HEAD)
+    for folder in ("moe", "other"):
+        reasons = reasons_of(tmp_path / folder)
+        taking = [reader for reader in reasons if about(reasons[reader], "takes the stored head")]
+        absent = {"deepseek": "transformers 5", "flex_olmo": "llama.cpp"}.get(target)
+        assert taking == [r for r in ("transformers 5", "vLLM", "llama.cpp") if r != absent]
+    assert [
+        reader.name for reader in converted.readers if about(reader.reasons, "stored head")
+    ] == taking
+
+
+@pytest.mark.parametrize(("tied", "factor"), [(True, 1), (False, -1), (False, 1)])
+def test_a_head_that_every_reader_takes_alike(dense, tmp_path, tied, factor):
+    edit_config(dense, tie_word_embeddings=tied)
+    store_head(dense, factor)
+    report = build_moe(dense, tmp_path / "moe", CONFIG)
+    assert not report.warnings
+    assert not any(about(reasons, "head") for reasons in reasons_of(tmp_path / "moe").values())
+
+
+def test_a_head_that_rounding_makes_the_embedding(dense, tmp_path):
+    rewrite(dense, lambda t: t | {HEAD: t[EMBEDDING].astype(bfloat16).astype(np.float32)})
+    assert about(build_moe(dense, tmp_path / "f32", CONFIG).warnings, HEAD)
+    assert not build_moe(dense, tmp_path / "bf16", CONFIG, dtype="bfloat16").warnings
+
+
+def test_a_head_is_read_no_further_than_it_differs(dense, tmp_path):
+    """And nothing is read at all if no head is stored, or the model is not tied."""
+    tensors = {}
+    rewrite(dense, lambda found: tensors.update(found) or found)
+    report = build_moe(dense, tmp_path / "moe", CONFIG, dry_run=True)
+    assert HEAD not in tensors
+    assert not report.warnings
+
+
+@pytest.mark.parametrize("target", [name for name in FAMILIES if name != "deepseek"])
+@pytest.mark.parametrize(("pad", "fits"), [(96, False), (-97, False), (95, True), (-96, True)])
+def test_a_pad_token_beyond_the_vocabulary(tmp_path, target, pad, fits):
+    make_model(tmp_path / "dense", FAMILIES[target], pad_token_id=pad)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target)
+    converted = convert_moe(tmp_path / "moe", tmp_path / "other")
+    for warnings in (report.warnings, converted.warnings):
+        assert len(about(warnings, f"pad_token_id is {pad}, the embedding has 96 rows")) == (
+            not fits
+        )
+    for folder in ("moe", "other"):
+        reasons = reasons_of(tmp_path / folder)
+        for reader in ("transformers 4", "transformers 5"):
+            assert len(about(reasons[reader], "pad_token_id")) == (not fits)
+
+
+def test_a_pad_token_that_is_the_familys_default(tmp_path):
+    make_model(tmp_path / "dense", "olmo2")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert not about(reasons_of(tmp_path / "moe")["transformers 5"], "pad_token_id")
+    edit_config(tmp_path / "moe", pad_token_id="absent")
+    assert about(reasons_of(tmp_path / "moe")["transformers 5"], "pad_token_id is 100277")
+
+
+def add_token(folder: Path, token: int, place: str) -> None:
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    if place == "added":
+        tokenizer["added_tokens"].append({"id": token, "content": "<extra>", "special": True})
+    elif place == "vocab":
+        tokenizer["model"]["vocab"]["<extra>"] = token
+    elif place == "unigram":
+        tokenizer["model"]["vocab"] = [[str(n), 0.0] for n in range(token + 1)]
+    elif place == "configuration":
+        added = {str(token): {"content": "<extra>"}}
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    else:
+        (folder / place).write_text(json.dumps({"<extra>": token}))
+    file.write_text(json.dumps(tokenizer))
+
+
+PLACES = ["added", "vocab", "unigram", "configuration", "added_tokens.json", "vocab.json"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("more", [0, 1])
+def test_tokens_beyond_the_embedding(dense, tmp_path, place, more):
+    add_token(dense, 255 + more, place)
+    report = build_moe(dense, tmp_path / "moe", CONFIG)
+    converted = convert_moe(tmp_path / "moe", tmp_path / "fused", layout="fused")
+    text = "the tokenizer has tokens up to 256, the embedding has 256 rows"
+    assert len(about(report.warnings, text)) == len(about(converted.warnings, text)) == more
+    for folder in ("moe", "fused"):
+        reasons = reasons_of(tmp_path / folder)
+        assert len(about(reasons["llama.cpp"], "takes no tokens beyond the embedding")) == more
+        assert not about(reasons["transformers 5"], "tokens")
+
+
+@pytest.mark.parametrize("target", ["mixtral", "granitemoe", "deepseek", "qwen2_moe", "glm4_moe"])
+def test_tokens_that_llama_cpp_leaves_out_of_sentencepiece(dense, tmp_path, target):
+    add_token(dense, 256, "added_tokens.json")
+    (dense / "tokenizer.model").write_bytes(b"sentencepiece")
+    report = build_moe(dense, tmp_path / "moe", CONFIG, target=target)
+    assert about(report.warnings, "tokens up to 256")
+    refused = about(reasons_of(tmp_path / "moe")["llama.cpp"], "takes no tokens beyond")
+    assert bool(refused) == (target in ("qwen2_moe", "glm4_moe"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"model": []}', '{"added_tokens": [3, {"id": "x"}, {"id": 1e30}]}', "\udcff"],
+)
+def test_a_tokenizer_that_is_none(dense, tmp_path, text):
+    (dense / "tokenizer.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert not build_moe(dense, tmp_path / "moe", CONFIG).warnings
+    assert check_moe(tmp_path / "moe").passed
