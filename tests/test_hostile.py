@@ -563,7 +563,7 @@ def test_pickle_files_are_never_opened(dense, name):
     (dense / WEIGHTS).unlink()
     bomb = b"cos\nsystem\n(S'touch pwned'\ntR."
     (dense / name).write_bytes(bomb)
-    refused(dense, f"{name}, a pickle file, .* save the model as safetensors")
+    refused(dense, f"{name}, a pickle file, which can run code when opened and is never read")
     assert (dense / name).read_bytes() == bomb
 
 
@@ -684,8 +684,7 @@ def test_memory_is_bounded(tmp_path, kind):
         f"""
         import resource, sys
         from pathlib import Path
-        from moe_fast.storage import safetensors_header as header_module
-from moe_fast.storage.safetensors_header import read_header
+        from moe_fast.storage.safetensors_header import read_header
         from moe_fast.errors import CheckpointError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:

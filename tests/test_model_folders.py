@@ -209,7 +209,7 @@ def says(folder: Path, match: str, *, needs_weights: bool = False) -> None:
             ["params.json", "consolidated-00001-of-00002.safetensors"],
             "Mistral's own format; take c",
         ),
-        (["params.json", "consolidated.00.pth"], "Meta's own format; take config.json and model"),
+        (["params.json", "consolidated.00.pth"], "a pickle file, .*Meta's own format; take c"),
         (["x.gguf"], "holds x.gguf, and GGUF is not read"),
         (["zero_to_fp32.py", "latest"], "DeepSpeed.*python zero_to_fp32.py . OUTPUT --safe_seri"),
         (["__0_0.distcp", ".metadata"], "checkpoint of FSDP; merge it: accelerate merge-weights"),

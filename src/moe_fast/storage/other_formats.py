@@ -25,8 +25,9 @@ FORMATS = (
     ),
     (
         r"consolidated\.\d+\.pth",
-        "holds {name}: a model in Meta's own format; take config.json and model*.safetensors, "
-        "which the Hub has of most of these models as well",
+        "holds {name}, a pickle file, which can run code when opened and is never read, in Meta's "
+        "own format; take config.json and model*.safetensors, which the Hub has of most of these "
+        "models as well",
     ),
     (r".+\.gguf", f"holds {{name}}, and {GGUF}"),
     (
