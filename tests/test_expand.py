@@ -114,5 +114,5 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "experts     6 to 12 per layer, 2 to 4 per token" in done.stdout
     done = run("expand", tmp_path / "moe", "-o", tmp_path / "no", "--experts", "5", "--json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--experts must be at least 6, got 5" in done.stderr

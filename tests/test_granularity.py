@@ -192,7 +192,7 @@ def test_drawn_weights_have_the_moments_of_those_replaced(tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
         build_moe(
             tmp_path / "dense", tmp_path / name, MoeConfig(2), reinit=0.5, seed=seed,
-            target="mixtral", max_shard_size=20_000 if name == "again" else 5_000_000_000,
+            target="mixtral", max_shard_size="20kB" if name == "again" else 5_000_000_000,
         )  # fmt: skip
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     again = {}

@@ -273,7 +273,7 @@ def test_the_command(moe, tmp_path):
 
 def test_shards_and_bfloat16_keep_their_bytes(tmp_path):
     tensors = write_moe(tmp_path / "moe", "mixtral", np.float16)
-    prune_moe(tmp_path / "moe", tmp_path / "pruned", keep=[1, 4], max_shard_size=20_000)
+    prune_moe(tmp_path / "moe", tmp_path / "pruned", keep=[1, 4], max_shard_size="20kB")
     files = sorted((tmp_path / "pruned").glob("model-*.safetensors"))
     assert len(files) > 2
     found = {name: array for file in files for name, array in load_file(file).items()}

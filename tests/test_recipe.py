@@ -373,7 +373,7 @@ def test_experts_without_a_gate_mode_are_routed_by_hidden_states_as_in_mergekit(
 def test_a_recipe_gives_what_build_moe_gives():
     options = "    noise_scale: 0.125\n    residual_scale: 0.5\n    source_layers: [1, 1]\n"
     recipe = write(TWO.replace("gate_mode", "routers") + options + "seed: 5\n")
-    build_recipe(recipe, "from-recipe", max_shard_size=100_000)
+    build_recipe(recipe, "from-recipe", max_shard_size="100kB")
     c = ExpertSource("c", noise_scale=0.125, residual_scale=0.5, source_layers=(1, 1))
     config = MoeConfig(2, 2)
     build_moe(
@@ -385,7 +385,7 @@ def test_a_recipe_gives_what_build_moe_gives():
         dtype="float32",  # what the base's configuration names
         routers="random",
         seed=5,
-        max_shard_size=100_000,
+        max_shard_size="100kB",
     )
     ours, theirs = (sorted(Path(name).iterdir()) for name in ("from-recipe", "from-call"))
     assert [f.name for f in ours] == [f.name for f in theirs]

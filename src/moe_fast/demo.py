@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_fast.checkpoint.build import BuildReport, build_moe
 from moe_fast.checkpoint.check import CheckReport, check_moe
-from moe_fast.checkpoint.output import Writing, find_obstacles
+from moe_fast.checkpoint.output import MARKS, Writing, find_obstacles
 from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError
 from moe_fast.storage.safetensors_header import header_bytes
@@ -57,7 +57,7 @@ def make_demo(
     if problems:
         raise CheckpointError(*problems)
     for seed, place in enumerate(places[:-1]):
-        with staged(place, f"{seed:064}", overwrite=overwrite) as growing:
+        with staged(place, f"{seed:064}", overwrite=overwrite, marks=MARKS) as growing:
             make_dense_model(growing, seed=seed)
     built = build_moe(places[:-1], places[-1], overwrite=overwrite)
     return built, check_moe(places[-1])

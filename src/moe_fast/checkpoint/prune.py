@@ -154,7 +154,9 @@ def choose_by_scores(
 ) -> tuple[Keep, list[str]]:
     """The experts of the greatest scores in each layer, as many from each group."""
     if scores is None:
-        raise MoeConfigError("num_experts needs scores, which say what each expert is worth")
+        raise MoeConfigError(
+            "needs scores, which say what each expert is worth", argument="num_experts"
+        )
     groups = 1 if ungroup else groups_of(model)[0]
     if number % groups:
         raise MoeConfigError(

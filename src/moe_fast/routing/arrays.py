@@ -70,7 +70,7 @@ def view_tensor(tensor: Any, name: str) -> npt.NDArray[Any]:
         )
     if tensor.device.type != "cpu":
         raise RoutingError(
-            f"{name} must be on the CPU, got a tensor on {tensor.device}; use {name}.cpu()"
+            f"must be on the CPU, got a tensor on {tensor.device}; use {name}.cpu()", argument=name
         )
     tensor = tensor.detach().resolve_neg()
     if tensor.dtype is torch.bfloat16:
@@ -103,8 +103,8 @@ def view_rows(logits: npt.NDArray[Any], num_experts: int) -> Rows:
         raise TypeError(f"logits must be {FLOATS}, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] != num_experts:
         raise RoutingError(
-            f"logits must have the shape (num_tokens, num_experts = {num_experts}), "
-            f"got {logits.shape}"
+            f"must have the shape (num_tokens, num_experts = {num_experts}), got {logits.shape}",
+            argument="logits",
         )
     if not logits.dtype.isnative:
         logits = logits.astype(logits.dtype.newbyteorder("="))

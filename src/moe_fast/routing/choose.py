@@ -165,4 +165,4 @@ def raise_for_nan(first_bad: Iterable[int]) -> None:
     """Raise for the first of the tokens that have a NaN; numbers below 0 are no tokens."""
     bad = [token for token in first_bad if token >= 0]
     if bad:
-        raise RoutingError(f"logits of token {min(bad)} hold a NaN")
+        raise RoutingError(f"of token {min(bad)} hold a NaN", argument="logits")

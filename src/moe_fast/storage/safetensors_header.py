@@ -115,8 +115,10 @@ def read_index(path: Path) -> dict[str, list[str]]:
     for name, file in weight_map.items():
         if not (isinstance(file, str) and file.endswith(".safetensors") and is_plain_name(file)):
             raise CheckpointError(
-                f"{path}: tensor {brief(name)}: {brief(file)} must be the name of a .safetensors "
-                "file in the same folder"
+                f"is placed in {brief(file)}; that must be the name of a .safetensors file in the "
+                "same folder",
+                file=path,
+                tensor=name,
             )
         files.setdefault(file, []).append(name)
     return files
