@@ -12,6 +12,7 @@ import pytest
 for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
+from families import make_model
 from folders import edit_json
 from moe_fast import CheckpointError, MoeConfig, build_moe, check_moe, convert_moe
 from moe_fast.checkpoint import output
@@ -155,7 +156,8 @@ def test_code_that_is_not_there_is_said_and_does_not_load(dense, tmp_path):
     assert loading(moe) == {"transformers 4", "transformers 5", "vLLM", "llama.cpp"}
 
 
-def test_code_of_a_model_that_transformers_lacks_is_needed(dense, tmp_path):
+def test_code_of_a_model_that_transformers_lacks_is_needed(tmp_path):
+    dense = make_model(tmp_path / "dense", "llama")
     for target, needed in (("mixtral", False), ("deepseek", True)):
         moe = tmp_path / target
         build_moe(dense, moe, CONFIG, target=target)

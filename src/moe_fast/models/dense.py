@@ -99,6 +99,6 @@ def check_tensors(
             what = f"has the shape {list(tensor.shape)}, config.json makes it {list(shape)}"
         else:
             what = f"is {tensor.dtype}; F32, F16 and BF16 can be built from"
-        problems.append(Problem(what, file=tensor.file.path, tensor=name))
+        problems.append(Problem(what, file=tensor.file.path, tensor=tensor.name))
     if problems:
         raise CheckpointError(*sorted(problems))

@@ -137,10 +137,10 @@ class MoeModel:
         found: dict[str, tuple[MoeLayer, int | None, str]] = {}
         for layer in self.layers:
             for expert, tensors in layer.own.items():
-                for suffix, tensor in tensors.items():
-                    found[tensor.name] = (layer, expert, suffix)
-            for name, tensor in layer.counted.items():
-                found[tensor.name] = (layer, None, name)
+                for suffix in tensors:
+                    found[layer.full_name(f"experts.{expert}.{suffix}")] = (layer, expert, suffix)
+            for name in layer.counted:
+                found[layer.full_name(name)] = (layer, None, name)
         return found
 
     def problems(self) -> list[Problem]:
@@ -231,7 +231,7 @@ class MoeModel:
                     f"of shape {list(tensor.shape)} may count the {count} experts, and "
                     f"{self.model_type} is not known to have it",
                     file=tensor.file.path,
-                    tensor=name,
+                    tensor=tensor.name,
                 )
 
     def layer_tensors(self, prefix: str) -> list[tuple[str, Tensor]]:

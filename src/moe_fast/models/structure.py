@@ -67,7 +67,7 @@ def structure_problems(model: MoeModel) -> list[Problem]:
             )
         else:
             continue
-        problems.append(Problem(what, file=tensor.file.path, tensor=name))
+        problems.append(Problem(what, file=tensor.file.path, tensor=tensor.name))
     return problems
 
 
