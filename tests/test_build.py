@@ -415,7 +415,7 @@ def test_command_reports_errors_without_a_traceback(dense, tmp_path):
     assert "absent: is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
     done = run("build", dense, "-o", tmp_path / "moe", "--experts", 0)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: --experts must be at least 1, got 0\n" in done.stderr
     assert not (tmp_path / "moe").exists()
 

@@ -84,6 +84,7 @@ def test_a_configuration_with_an_unknown_key():
 def test_a_report_as_json():
     report = plan_moe_construction(5, 3, MoeConfig(num_experts=4)).report(64, 128, 4)
     assert json.loads(report.to_json()) == {
+        "version": 1,
         "num_experts": 4,
         "num_layers": 3,
         "load_balance": 0.0,

@@ -79,7 +79,7 @@ def test_command():
     assert done.returncode == 0
     assert kernels.level_in_use in done.stdout
     done = run("doctor", "--json")
-    assert json.loads(done.stdout) == diagnose().to_dict()
+    assert json.loads(done.stdout) == {"version": 1, **diagnose().to_dict()}
 
 
 def test_the_command_tells_its_version():

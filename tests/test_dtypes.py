@@ -156,7 +156,9 @@ def test_models_of_several_dtypes_need_one_named(tmp_path):
     ]
     with pytest.raises(CheckpointError, match="2 problems") as caught:
         build_moe(models, tmp_path / "moe", CONFIG)
-    assert "and 5 others: BF16, the base model's FFN is F32; name a dtype" in str(caught.value)
+    for dtype in ("BF16", "F16"):
+        expected = f"is {dtype}, as are 5 others; the base model's FFN is F32: name a dtype"
+        assert expected in str(caught.value)
     build_moe(models, tmp_path / "moe", MoeConfig(3), dtype="bfloat16")
     moe = load_file(tmp_path / "moe" / "model.safetensors")
     for expert, model in enumerate(models):
@@ -269,5 +271,5 @@ def test_a_dtype_that_is_none(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
     with pytest.raises(MoeConfigError, match="dtype must be one of 'float32', 'bfloat16', 'float"):
         build_moe(dense, tmp_path / "moe", CONFIG, dtype="int8")
-    with pytest.raises(TypeError, match="dtype must be a Dtype or its string, got"):
-        build_moe(dense, tmp_path / "moe", CONFIG, dtype=np.float16)
+    with pytest.raises(TypeError, match=r"dtype must be .*, got 3"):
+        build_moe(dense, tmp_path / "moe", CONFIG, dtype=3)

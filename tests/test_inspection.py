@@ -256,7 +256,8 @@ def test_command(moe, dense):
         assert expected in done.stdout
     assert "a dense model" in run("inspect", dense[0]).stdout
     done = run("inspect", moe, "--json", "--no-copies")
-    assert json.loads(done.stdout) == inspect_model(moe, copies=False).to_dict()
+    expected = inspect_model(moe, copies=False).to_dict()
+    assert json.loads(done.stdout) == {"version": 1, **expected}
     done = run("inspect", moe / "absent")
     assert done.returncode == 1
     assert "is not a folder with a model" in done.stderr

@@ -265,7 +265,7 @@ def test_the_command(moe, tmp_path):
     assert "experts     6 to 3 per layer, 2 per token" in done.stdout
     assert inspect_model(tmp_path / "pruned").num_experts == 3
     done = run("prune", moe, "-o", tmp_path / "no", "--experts", "3")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--experts needs scores" in done.stderr
     done = run("check", tmp_path / "pruned")
     assert done.returncode == 0, done.stdout

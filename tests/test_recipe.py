@@ -570,7 +570,7 @@ def test_the_command():
     [
         (["--experts", "8"], "--experts is for models; write it into the recipe"),
         (["--routers", "balanced"], "--routers is for models; write it into the recipe"),
-        (["a"], "a recipe stands alone, without models or other recipes"),
+        (["a"], "give a recipe alone, without models or other recipes"),
     ],
 )
 def test_the_command_says_what_a_recipe_overrides(arguments, message):
@@ -578,5 +578,6 @@ def test_the_command_says_what_a_recipe_overrides(arguments, message):
     write(TWO)
     done = run("build", "recipe.yml", *arguments, "-o", "moe")
     assert done.returncode == 2
-    assert message in done.stderr
+    # typer draws a box around it, whose lines break where the terminal is narrow.
+    assert message in " ".join(done.stderr.replace("│", " ").split())
     assert not Path("moe").exists()

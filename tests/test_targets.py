@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 for extra in ("ml_dtypes", "safetensors"):
@@ -106,7 +108,10 @@ def test_one_model_keeps_its_function_in_every_target_it_fits(source, tmp_path, 
         build_moe(dense, tmp_path / target, CONFIG, target=target, layout=layout)
         logits = Model(tmp_path / target).logits(TOKENS)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-        assert check_moe(tmp_path / target).passed
+        failed = {f.check for f in check_moe(tmp_path / target).findings if f.status == "failed"}
+        # vLLM, which alone has a DeepSeek-MoE of its own, wants a head of its own in it.
+        tied = json.loads((dense / "config.json").read_text()).get("tie_word_embeddings", False)
+        assert failed == ({"readers"} if target == "deepseek" and tied else set())
 
 
 # Written out by hand, so that a name that changes is seen.

@@ -13,7 +13,7 @@ from moe_fast.wording import brief
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["JSON_VERSION", "Report", "frame_of", "json_document", "pandas_frame"]
+__all__ = ["JSON_VERSION", "Report", "frame_of", "json_document", "pandas_frame", "without_version"]
 # Of the keys of JSON documents. Keys may be added to a version; one that goes or means another
 # thing makes a new version.
 JSON_VERSION = 1

@@ -378,7 +378,7 @@ def find_layers(
             num_stacked += tensor.shape[0]
             if num_stacked > MOST_STACKED:  # before looping over a number from a file
                 raise CheckpointError(
-                    f"the layers so far hold {num_stacked} experts, more than any model's",
+                    f"has more experts than any model: {num_stacked} in the layers so far",
                     file=tensor.file.path,
                     tensor=tensor.name,
                 )

@@ -165,8 +165,7 @@ def make_rule(
     if method is RoutingMethod.SWITCH_TRANSFORMER:
         if k != 1:
             raise MoeConfigError(
-                "switch_transformer sends a token to one expert: "
-                f"num_experts_per_tok must be 1, got {k}"
+                f"must be 1 for switch_transformer, got {k}", argument="num_experts_per_tok"
             )
         if norm_topk_prob:
             raise MoeConfigError(
@@ -218,17 +217,19 @@ def check_groups(
     size = config.num_experts // n_group
     if size * n_group != config.num_experts:
         raise MoeConfigError(
-            f"must divide num_experts ({config.num_experts}), got {n_group}", argument="n_group"
+            f"must divide {config.num_experts}, the number of experts, got {n_group}",
+            argument="n_group",
         )
     topk_group = as_index(n_group if topk_group is None else topk_group, "topk_group", minimum=1)
     if topk_group > n_group:
         raise MoeConfigError(
-            f"must not exceed n_group ({n_group}), got {topk_group}", argument="topk_group"
+            f"must be at most {n_group}, the number of groups, got {topk_group}",
+            argument="topk_group",
         )
     if topk_group * size < config.num_experts_per_tok:
         raise MoeConfigError(
-            f"({topk_group}) groups of {size} experts hold fewer than "
-            f"num_experts_per_tok ({config.num_experts_per_tok})",
+            f"must give a token at least {config.num_experts_per_tok} experts to choose from, "
+            f"got {topk_group} of {size} experts each",
             argument="topk_group",
         )
     if experts_per_group_score is None:

@@ -17,7 +17,7 @@ from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.plain import check_keys
-from moe_fast.reports import pandas_frame
+from moe_fast.reports import pandas_frame, without_version
 from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloat16
 from moe_fast.routing.choose import LANES, get_tokens_per_thread, raise_for_nan
 from moe_fast.routing.options import RoutingOptions, Rule
@@ -537,6 +537,7 @@ class RoutingStats:
         TypeError, MoeConfigError
             A key that is missing or unknown, or values that make no statistics.
         """
+        values = without_version(values)
         check_keys(values, (*KEYS, "layers"), KEYS, cls.__name__)
         known: dict[str, Any] = decode_infinity({name: values[name] for name in KEYS})
         stats = cls(
