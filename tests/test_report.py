@@ -26,7 +26,7 @@ from moe_fast import (
     write_report,
 )
 from moe_fast.checkpoint.convert import convert_moe
-from moe_fast.command.page import finer_part_of
+from moe_fast.command.page import find_part
 from moe_fast.demo import make_dense_model
 from moe_fast.models.moe import open_moe_model
 
@@ -145,7 +145,7 @@ def test_every_byte_has_its_part(dense, target, layout):
     model = open_moe_model(moe)
     parts = {}
     for name, tensor in model.tensors.items():
-        parts[finer_part_of(name)] = parts.get(finer_part_of(name), 0) + math.prod(tensor.shape)
+        parts[find_part(name)] = parts.get(find_part(name), 0) + math.prod(tensor.shape)
     assert parts["experts"] == 2 * 4 * 3 * 64 * 128
     assert parts["routers"] == 2 * 4 * 64
     assert parts["embeddings and head"] == 256 * 64
@@ -196,7 +196,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else_is(moe, tmp_path):
     ({"source_model": [[0, 1, 0, 1], [0, 1]]}, "moe_fast.json: "),
     ({"source_model": [[0, 1, 0, 7]] * 2}, "source_model holds 7, but num_models is 2"),
     ({"source_layer": [[0, -1, 0, 0]] * 2}, "source_layer must be at least 0, got -1"),
-    ({"moe_fast": 3}, "3 is not"),
+    ({"moe_fast": 3}, "must be a string, got 3"),
 ])  # fmt: skip
 def test_a_manifest_that_does_not_hold(moe, change, message):
     file = moe / "moe_fast.json"
