@@ -20,7 +20,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["moe_fast"]):
-    from moe_fast.checkpoint.manifest import MANIFEST, read_manifest
+    from moe_fast.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, read_manifest
     from moe_fast.errors import CheckpointError
     from moe_fast.families.config import ROPE_KEYS
     from moe_fast.families.registry import dense_families
@@ -55,11 +55,12 @@ REQUEST = {
     "config": {"num_experts": 2},
 }
 MANIFEST_VALUE = {
+    "manifest_version": MANIFEST_VERSION,
     "moe_fast": "0",
+    "operation": "build",
     "request": REQUEST,
-    "target": "mixtral",
-    "source_model": [[0]],
-    "source_layer": [[0]],
+    "family": "mixtral",
+    "facts": {"source_model": [[0]], "source_layer": [[0]]},
     "source_files": [{"path": "a", "size": 1, "mtime_ns": 1, "header_sha256": "0"}],
     "files": {"config.json": {"size": 1}},
 }
