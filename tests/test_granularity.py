@@ -233,6 +233,20 @@ def test_by_default_a_token_takes_one_copy(tmp_path):
     assert (report.num_experts, report.num_experts_per_tok) == (32, 4)
 
 
+@pytest.mark.parametrize("shards", [2, 4, 5])
+def test_a_config_without_k_takes_one_copy(tmp_path, shards):
+    make_model(tmp_path / "dense", "llama")
+    config = MoeConfig(num_experts=4 * shards)
+    assert config.num_experts_per_tok == 2
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", config, granularity=shards)
+    assert report.num_experts_per_tok == shards
+    assert_same_function(tmp_path / "dense", tmp_path / "moe")
+    said = build_moe(
+        tmp_path / "dense", tmp_path / "said", MoeConfig(4 * shards, 2), granularity=shards
+    )
+    assert said.num_experts_per_tok == 2
+
+
 def test_plan_and_report():
     plan = plan_moe_construction(3, 2, MoeConfig(12, 2), granularity=2)
     assert plan.source_model.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]] * 2

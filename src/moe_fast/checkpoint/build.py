@@ -32,7 +32,7 @@ from moe_fast.checks import (
     as_size,
     collect,
 )
-from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig
+from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig, choose_config
 from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.families.choice import as_target_name, choose
@@ -181,6 +181,8 @@ class BuildReport(Report):
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
+    granularity: int = 1
+    """In how many experts each feed-forward network was split."""
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def to_frame(self) -> DataFrame:
@@ -431,9 +433,10 @@ def as_request(
     """The arguments of a build, each checked."""
     granularity = as_index(granularity, "granularity", minimum=1)
     if config is None:
-        config = MoeConfig() if granularity == 1 else MoeConfig(8 * granularity, granularity)
+        config = choose_config(None, None, granularity)
     if not isinstance(config, MoeConfig):
         raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
+    config = config.with_granularity(granularity)
     config.validate()
     experts = as_expert_sources(models, "models")
     if not experts:
@@ -736,6 +739,7 @@ def describe_build(
         num_experts_per_tok=construction.config.num_experts_per_tok,
         num_layers=plan.num_layers,
         dense_layers=tuple(construction.dense_layers),
+        granularity=construction.granularity,
         num_parameters=design.num_parameters,
         load_balance=report.load_balance,
         unused_models=report.unused_models,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build
 from moe_fast.checkpoint.output import Progress, Writing
 from moe_fast.checks import as_path, as_size
-from moe_fast.config import Dtype, MoeConfig
+from moe_fast.config import Dtype, MoeConfig, choose_config
 from moe_fast.errors import CheckpointError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
@@ -317,10 +317,7 @@ def as_source(expert: ExpertKeys, folder: str) -> ExpertSource:
 def as_config(keys: RecipeKeys) -> MoeConfig:
     shards = keys.granularity or 1
     num_experts = keys.num_experts if keys.experts is None else len(keys.experts) * shards
-    by_default = MoeConfig.num_experts_per_tok if shards == 1 else shards
-    return MoeConfig(
-        num_experts or MoeConfig.num_experts * shards, keys.experts_per_token or by_default
-    )
+    return choose_config(num_experts, keys.experts_per_token, shards)
 
 
 def choose_routers(keys: RecipeKeys) -> tuple[RouterStart, str]:
