@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.card import file_metadata, model_card
+from moe_fast.checkpoint.card import file_metadata, model_card, model_name
 from moe_fast.checkpoint.construction import Construction, open_sources, plan_experts
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
@@ -34,12 +34,13 @@ from moe_fast.checks import (
 )
 from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig, choose_config
 from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
-from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError, Problem
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
-from moe_fast.models.folder import find_second_weights
+from moe_fast.models.adapters import ADAPTER_CONFIG, is_adapter, named_base
+from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
@@ -54,6 +55,7 @@ from moe_fast.request import (
 )
 from moe_fast.routing.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.storage.companions import find_companions, find_missing_code
+from moe_fast.storage.files import is_absent
 from moe_fast.storage.floats import decode
 from moe_fast.storage.hub import find_missing_tokenizer, find_model
 from moe_fast.storage.writer import FileRecord
@@ -106,13 +108,13 @@ class BuildRequest(Request):
 
     def folders(self) -> list[str]:
         experts = (*self.models, *self.shared_experts)
-        return list(dict.fromkeys([*(expert.model for expert in experts), self.base]))
+        return list(dict.fromkeys([*(f for expert in experts for f in expert.folders), self.base]))
 
     def moved(self, now: Mapping[str, str]) -> BuildRequest:
         return replace(
             self,
-            models=tuple(replace(e, model=now[e.model]) for e in self.models),
-            shared_experts=tuple(replace(e, model=now[e.model]) for e in self.shared_experts),
+            models=tuple(expert.moved(now) for expert in self.models),
+            shared_experts=tuple(expert.moved(now) for expert in self.shared_experts),
             base=now[self.base],
         )
 
@@ -358,8 +360,7 @@ def build_moe(
         max_shard_size,
     )  # fmt: skip
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    request = request.moved(collect(find_model, request.folders()))
-    return build(request, output, writing, hidden_states=hidden_states)
+    return build(located(request), output, writing, hidden_states=hidden_states)
 
 
 def design_moe(
@@ -408,7 +409,7 @@ def design_moe(
         granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
         max_shard_size,
     )  # fmt: skip
-    return design_of(request.moved(collect(find_model, request.folders())))
+    return design_of(located(request))
 
 
 def as_request(
@@ -473,9 +474,90 @@ def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
             f"must be a model or a list of models, got {models!r}", argument=name
         )
     return tuple(
-        model if isinstance(model, ExpertSource) else ExpertSource(as_path_text(model, name))
+        model if isinstance(model, ExpertSource) else as_expert_source(as_path_text(model, name))
         for model in models
     )
+
+
+def as_expert_source(text: str) -> ExpertSource:
+    """A model, or what mergekit writes as `MODEL+ADAPTER`; a folder of that name wins."""
+    model, plus, lora = text.rpartition("+")
+    if plus and model and is_absent(Path(text)) and Path(lora).is_dir():
+        return ExpertSource(model, lora=lora)
+    return ExpertSource(text)
+
+
+def located(request: BuildRequest) -> BuildRequest:
+    """The request for the folders of its models, fetched where need be, adapters with theirs.
+
+    Raises
+    ------
+    CheckpointError
+        For every model that is nowhere, and every adapter that is for another base.
+    """
+    request = request.moved(collect(find_model, request.folders()))
+    base = request.base
+    if is_adapter(Path(base)):
+        base = collect(find_named_base, [base])[base]
+    problems: list[str] = []
+
+    def with_base(source: ExpertSource) -> ExpertSource:
+        if source.lora is not None:
+            problems.extend(foreign_adapter(source.lora, source.model))
+        elif is_adapter(Path(source.model)):
+            problems.extend(foreign_adapter(source.model, base, by_name=True))
+            return replace(source, model=base, lora=source.model)
+        return source
+
+    models, shared = (
+        tuple(map(with_base, sources)) for sources in (request.models, request.shared_experts)
+    )
+    if problems:
+        raise CheckpointError(*dict.fromkeys(problems))
+    return replace(request, models=models, shared_experts=shared, base=base)
+
+
+def find_named_base(adapter: str) -> str:
+    """The folder of the model that an adapter says it was trained on."""
+    name = named_base(Path(adapter))
+    file = Path(adapter) / ADAPTER_CONFIG
+    advice = "name the base, or write BASE+ADAPTER"
+    if not name:
+        raise CheckpointError(f"names no base_model_name_or_path; {advice}", file=file)
+    try:
+        folder = find_model(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"its base is not here: {error}; {advice}", file=file) from None
+    if is_absent(Path(folder)):
+        raise CheckpointError(f"its base {name!r} is not here; {advice}", file=file)
+    return folder
+
+
+def foreign_adapter(adapter: str, base: str, by_name: bool = False) -> Iterator[Problem]:
+    """That an adapter was trained on another model than `base`, if it says so.
+
+    What it names may have been a folder of another machine: `by_name`, the last part must then be
+    that of `base`.
+    """
+    name = named_base(Path(adapter))
+    if Path(name).is_dir():
+        same = Path(base).exists() and Path(name).samefile(base)
+    else:
+        ends = {Path(each).name.casefold() for each in (base, model_name(base), stated_name(base))}
+        same = not by_name or not name or Path(name).name.casefold() in ends
+    if not same:
+        advice = f"; if that is the same model, write {base}+{adapter}" if by_name else ""
+        what = f"is an adapter for {name!r}, not for {base}{advice}"
+        yield Problem(what, file=Path(adapter) / ADAPTER_CONFIG)
+
+
+def stated_name(model: str) -> str:
+    """What a model's config.json says that it is called; empty where it says nothing."""
+    try:
+        name = read_config(Path(model)).get("_name_or_path")
+    except CheckpointError:  # whoever opens it says so
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -563,7 +645,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         weights=weights,
         config=config,
         companions=find_companions(construction.base.path),
-        sources=[model.tensors for model in construction.opened_models()],
+        sources=[each for model in construction.opened_models() for each in model.sources()],
         family=family.name,
         num_experts=len(construction.moe_layers) * plan.num_experts,
         manifest=Manifest(
@@ -598,7 +680,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
 def construct(request: BuildRequest, digests: Any) -> Construction:
     """Open the sources of a request, and say where everything comes from."""
     asked = (*request.models, *request.shared_experts)
-    sources, base = open_sources([source.model for source in asked], request.base)
+    sources, base = open_sources(asked, request.base)
     num_layers = base.sizes.num_hidden_layers
     plan = plan_experts(
         request.models,
@@ -646,12 +728,12 @@ def weigh_models(
     if request.backbone == "base":
         return []
     weights = request.backbone_weights or (1.0,) * len(request.models)
-    found: dict[Path, tuple[DenseModel, float]] = {}
+    found: dict[str, tuple[DenseModel, float]] = {}
     for model, weight in zip(sources, weights, strict=False):
-        if model.path not in found:
-            found[model.path] = model, weight
+        if model.identity not in found:
+            found[model.identity] = model, weight
         elif request.backbone_weights:
-            found[model.path] = model, found[model.path][1] + weight
+            found[model.identity] = model, found[model.identity][1] + weight
     return list(found.values())
 
 
@@ -672,7 +754,7 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
     """
     if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
         return rounded
-    if request.backbone != "base" and len({source.model for source in request.models}) > 1:
+    if request.backbone != "base" and len({source.origin for source in request.models}) > 1:
         return "everything but the experts is the mean of the models"
     if request.shared_experts:
         return "shared experts add their output"
@@ -680,6 +762,8 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
         same_layers = source.source_layers in (None, tuple(range(len(source.source_layers or ()))))
         if source.model != request.base or not same_layers:
             return "experts come from elsewhere than the base's own layers"
+        if source.lora is not None:
+            return "experts have adapters folded in"
         if source.noise_scale != 0 or source.residual_scale != 1:
             return "experts have noise or a scale"
     if request.reinit:
@@ -717,7 +801,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
 
 def warn_of_unused_models(models: Sequence[ExpertSource], report: MoeReport) -> list[str]:
     return [
-        f"{models[model].model}: gives no expert; there are more models than experts"
+        f"{models[model].origin}: gives no expert; there are more models than experts"
         for model in report.unused_models
     ]
 
@@ -759,6 +843,6 @@ def models_of_experts(
     models: Sequence[ExpertSource], plan: MoeConstructionPlan
 ) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        tuple(models[model].model for model in sorted({*plan.source_model[:, expert].tolist()}))
+        tuple(models[model].origin for model in sorted({*plan.source_model[:, expert].tolist()}))
         for expert in range(plan.num_experts)
     )

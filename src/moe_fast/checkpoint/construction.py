@@ -6,7 +6,8 @@ Whatever happens to a weight on its way happens here, so that a target only give
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -26,11 +27,12 @@ from moe_fast.config import MoeConfig
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
+from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
-from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
@@ -94,19 +96,19 @@ class Construction:
         return tuple(layer for layer in range(self.plan.num_layers) if layer not in dense)
 
     def opened_models(self) -> list[DenseModel]:
-        """The base and the sources, each folder once."""
+        """The base and the sources, each once."""
         models = (self.base, *self.sources, *self.shared_sources)
-        return list({model.path: model for model in models}.values())
+        return list({model.identity: model for model in models}.values())
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
         tensor = self.base.tensors[name]
         if not self.backbone:
             return self.convert(Weight.of(tensor))
-        tensors = [model.tensors[name] for model, _ in self.backbone]
+        weights = [model.weight(name) for model, _ in self.backbone]
         mean = Averaged(
-            tuple(FileRange(t.file, t.offset, t.nbytes) for t in tensors),
-            tuple(t.dtype for t in tensors),
+            tuple(weight.pieces[0] for weight in weights),
+            tuple(weight.dtype for weight in weights),
             tuple(weight for _, weight in self.backbone),
             self.converted_to or tensor.dtype,
         )
@@ -115,13 +117,11 @@ class Construction:
     def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
 
-    def perturb(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
-        """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
-        weight = Weight.of(tensor)
+    def perturb(self, weight: Weight, model: ExpertSource, name: str) -> Weight:
+        """A source's weight with its expert's noise and scale; `name` tells noise from noise."""
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
         if model.noise_scale != 0 or scale != 1:
             (source,) = weight.pieces
-            assert isinstance(source, FileRange)
             stream = choose_stream(self.seed, name)
             piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
             weight = Weight(weight.dtype, weight.shape, (piece,))
@@ -145,9 +145,10 @@ class Construction:
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
-        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
+        source_layer = int(self.plan.source_layer[layer, expert])
+        weight = self.sources[model].ffn_weight(source_layer, role)
         copy, shard = divmod(expert, self.granularity)
-        weight = self.perturb(tensor, self.models[model], f"{layer} {copy} {role}")
+        weight = self.perturb(weight, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
         if self.granularity > 1 or self.shuffled:
             width = self.expert_width
@@ -191,8 +192,8 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
-        tensor = self.shared_sources[index].ffn(source_layer, role)
-        return self.convert(self.perturb(tensor, model, f"{layer} shared {index} {role}"))
+        weight = self.shared_sources[index].ffn_weight(source_layer, role)
+        return self.convert(self.perturb(weight, model, f"{layer} shared {index} {role}"))
 
     def shared_ffn(self, layer: int, role: str) -> Weight:
         """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
@@ -223,6 +224,9 @@ class Construction:
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = [*self.width_problems(), *self.backbone_problems()]
+        if not self.backbone:
+            problems += beside_ffn_problems(self.sources)
+        problems += beside_ffn_problems(self.shared_sources)
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -301,6 +305,8 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     """Some neurons of a matrix: of its rows, or of its `columns`."""
     (source,) = weight.pieces
     rows, width = weight.shape
+    if isinstance(source, LowRankSum):
+        return take_neurons_of_sum(source, weight.shape, neurons, columns)
     if columns:
         piece: Piece = NeuronColumns(source, weight.dtype, neurons)
         return Weight(weight.dtype, (rows, neurons.count), (piece,))
@@ -311,6 +317,23 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     else:
         piece = NeuronRows(source, neurons)
     return Weight(weight.dtype, (neurons.count, width), (piece,))
+
+
+def take_neurons_of_sum(
+    total: LowRankSum, shape: tuple[int, ...], neurons: Neurons, columns: bool
+) -> Weight:
+    """The same of a sum, of which each neuron needs its own rows or columns alone."""
+    rows, width = shape
+    w = take_neurons(Weight(total.dtype, shape, (total.w,)), neurons, columns)
+    if columns:
+        a = Weight(total.a_dtype, (total.rank, width), (total.a,))
+        (piece,) = take_neurons(a, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], a=piece, columns=neurons.count)
+    else:
+        b = Weight(total.b_dtype, (rows, total.rank), (total.b,))
+        (piece,) = take_neurons(b, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], b=piece)
+    return Weight(w.dtype, w.shape, (total,))
 
 
 def scale_weight(weight: Weight, factor: float) -> Weight:
@@ -479,7 +502,13 @@ def plan_experts(
     )
 
 
-def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
+def open_sources(sources: Sequence[ExpertSource], base: str) -> tuple[list[DenseModel], DenseModel]:
     """The source models and the base, each folder opened once; all their problems at once."""
-    opened = collect(open_dense_model, (*models, base))
-    return [opened[model] for model in models], opened[base]
+    opened = collect(open_dense_model, (*(source.model for source in sources), base))
+
+    def open_with_adapter(pair: tuple[str, str | None]) -> DenseModel:
+        model, lora = pair
+        return opened[model] if lora is None else open_adapted_model(Path(lora), opened[model])
+
+    adapted = collect(open_with_adapter, [(source.model, source.lora) for source in sources])
+    return [adapted[source.model, source.lora] for source in sources], opened[base]
