@@ -228,7 +228,7 @@ WRONG_CONFIGS = [
     ({"rank_pattern": {"up_proj": 0}}, "rank_pattern: 'up_proj' is 0; it must be a number above"),
     ({"rank_pattern": ["up_proj"]}, "rank_pattern is ['up_proj']; it must be a mapping"),
     ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern: '(a+)+' is too involved a pattern"),
-    ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is no regular expression"),
+    ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is not a regular expression"),
 ]
 WRONG_TENSORS = [
     (lambda t: {n: v for n, v in t.items() if n != B}, A, "stands alone, lora_B is missing"),
@@ -244,9 +244,9 @@ WRONG_TENSORS = [
     (lambda t: t | {A.replace("lora_A", "lora_magnitude_vector"): t[A][0].copy()},
      A.replace("lora_A", "lora_magnitude_vector"), "is a magnitude of DoRA"),
     (lambda t: t | {A.replace("lora_A", "lora_A.bias"): t[A][0].copy()},
-     A.replace("lora_A", "lora_A.bias"), "is no part of it; LoRA has"),
+     A.replace("lora_A", "lora_A.bias"), "is not a part of it; LoRA has"),
     (lambda t: t | {"base_model.model.score.weight": t[A][0].copy()},
-     "base_model.model.score.weight", "is no change of a tensor that "),
+     "base_model.model.score.weight", "is not a change of a tensor that "),
 ]  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def test_all_problems_at_once(tmp_path, base):
 
 def test_what_is_no_ffn_is_refused(tmp_path, base):
     adapter = make_adapter(tmp_path / "adapter", base, modules=(*FFN, *QKVO))
-    message = r"[qkvo]_proj\.lora_A\.weight' changes what is no FFN, as do 7 others.* backbone="
+    message = r"[qkvo]_proj\.lora_A\.weight' changes what is not an FFN, as do 7 others.* backbone="
     with pytest.raises(CheckpointError, match=message):
         build_moe([base, adapter], tmp_path / "moe", MoeConfig(2))
 
@@ -306,7 +306,7 @@ def test_adapters_for_another_base(tmp_path, base):
 
 
 def test_what_is_no_adapter(tmp_path, base):
-    with pytest.raises(CheckpointError, match=r"is no LoRA adapter, it has no adapter_con"):
+    with pytest.raises(CheckpointError, match=r"is not a LoRA adapter, it has no adapter_con"):
         build_moe(ExpertSource(base, lora=base), tmp_path / "moe", MoeConfig(2))
     adapter = make_adapter(tmp_path / "adapter", base)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

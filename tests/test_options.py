@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
     ("build dense -o out --granularity 0", 2, "error: --granularity must be at least 1, got 0"),
     ("build dense -o out --granularity 3 --experts 8", 2,
      "error: --experts (8) must be a multiple of granularity (3)"),
-    ("build dense -o out --granularity 3", 1, "intermediate_size 128 is no multiple of granul"),
+    ("build dense -o out --granularity 3", 1, "intermediate_size 128 is not a multiple of gr"),
     ("build dense -o out --reinit 1.5", 2, "error: --reinit must be from 0 to 1, got 1.5"),
     ("build dense -o out --reinit-sets x", 2, "error: --reinit-sets must be one of 'shared', 's"),
     ("build dense -o out --backbone x", 2, "'x' is not base, mean or a list of numbers"),

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.card import file_metadata, model_card, model_name
-from moe_fast.checkpoint.construction import Construction, open_sources, plan_experts
+from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
+from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checkpoint.random_pieces import choose_stream
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
 from moe_fast.checks import (
     as_choice,
@@ -97,6 +99,7 @@ class BuildRequest(Request):
     shuffle: bool = False
     reinit: float = 0.0
     reinit_sets: ReinitSets = "shared"
+    split: Split | None = None
     backbone: Backbone = "base"
     backbone_weights: tuple[float, ...] = ()
     """Of the models in their mean, one each; none: all count the same."""
@@ -118,10 +121,27 @@ class BuildRequest(Request):
             base=now[self.base],
         )
 
+    @property
+    def shards(self) -> int:
+        """In how many experts each FFN is split."""
+        return self.config.num_experts if self.split else self.granularity
+
+    @property
+    def row_repeats(self) -> int:
+        """How many experts start with the same row of the router.
+
+        The shards of a copy do, to be chosen together. So do the parts of one FFN where a token
+        goes through all: equal weights are what makes their sum the whole.
+        """
+        if self.split and self.config.num_experts_per_tok < self.config.num_experts:
+            return 1
+        return self.shards
+
     def validate(self) -> None:
         self.config.validate()
         as_granularity(self.granularity, self.config.num_experts)
         as_fraction(self.reinit, "reinit")
+        check_split(self)
 
 
 @dataclass(frozen=True)
@@ -144,12 +164,12 @@ class BuildDesign(Design):
             states = as_hidden_states(hidden_states, len(layers), hidden_size)
             source = "given tokens"
         # The shards of a copy share a row: who is chosen is decided among copies.
-        shards, shape = construction.granularity, construction.routers.context.shape
+        repeats, shape = construction.row_repeats, construction.routers.context.shape
         pieces = (construction.routers.router(layer) for layer in layers)
         return router_health(
             (decode(b"".join(p.chunks()), construction.dtype).reshape(shape) for p in pieces),
             states,
-            max(1, construction.config.num_experts_per_tok // shards),
+            max(1, construction.config.num_experts_per_tok // repeats),
             layers=layers,
             source=source,
             remedy=construction.routers.remedy,
@@ -216,6 +236,7 @@ def build_moe(
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    split: Split | None = None,
     backbone: Backbone | Sequence[float] = "base",
     hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -294,6 +315,13 @@ def build_moe(
         The part of each expert's neurons that is drawn anew, 0 to 1, as in Drop-Upcycling (Nakamura
         et al. 2025, arXiv 2502.19261): from the normal distribution that has the mean and the
         standard deviation of the weights replaced. 0.5 was the best of the paper.
+    split : str, optional
+        One model's FFNs as all experts, without copies (LLaMA-MoE, Zhu et al. 2024, arXiv
+        2406.16554): expert `e` is part `e` of `num_experts` equal ones. `"contiguous"` cuts neurons
+        in their order, `"random"` in a random one, `"clustered"` puts neurons together whose gates
+        read alike (balanced k-means; the manifest keeps the clusters). Exact with
+        `num_experts_per_tok` equal to `num_experts`, where all parts start with the same row of the
+        router, and an approximation with less.
     backbone : str or sequence of float
         Where everything but the experts comes from: `"base"`, or `"mean"`, the mean over `models`
         in float32, rounded once, as in Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816).
@@ -356,7 +384,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
@@ -380,6 +408,7 @@ def design_moe(
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    split: Split | None = None,
     backbone: Backbone | Sequence[float] = "base",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Design:
@@ -406,7 +435,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
     return design_of(located(request))
@@ -428,6 +457,7 @@ def as_request(
     shuffle: bool,
     reinit: float,
     reinit_sets: ReinitSets,
+    split: Split | None,
     backbone: Backbone | Sequence[float],
     max_shard_size: int | str,
 ) -> BuildRequest:
@@ -443,7 +473,7 @@ def as_request(
     if not experts:
         raise MoeConfigError("must name at least one model", argument="models")
     backbone, backbone_weights = as_backbone(backbone, len(experts))
-    return BuildRequest(
+    request = BuildRequest(
         models=experts,
         base=experts[0].model if base is None else as_path_text(base, "base"),
         config=config,
@@ -459,10 +489,34 @@ def as_request(
         shuffle=as_flag(shuffle, "shuffle"),
         reinit=as_fraction(reinit, "reinit"),
         reinit_sets=cast(ReinitSets, as_choice(reinit_sets, get_args(ReinitSets), "reinit_sets")),
+        split=None if split is None else cast(Split, as_choice(split, get_args(Split), "split")),
         backbone=backbone,
         backbone_weights=backbone_weights,
         max_shard_size=as_size(max_shard_size, "max_shard_size"),
     )
+    check_split(request)
+    return request
+
+
+def check_split(request: BuildRequest) -> None:
+    """Raise `MoeConfigError` for what does not go with `split`."""
+    if request.split is None:
+        return
+    problems = []
+    if request.granularity > 1:
+        what = f"splits one FFN into all experts; leave out granularity {request.granularity}"
+        problems.append(Problem(what, argument="split"))
+    if request.shuffle:
+        what = "says by itself which neurons go where; leave out shuffle"
+        problems.append(Problem(what, argument="split"))
+    if len(request.models) != 1:
+        what = f"splits the FFNs of one model, got {len(request.models)} models"
+        problems.append(Problem(what, argument="split"))
+    if request.routers.from_prompts:
+        what = f"{request.routers.method!r} makes one row of a model's prompts, and split has one"
+        problems.append(Problem(f"{what} model for all experts", argument="routers"))
+    if problems:
+        raise MoeConfigError(*problems)
 
 
 def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
@@ -613,7 +667,7 @@ def build(
 @design_of.register
 def design_build(request: BuildRequest, decisions: Facts | None = None) -> BuildDesign:
     """From headers alone, unless routers are to be made from prompts, or a head is tied."""
-    construction = construct(request, (decisions or {}).get("router_sha256", ()))
+    construction = construct(request, decisions or {})
     problems = construction.problems()
     try:
         family, rejected = choose(request.target, construction, request.layout)
@@ -629,7 +683,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         sizes.hidden_size,
         sizes.intermediate_size,
         plan.num_experts,
-        granularity=request.granularity,
+        granularity=request.shards,
     )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
     weights = dict(family.tensors(construction, layout))
@@ -655,7 +709,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
                 "source_model": plan.source_model.tolist(),
                 "source_layer": plan.source_layer.tolist(),
             },
-            decisions=digest_routers(construction.routers),
+            decisions={
+                **digest_routers(construction.routers),
+                **({"clusters": written_clusters(construction)} if construction.clusters else {}),
+            },
         ),
         reference=construction.base.path,
         reason_to_differ=find_reason_to_differ(request, construction.base),
@@ -677,7 +734,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     )
 
 
-def construct(request: BuildRequest, digests: Any) -> Construction:
+def construct(request: BuildRequest, decisions: Facts) -> Construction:
     """Open the sources of a request, and say where everything comes from."""
     asked = (*request.models, *request.shared_experts)
     sources, base = open_sources(asked, request.base)
@@ -688,37 +745,66 @@ def construct(request: BuildRequest, digests: Any) -> Construction:
         request.dense_layers,
         request.config,
         num_layers,
-        request.granularity,
+        request.shards,
     )
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
     dense = frozenset(request.dense_layers)
     context = RouterContext(
         base=base,
-        experts=[request.models[model] for model in plan.source_model[0][:: request.granularity]],
+        experts=[request.models[model] for model in plan.source_model[0][:: request.row_repeats]],
         shared_experts=request.shared_experts,
         layers=[layer for layer in range(num_layers) if layer not in dense],
         dtype=dtype or base.expert_dtype,
         seed=request.seed,
     )
-    return Construction(
+    construction = Construction(
         base=base,
         sources=sources[: len(request.models)],
         models=request.models,
         plan=plan,
         config=request.config,
-        routers=make_routers(request.routers, context, as_digests(digests)),
+        routers=make_routers(
+            request.routers, context, as_digests(decisions.get("router_sha256", ()))
+        ),
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
         dense_layers=request.dense_layers,
         converted_to=dtype,
-        granularity=request.granularity,
+        granularity=request.shards,
+        row_repeats=request.row_repeats,
+        split=request.split,
         mix_copies=request.mix_copies,
         shuffled=request.shuffle,
         reinit=request.reinit,
         separate_sets=request.reinit_sets == "separate",
         backbone=weigh_models(request, sources),
     )
+    if request.split != "clustered" or construction.problems():
+        return construction
+    return replace(construction, clusters=find_clusters(construction, decisions.get("clusters")))
+
+
+def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
+    """The cluster of each neuron in each layer with experts: those `kept` by a manifest, or new."""
+    width, parts = construction.base.sizes.intermediate_size, construction.granularity
+    layers = construction.moe_layers
+    if kept is not None:
+        if not isinstance(kept, Mapping) or {*kept} != {str(layer) for layer in layers}:
+            raise CheckpointError("clusters must be given for each layer with experts")
+        return {layer: read_labels(kept[str(layer)], width, parts) for layer in layers}
+    found = {}
+    for layer in layers:
+        source_layer = int(construction.plan.source_layer[layer, 0])
+        gate = construction.sources[0].ffn_weight(source_layer, "gate_proj")
+        stream = choose_stream(construction.seed, f"{layer} clusters")
+        found[layer] = cluster_neurons(gate, parts, stream)
+    return found
+
+
+def written_clusters(construction: Construction) -> dict[str, str]:
+    """The same as a manifest keeps them."""
+    return {str(layer): write_labels(labels) for layer, labels in construction.clusters.items()}
 
 
 def weigh_models(
@@ -768,7 +854,7 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
             return "experts have noise or a scale"
     if request.reinit:
         return "neurons of the experts were drawn anew"
-    if request.config.num_experts_per_tok % request.granularity:
+    if request.config.num_experts_per_tok % request.shards:
         return "tokens take some shards of a copy and not the others"
     return None
 
@@ -781,6 +867,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "shuffle": request.shuffle,
         "reinit": request.reinit,
         "reinit_sets": request.reinit_sets,
+        "split": request.split,
         "backbone": list(request.backbone_weights) or request.backbone,
     }
     return {

@@ -176,6 +176,13 @@ def model_card(
 def describe_experts(recipe: Mapping[str, Any]) -> list[str]:
     """What a build did to all experts, in sentences, by the recipe that asks for the same."""
     said = []
+    if recipe.get("split"):
+        ways = {"contiguous": "in their order", "random": "in a random order"}
+        way = ways.get(recipe["split"], "by clusters of what their gates read")
+        said.append(
+            f"The experts of a layer are the {recipe['num_experts']} equal parts of one FFN, whose "
+            f"neurons were divided {way}."
+        )
     shards = recipe.get("granularity", 1)
     if shards > 1:
         said.append(

@@ -5,13 +5,15 @@ Whatever happens to a weight on its way happens here, so that a target only give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moe_fast.checkpoint.averages import Averaged
+from moe_fast.checkpoint.clusters import Labels
 from moe_fast.checkpoint.neurons import (
     NeuronColumns,
     NeuronRows,
@@ -35,6 +37,8 @@ from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
+
+Split = Literal["contiguous", "random", "clustered"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ class Construction:
 
     granularity: int = 1
     """In how many experts each FFN is split."""
+    row_repeats: int = 1
+    """How many experts, one after the other, start with the same row of the router."""
+    split: Split | None = None
+    """How one FFN is split into all experts; none: it is copied, and the copies may be split."""
+    clusters: Mapping[int, Labels] = field(default_factory=dict)
+    """Of each layer's neurons, where these say how the FFN is split."""
     mix_copies: bool = False
     shuffled: bool = False
     """Whether the neurons of each copy are put into another order before they are split."""
@@ -151,17 +161,25 @@ class Construction:
         weight = self.perturb(weight, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
         if self.granularity > 1 or self.shuffled:
-            width = self.expert_width
-            stream = choose_stream(self.seed, f"{layer} {copy} neurons") if self.shuffled else None
-            start, whole = shard * width, self.base.sizes.intermediate_size
-            neurons = Neurons(whole, start, start + width, stream)
-            weight = take_neurons(weight, neurons, columns)
+            weight = take_neurons(weight, self.neurons(layer, copy, shard), columns)
         if self.reinit:
             number = int(self.reinit * self.expert_width)
             weight = self.redraw(weight, number, layer, expert, role)
         if self.granularity > 1 and self.scale_shards:
             weight = scale_weight(weight, shard_factor(self.granularity, role))
         return self.convert(weight)
+
+    def neurons(self, layer: int, copy: int, shard: int) -> Neurons:
+        """Those that an expert takes of its FFN."""
+        width, whole = self.expert_width, self.base.sizes.intermediate_size
+        start, stop = shard * width, (shard + 1) * width
+        if layer in self.clusters:
+            chosen = tuple(np.flatnonzero(self.clusters[layer] == shard).tolist())
+            return Neurons(whole, start, stop, chosen=chosen)
+        if self.shuffled or self.split == "random":
+            stream = choose_stream(self.seed, f"{layer} {copy} neurons")
+            return Neurons(whole, start, stop, stream)
+        return Neurons(whole, start, stop)
 
     def redraw(self, weight: Weight, number: int, layer: int, expert: int, role: str) -> Weight:
         """An expert's matrix with `number` of its neurons drawn anew."""
@@ -180,8 +198,8 @@ class Construction:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
-        if self.granularity > 1:  # the shards of a copy are chosen together
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.granularity)
+        if self.row_repeats > 1:
+            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.row_repeats)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
@@ -244,8 +262,9 @@ class Construction:
         width = self.base.sizes.intermediate_size
         if width % self.granularity:
             tensor = self.base.ffn(0, "gate_proj")
+            parts = "the number of experts," if self.split else "granularity"
             yield Problem(
-                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of granularity "
+                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of {parts} "
                 f"{self.granularity}",
                 file=tensor.file.path,
                 tensor=tensor.name,
@@ -280,7 +299,12 @@ class Construction:
         if self.granularity == 1:
             return
         chosen, shards = self.config.num_experts_per_tok, self.granularity
-        if chosen % shards:
+        if self.split and chosen != shards:
+            yield (
+                f"num_experts_per_tok {chosen} of {shards} parts of one FFN: an approximation of "
+                f"what the dense model computes, until it is trained; {shards} per token are exact"
+            )
+        elif chosen % shards:
             yield (
                 f"num_experts_per_tok {chosen} is not a multiple of granularity {shards}: a token "
                 "takes some shards of a copy and not the others, so that the output does not "
@@ -310,7 +334,7 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     if columns:
         piece: Piece = NeuronColumns(source, weight.dtype, neurons)
         return Weight(weight.dtype, (rows, neurons.count), (piece,))
-    if neurons.stream is None and isinstance(source, FileRange):
+    if neurons.in_place and isinstance(source, FileRange):
         size = width * ITEM_SIZES[weight.dtype]
         start = source.offset + neurons.start * size
         piece = FileRange(source.file, start, neurons.count * size)

@@ -63,6 +63,7 @@ OPTIONS_OF_MODELS = (
     "shuffle",
     "reinit",
     "reinit_sets",
+    "split",
     "backbone",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
@@ -218,6 +219,15 @@ def build(
             autocompletion=lambda: ["shared", "separate"],
         ),
     ] = "shared",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="Make all experts from one FFN, without copies: contiguous, random or clustered.",
+            autocompletion=lambda: ["contiguous", "random", "clustered"],
+            show_default="copies",
+        ),
+    ] = None,
     backbone: Annotated[
         str,
         typer.Option(
@@ -271,6 +281,7 @@ def build(
                 shuffle=shuffle,
                 reinit=reinit,
                 reinit_sets=cast(Any, reinit_sets),
+                split=cast(Any, split),
                 backbone=parse_backbone(backbone),
                 **how,
             )

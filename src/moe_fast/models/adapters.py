@@ -132,7 +132,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     check_is_folder(folder)
     file = folder / ADAPTER_CONFIG
     if is_absent(file):
-        raise CheckpointError(f"is no LoRA adapter, it has no {ADAPTER_CONFIG}", file=folder)
+        raise CheckpointError(f"is not a LoRA adapter, it has no {ADAPTER_CONFIG}", file=folder)
     config = read_json(file)
     if not isinstance(config, dict):
         raise CheckpointError("must be a JSON object", file=file)
@@ -245,7 +245,7 @@ def pattern_problems(file: Path, key: str, patterns: Any) -> Iterator[Problem]:
         try:
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:
-            yield Problem(f"{what} is no regular expression: {error}", file=file)
+            yield Problem(f"{what} is not a regular expression: {error}", file=file)
 
 
 def is_number(value: Any) -> bool:
@@ -305,7 +305,9 @@ def sort_tensors(
         if match and match["side"] not in sides.get(match["module"], ()):
             sides.setdefault(match["module"], {})[match["side"]] = tensor
         elif "lora_" in plain:
-            kind = next((what for part, what in TOLD_BY.items() if part in plain), "no part of it")
+            kind = next(
+                (what for part, what in TOLD_BY.items() if part in plain), "not a part of it"
+            )
             what = f"is {kind}; LoRA has lora_A and lora_B of linear layers"
             unknown.append(Problem(what, file=tensor.file.path, tensor=tensor.name))
         else:
@@ -357,7 +359,7 @@ def replacement_problems(tensor: Tensor, name: str, model: DenseModel) -> Iterat
     """Why a tensor of `modules_to_save` cannot stand in the place of the model's."""
     own = model.tensors.get(name)
     if own is None:
-        what = f"is no change of a tensor that {model.path} has"
+        what = f"is not a change of a tensor that {model.path} has"
     elif own.shape != tensor.shape:
         what = f"has the shape {list(tensor.shape)}, that of {model.path} {list(own.shape)}"
     elif tensor.dtype not in WEIGHT_DTYPES:
@@ -374,8 +376,8 @@ def beside_ffn_problems(models: Sequence[DenseModel]) -> Iterator[Problem]:
         if found:
             others = f", as do {len(found) - 1} others" if len(found) > 1 else ""
             yield Problem(
-                f"changes what is no FFN{others}: experts hold FFNs alone. backbone='mean' takes "
-                "the rest into the mean of the models, or merge the adapter with PEFT first",
+                f"changes what is not an FFN{others}: experts hold FFNs alone. backbone='mean' "
+                "takes the rest into the mean of the models, or merge the adapter with PEFT first",
                 file=found[0].file.path,
                 tensor=found[0].name,
             )

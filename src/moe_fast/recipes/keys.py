@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from moe_fast.checkpoint.build import Backbone, ReinitSets
+from moe_fast.checkpoint.construction import Split
 from moe_fast.config import Dtype, Layout
 from moe_fast.errors import MoeConfigError
 from moe_fast.families.choice import as_target_name
@@ -41,7 +42,7 @@ def read_integer(value: Any, minimum: int = 0) -> int:
 def read_number(value: Any, minimum: float = -math.inf) -> float:
     # YAML 1.1 takes 1e-3, without a point, for a string.
     try:
-        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+        number = float(value) if type(value) in (int, float, str) else math.nan
     except ValueError:
         number = math.nan
     if math.isfinite(number) and number >= minimum:
@@ -209,4 +210,5 @@ class RecipeKeys:
     shuffle: bool | None = None
     reinit: Annotated[float, read_fraction] | None = None
     reinit_sets: ReinitSets | None = None
+    split: Split | None = None
     backbone: Annotated[Any, read_backbone] = None

@@ -43,7 +43,7 @@ REFUSED = {
 
 
 # Keys that mean what the request's fields of these names mean.
-OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets")
+OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets", "split")
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,11 @@ def find_wrong_options(keys: RecipeKeys, config: MoeConfig) -> Iterator[tuple[st
     if keys.granularity and config.num_experts % keys.granularity:
         yield "granularity", f"must divide {config.num_experts}, the number of experts"
     models = keys.experts or keys.models or ()
+    if keys.split is not None:
+        if (keys.granularity or 1) > 1 or keys.shuffle:
+            yield "split", "splits one FFN into all experts; leave out granularity and shuffle"
+        if len(models) != 1 or keys.experts is not None:
+            yield "split", "splits the FFNs of one model; give models with one, and num_experts"
     if isinstance(keys.backbone, tuple) and (
         len(keys.backbone) != len(models) or not any(keys.backbone)
     ):
