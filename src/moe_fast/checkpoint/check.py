@@ -547,7 +547,8 @@ def check_routing(model: MoeModel) -> Finding:
     if variations:
         summary += (
             f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
-            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
+            f"{math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (
