@@ -686,12 +686,32 @@ def gates(
     transpose: Annotated[
         bool, typer.Option(help="One row an expert, as checkpoints have it.")
     ] = True,
+    remove_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--remove-base/--keep-base",
+            help="Leave out the 1 / EXPERTS that all experts share, which 16 bits leave no room "
+            "beside.",
+            show_default="removed from balanced rows of 16 bits",
+        ),
+    ] = None,
+    full_range: Annotated[
+        bool,
+        typer.Option("--full-range", help="Draw from [-s, s]; the reference fills [-s, 0]."),
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
         weights = compute_router_weights(
-            layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
+            layers,
+            hidden_size,
+            experts,
+            init,
+            dtype=dtype,
+            transpose=transpose,
+            full_range=full_range,
+            remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
     with reported_errors(context, path="output"):
         nbytes = write_router_weights(output, weights, overwrite=overwrite)
@@ -826,6 +846,11 @@ def demo(
         show_check(checked)
     if not checked.passed:
         raise typer.Exit(1)
+
+
+def rounds_base(init: RouterInit, dtype: str) -> bool:
+    """Whether the noise of a start is lost beside its base: in 16 bits, as in builds."""
+    return init is RouterInit.BALANCED and dtype.endswith("16")
 
 
 def read_text(text: str | None) -> str | None:
