@@ -12,7 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import format_count, format_quantity, format_range, format_runs
+from moe_fast.wording import (
+    brief,
+    format_count,
+    format_quantity,
+    format_range,
+    format_runs,
+    name_layer,
+)
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -225,24 +232,43 @@ def show_model(report: ModelReport) -> None:
         "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
-    if report.num_moe_layers:
+    if report.num_mtp_layers:
+        pairs["prediction"] = (
+            f"{format_count(report.num_mtp_layers, 'layer')} for multi-token prediction besides, "
+            f"of {report.num_mtp_parameters:,} parameters"
+        )
+    per_token = report.num_experts_per_tok
+    chosen = f"{per_token if per_token is not None else 'an unknown number'} per token"
+    if report.layout == "dense":
+        pairs["experts"] = "none: a dense model"
+    else:
         active = report.active_parameters
-        per_token = report.num_experts_per_tok
         pairs |= {
             "active": "unknown" if active is None else f"{active:,} per token",
             "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
-            "experts": f"{report.num_experts} per layer, "
-            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+        }
+    if report.unknown_experts is not None:
+        number = "an unknown number" if report.num_experts is None else report.num_experts
+        pairs |= {
+            "experts": f"{number} per layer, {chosen}",
+            "layout": f"not known here: {report.unknown_experts}",
+        }
+    elif report.layout != "dense":
+        pairs |= {
+            "experts": f"{report.num_experts} per layer, {chosen}, "
             f"{report.parameters_per_expert:,} parameters each",
             "layout": report.layout,
         }
-    else:
-        pairs["experts"] = "none: a dense model"
+    if report.quantization is not None:
+        pairs["quantised"] = (
+            f"{brief(report.quantization)}; how it packs numbers is not known here, and parameters "
+            "are counted as stored"
+        )
     show_pairs(pairs)
     if report.routers:
         show_routers(report)
     if report.copies is not None:
-        show_copies(report.copies)
+        show_copies(report.copies, report.num_layers)
     for problem in report.problems:
         complain(problem)
 
@@ -261,13 +287,18 @@ def show_routers(report: ModelReport) -> None:
             "-" if value is None else f"{value:.4f}"
             for value in (router.coefficient_of_variation, router.mean_entropy)
         ]
-        table.add_row(str(router.layer), *cells, str(router.tied_experts), *predicted)
+        table.add_row(
+            name_layer(router.layer, report.num_layers),
+            *cells,
+            str(router.tied_experts),
+            *predicted,
+        )
     say("\nrouters (norms of the experts' rows; the greatest cosine between two;")
     say(f"load and entropy of a token's choice, predicted on {report.hidden_states})")
     output_console.print(table)
 
 
-def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+def show_copies(copies: Iterable[tuple[Place, ...]], num_layers: int) -> None:
     """Groups of equal experts, those that look the same in every layer in one line."""
     lines: dict[str, list[int]] = {}
     for group in copies:
@@ -276,11 +307,15 @@ def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
             experts = ", ".join(str(expert) for _, expert in group)
             lines.setdefault(f"experts {experts}", []).append(layers.pop())
         else:
-            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            names = [(expert, name_layer(layer, num_layers)) for layer, expert in group]
+            places = ", ".join(f"{expert} of layer {layer}" for expert, layer in names)
             lines.setdefault(f"experts {places}", [])
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
-        say(f"  {experts}" + (f" in layers {format_runs(where)}" if where else ""))
+        own = format_runs(layer for layer in where if layer < num_layers)
+        ahead = [name_layer(layer, num_layers) for layer in where if layer >= num_layers]
+        listed = ", ".join([*([own] if own else []), *ahead])
+        say(f"  {experts}" + (f" in layers {listed}" if listed else ""))
 
 
 def show_routing(stats: RoutingStats) -> None:
