@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import format_count, format_quantity, format_range, format_runs
+from moe_fast.wording import (
+    brief,
+    format_count,
+    format_quantity,
+    format_range,
+    format_runs,
+    name_layer,
+)
 
 if TYPE_CHECKING:
     from moe_fast.checkpoint.build import BuildReport
@@ -263,35 +270,62 @@ def show_model(report: ModelReport) -> None:
         "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
-    if report.num_moe_layers:
+    if report.num_mtp_layers:
+        pairs["prediction"] = (
+            f"{format_count(report.num_mtp_layers, 'layer')} for multi-token prediction besides, "
+            f"of {report.num_mtp_parameters:,} parameters"
+        )
+    per_token = report.num_experts_per_tok
+    chosen = f"{per_token if per_token is not None else 'an unknown number'} per token"
+    if report.layout == "dense":
+        pairs["experts"] = "none: a dense model"
+    else:
         active = report.active_parameters
-        per_token = report.num_experts_per_tok
         pairs |= {
             "active": "unknown" if active is None else f"{active:,} per token",
             "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
-            "experts": f"{report.num_experts} per layer, "
-            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+        }
+    if report.unknown_experts is not None:
+        number = "an unknown number" if report.num_experts is None else report.num_experts
+        pairs |= {
+            "experts": f"{number} per layer, {chosen}",
+            "layout": f"not known here: {report.unknown_experts}",
+        }
+    elif report.layout != "dense":
+        pairs |= {
+            "experts": f"{report.num_experts} per layer, {chosen}, "
             f"{report.parameters_per_expert:,} parameters each",
             "layout": report.layout,
         }
-    else:
-        pairs["experts"] = "none: a dense model"
+    if report.quantization is not None:
+        pairs["quantised"] = (
+            f"{brief(report.quantization)}; how it packs numbers is not known here, and parameters "
+            "are counted as stored"
+        )
     show_pairs(pairs)
     if report.routers:
         show_routers(report)
     if report.copies is not None:
-        show_copies(report.copies)
+        show_copies(report.copies, report.num_layers)
     for problem in report.problems:
         complain(problem)
 
 
 def show_routers(report: ModelReport) -> None:
     routers = report.routers
+
+    def of_rows(values: Sequence[float | None]) -> list[str]:
+        cells = align_numbers(values)
+        return [
+            cell if router.finite else "not finite"
+            for cell, router in zip(cells, routers, strict=True)
+        ]
+
     columns = {
-        "layer": [str(router.layer) for router in routers],
-        "smallest row": align_numbers([router.smallest_norm for router in routers]),
-        "greatest row": align_numbers([router.greatest_norm for router in routers]),
-        "most alike": align_numbers([router.most_alike for router in routers]),
+        "layer": [name_layer(router.layer, report.num_layers) for router in routers],
+        "smallest row": of_rows([router.smallest_norm for router in routers]),
+        "greatest row": of_rows([router.greatest_norm for router in routers]),
+        "most alike": of_rows([router.most_alike for router in routers]),
         "tied experts": [str(router.tied_experts) for router in routers],
         "load cv": align_numbers([router.coefficient_of_variation for router in routers]),
         "entropy": align_numbers([router.mean_entropy for router in routers]),
@@ -303,7 +337,7 @@ def show_routers(report: ModelReport) -> None:
     show_columns(columns)
 
 
-def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+def show_copies(copies: Iterable[tuple[Place, ...]], num_layers: int) -> None:
     """Groups of equal experts, those that look the same in every layer in one line."""
     lines: dict[str, list[int]] = {}
     for group in copies:
@@ -312,11 +346,15 @@ def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
             experts = format_runs(expert for _, expert in group)
             lines.setdefault(f"experts {experts}", []).append(layers.pop())
         else:
-            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            names = [(expert, name_layer(layer, num_layers)) for layer, expert in group]
+            places = ", ".join(f"{expert} of layer {layer}" for expert, layer in names)
             lines.setdefault(f"experts {places}", [])
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
-        say(f"  {experts}" + (f" in layers {format_runs(where)}" if where else ""))
+        own = format_runs(layer for layer in where if layer < num_layers)
+        ahead = [name_layer(layer, num_layers) for layer in where if layer >= num_layers]
+        listed = ", ".join([*([own] if own else []), *ahead])
+        say(f"  {experts}" + (f" in layers {listed}" if listed else ""))
 
 
 def show_routing(stats: RoutingStats) -> None:

@@ -27,7 +27,7 @@ from moe_fast.models.inspection import ModelReport, inspect_model
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs
+from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs, name_layer
 
 __all__ = ["write_report"]
 MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
@@ -167,7 +167,9 @@ def make_section(title: str, content: Iterable[str]) -> Iterator[str]:
 
 def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     family = found.architecture or found.model_type
-    if found.num_moe_layers:
+    if found.unknown_experts is not None:
+        text = f"{family}: experts in a layout that is not known here ({found.unknown_experts})"
+    elif found.num_moe_layers:
         per_token = f", {found.num_experts_per_tok} per token" if found.num_experts_per_tok else ""
         text = f"{family}: {found.num_experts} experts per layer{per_token}"
         if manifest and isinstance(manifest.request, BuildRequest):
@@ -185,9 +187,12 @@ def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]
         if found.active_parameters is None
         else format_quantity(found.active_parameters),
         "on disk": format_quantity(found.num_bytes, "B"),
-        "layers": str(found.num_layers)
-        if found.num_moe_layers in (0, found.num_layers)
-        else f"{found.num_layers}, {found.num_moe_layers} with experts",
+        "layers": (
+            str(found.num_layers)
+            if found.num_moe_layers in (0, found.num_layers)
+            else f"{found.num_layers}, {found.num_moe_layers} with experts"
+        )
+        + (f", and {found.num_mtp_layers} for multi-token prediction" * bool(found.num_mtp_layers)),
         "dtype": ", ".join(found.bytes_by_dtype),
         "layout": found.layout,
     }
@@ -303,7 +308,7 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
         )
     rows = [
         (
-            str(router.layer),
+            name_layer(router.layer, found.num_layers),
             format_number(router.smallest_norm),
             format_number(router.greatest_norm),
             format_number(router.most_alike, 6),
