@@ -3,6 +3,7 @@
 #ifndef MOE_FAST_BITS_H
 #define MOE_FAST_BITS_H
 
+#include "platform.h"
 #include <stdint.h>
 #include <string.h>
 

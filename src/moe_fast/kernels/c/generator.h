@@ -8,6 +8,7 @@
 #ifndef MOE_FAST_GENERATOR_H
 #define MOE_FAST_GENERATOR_H
 
+#include "platform.h"
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

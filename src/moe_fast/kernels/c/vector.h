@@ -6,6 +6,8 @@
 #ifndef MOE_FAST_VECTOR_H
 #define MOE_FAST_VECTOR_H
 
+#include "platform.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
