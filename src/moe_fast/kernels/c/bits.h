@@ -49,7 +49,7 @@ static inline int lowest_bit(uint64_t bits) {
 #endif
 
 /* Of 16 bits. */
-#if defined(__POPCNT__)
+#if defined(__POPCNT__) || (defined(__aarch64__) && defined(__GNUC__))
 static inline int number_of_bits(uint32_t bits) {
     return __builtin_popcount(bits);
 }
