@@ -256,7 +256,7 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
 def repeat_design(
     model: MoeModel, manifest: Manifest | None, against: Sequence[ModelPath]
 ) -> Design | Finding | None:
-    """What would be written today for the request of a manifest, or why nobody can tell.
+    """What would be written today for the request of a manifest, or why that cannot be known.
 
     `None` without a manifest.
 
@@ -547,7 +547,8 @@ def check_routing(model: MoeModel) -> Finding:
     if variations:
         summary += (
             f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
-            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
+            f"{math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (

@@ -76,8 +76,8 @@ def write_report(
     path : path
         The folder of the checkpoint.
     output : path, optional
-        The file to write. By default beside the folder and named after it: `moe-report.html`. An
-        earlier report is replaced, another file is not.
+        The file to write. By default in the working directory, named after the folder:
+        `moe-report.html`. An earlier report is replaced, another file is not.
     check : CheckReport, optional
         What `check_moe` found, to be part of the page.
 
@@ -99,14 +99,14 @@ def write_report(
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
     >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe")
-    >>> write_report(f"{folder}/moe").name
-    'moe-report.html'
+    >>> write_report(f"{folder}/moe", f"{folder}/report.html").name
+    'report.html'
     """
     folder = as_path(path, "path")
     file = choose_file(folder) if output is None else as_path(output, "output")
     page = make_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is no report; choose another file", file=file)
+        raise CheckpointError("exists and is not a report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -121,8 +121,7 @@ def write_report(
 
 
 def choose_file(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}-report.html"
+    return Path(f"{folder.resolve().name}-report.html")
 
 
 def is_report(file: Path) -> bool:
