@@ -64,7 +64,7 @@ class RouterStart:
     Raises
     ------
     TypeError, MoeConfigError
-        A method that is no string or is unknown.
+        A method that is not a string or is unknown.
 
     Examples
     --------
