@@ -26,6 +26,7 @@ from moe_fast.command.console import (
     show_operation,
     show_plan,
     show_routing,
+    show_scores,
 )
 from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
@@ -140,6 +141,17 @@ Scores = Annotated[
 ScoredBy = Annotated[
     str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
 ]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="Text, once for each file: .txt, .md, or .jsonl (text or messages)."
+    ),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
@@ -395,6 +407,52 @@ def convert(
             progress=progress,
         )
     show(report, show_conversion, as_json)
+
+
+@app.command(
+    cls=Command,
+    help="Run an MoE over texts and write what each of its experts is worth.",
+    epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
+)
+def score(
+    context: typer.Context,
+    model: MoeFolder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
+    ],
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
+    ] = None,
+    mean_outputs: Annotated[
+        bool, typer.Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
+    ] = False,
+    gate_similarity: Annotated[
+        bool,
+        typer.Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    with reported_errors(context), progress_bar("reading") as progress:
+        report = moe_fast.score_experts(
+            model,
+            output,
+            texts=text,
+            tokens=tokens,
+            length=length,
+            mean_outputs=mean_outputs,
+            gate_similarity=gate_similarity,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, show_scores, as_json)
 
 
 @app.command(

@@ -24,6 +24,7 @@ from moe_fast.wording import (
 )
 
 if TYPE_CHECKING:
+    from moe_fast.calibration.score import ScoreReport
     from moe_fast.checkpoint.build import BuildReport
     from moe_fast.checkpoint.check import CheckReport
     from moe_fast.checkpoint.compare import CompareReport
@@ -228,6 +229,27 @@ def show_operation(report: OperationReport) -> None:
     show_readers(report.readers)
     if report.dry_run:
         say("\ndry run: nothing is written")
+    for warning in report.warnings:
+        warn(warning)
+
+
+def show_scores(report: ScoreReport) -> None:
+    table = Table("layer", "tokens per expert", "reap", "mean norm", box=None)
+    for key, scores in list(report.layers.items())[:MOST_LINES]:
+        table.add_row(
+            key,
+            *(format_range(scores[name]) for name in ("frequency", "reap", "ean_mean")),
+        )
+    output_console.print(table)
+    pairs = {
+        "output": str(report.output),
+        "experts": f"{report.num_experts} per layer",
+        "tokens": f"{report.num_tokens:,}",
+        "seconds": f"{report.seconds:.2f}",
+    }
+    if report.arrays is not None:
+        pairs["matrices"] = str(report.arrays)
+    show_pairs(pairs)
     for warning in report.warnings:
         warn(warning)
 
