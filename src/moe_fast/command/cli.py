@@ -30,7 +30,7 @@ from moe_fast.command.console import (
 )
 from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
-from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
@@ -91,6 +91,14 @@ OPTIONS_OF_MODELS = (
     "base",
     "dense_layers",
     "routers",
+    "seed",
+    "granularity",
+    "mix_copies",
+    "shuffle",
+    "reinit",
+    "reinit_sets",
+    "split",
+    "backbone",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -118,6 +126,16 @@ Fsync = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Find every problem, show the plan, write nothing."),
+]
+Granularity = Annotated[
+    int, typer.Option(help="Experts that each FFN is split into; --experts counts the split ones.")
+]
+Experts = Annotated[
+    int | None, typer.Option(help="Experts per layer.", show_default="8, or 8 copies split")
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(help="Experts per token.", show_default="2, or those of one split copy"),
 ]
 RouterStart = Annotated[
     RouterInit,
@@ -208,8 +226,8 @@ def build(
         ),
     ],
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
     target: Annotated[
         str,
         typer.Option(
@@ -249,6 +267,50 @@ def build(
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "balanced",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    granularity: Granularity = 1,
+    mix_copies: Annotated[
+        bool,
+        typer.Option(
+            "--mix-copies", help="Let tokens take parts of several copies, where groups keep apart."
+        ),
+    ] = False,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Put each copy's neurons in another order before a split."),
+    ] = False,
+    reinit: Annotated[
+        float,
+        typer.Option(
+            metavar="PART", help="Of each expert's neurons, draw so many anew: 0 to 1; 0.5 is good."
+        ),
+    ] = 0.0,
+    reinit_sets: Annotated[
+        str,
+        typer.Option(
+            metavar="SETS",
+            help="shared: the same neurons in gate, up and down; separate: others in each.",
+            autocompletion=lambda: ["shared", "separate"],
+        ),
+    ] = "shared",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="Make all experts from one FFN, without copies: contiguous, random or clustered.",
+            autocompletion=lambda: ["contiguous", "random", "clustered"],
+            show_default="copies",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="MEAN",
+            help="Where all but the experts comes from: base, mean of the models, or their weights "
+            "in it, such as 2,1,1.",
+            autocompletion=lambda: ["base", "mean"],
+        ),
+    ] = "base",
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -281,13 +343,21 @@ def build(
             report = moe_fast.build_moe(
                 models,
                 output,
-                MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
+                choose_config(experts, experts_per_token, granularity),
                 target=target,
                 layout=layout,
                 dtype=cast(Any, dtype),
                 base=base,
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
+                seed=seed,
+                granularity=granularity,
+                mix_copies=mix_copies,
+                shuffle=shuffle,
+                reinit=reinit,
+                reinit_sets=cast(Any, reinit_sets),
+                split=cast(Any, split),
+                backbone=parse_backbone(backbone),
                 **how,
             )
     show(report, show_build, as_json)
@@ -701,16 +771,19 @@ def plan(
     context: typer.Context,
     models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
     layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
+    granularity: Granularity = 1,
     hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
-        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
-        made = plan_moe_construction(models, layers, config)
-        report = made.report(hidden_size, intermediate_size, experts)
+        config = choose_config(experts, experts_per_token, granularity)
+        made = plan_moe_construction(models, layers, config, granularity=granularity)
+        report = made.report(
+            hidden_size, intermediate_size, config.num_experts, granularity=granularity
+        )
     if as_json:
         print_json({"plan": made.to_dict(), "report": report.to_dict()})
     else:
@@ -984,6 +1057,18 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        ) from None
+
+
+def parse_backbone(text: str) -> Any:
+    """`base`, `mean`, or the weights between commas."""
+    if text in ("base", "mean"):
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", param_hint="--backbone"
         ) from None
 
 

@@ -99,7 +99,8 @@ def print_lines(
 def show_build(report: BuildReport) -> None:
     pairs = {
         "output": f"{report.output} ({report.target})",
-        "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
+        "experts": f"{report.num_experts} per layer{describe_split(report)}, "
+        f"{report.num_experts_per_tok} per token",
         "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
         "parameters": f"{report.num_parameters:,}",
         "use of models": describe_use(report.load_balance),
@@ -118,6 +119,14 @@ def show_build(report: BuildReport) -> None:
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def describe_split(report: BuildReport) -> str:
+    if report.granularity == 1:
+        return ""
+    copies = report.num_experts // report.granularity
+    what = "1 copy" if copies == 1 else f"{copies} copies"
+    return f" ({what} split in {report.granularity})"
 
 
 def name_dense_layers(layers: Sequence[int]) -> str:

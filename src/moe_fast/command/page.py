@@ -14,8 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from moe_fast.checkpoint.build import BuildRequest
-from moe_fast.checkpoint.card import changes, distinct_names
+from moe_fast.checkpoint.build import BuildRequest, request_values
+from moe_fast.checkpoint.card import (
+    changes,
+    describe_backbone,
+    describe_experts,
+    distinct_names,
+)
 from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.convert import ConvertRequest
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -223,7 +228,9 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         return
     request = manifest.request
     shared = [source.model for source in request.shared_experts]
-    names = distinct_names([*(source.model for source in request.models), *shared, request.base])
+    names = distinct_names(
+        [*(f for source in request.models for f in source.folders), *shared, request.base]
+    )
     labels = [names[source.model] for source in request.models]
     try:
         plan = MoeConstructionPlan(
@@ -248,13 +255,19 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
     for number, source in enumerate(request.models):
         layers, experts = (plan.source_model == number).nonzero()
         places = format_runs(sorted(set(experts.tolist()))) if len(experts) else "none"
-        rows.append((str(number), labels[number], places, f"{len(layers):,}", changes(source)))
+        rows.append(
+            (str(number), labels[number], places, f"{len(layers):,}", changes(source, names))
+        )
     yield table(("", "model", "experts", "in all", "changes on the way"), rows)
     if shared:
         listed = ", ".join(dict.fromkeys(names[model] for model in shared))
         yield f"<p>Every token also goes through the FFN of {escape(listed)}.</p>"
+    asked = request_values(request)
+    if said := describe_experts(asked):
+        yield f"<p>{escape(' '.join(said))}</p>"
+    rest = escape(describe_backbone(asked, names[request.base]))
     yield (
-        f"<p>Everything else comes from {escape(names[request.base])}. The routers start by the "
+        f"<p>Everything else {rest}. The routers start by the "
         f"method <code>{escape(request.routers.method)}</code>.</p>"
     )
 

@@ -11,6 +11,7 @@ from moe_fast.errors import CheckpointError
 from moe_fast.families.config import Multipliers, Rope, Sizes, is_count
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
+from moe_fast.storage.tensors import Weight
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -119,9 +120,26 @@ class DenseModel:
     multipliers: Multipliers
     tensors: Mapping[str, Tensor]
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other models."""
+        return str(self.path)
+
+    def weight(self, name: str) -> Weight:
+        """A tensor with whatever this model changes of it."""
+        return Weight.of(self.tensors[name])
+
+    def sources(self) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors that it is made of, of each folder."""
+        yield self.tensors
+
     def ffn(self, layer: int, role: str) -> Tensor:
-        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
-        return self.tensors[f"model.layers.{layer}.mlp.{role}.weight"]
+        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer, as its file has it."""
+        return self.tensors[ffn_name(layer, role)]
+
+    def ffn_weight(self, layer: int, role: str) -> Weight:
+        """The same with whatever this model changes of it."""
+        return self.weight(ffn_name(layer, role))
 
     def before_layers(self) -> Iterator[tuple[str, Tensor]]:
         """The embedding, with its name."""
@@ -155,6 +173,10 @@ class DenseModel:
     def ffn_biases(self) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
         return self.family.ffn_bias_names(self.config)
+
+
+def ffn_name(layer: int, role: str) -> str:
+    return f"model.layers.{layer}.mlp.{role}.weight"
 
 
 def read_windows(
