@@ -57,6 +57,7 @@ OPTIONS_OF_MODELS = (
     "base",
     "dense_layers",
     "routers",
+    "logit_std",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -81,6 +82,14 @@ DryRun = Annotated[
 RouterStart = Annotated[
     RouterInit,
     typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+]
+LogitStd = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="How sharp they start: the standard deviation over the experts of a token's logits.",
+        show_default="as the start draws them",
+    ),
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -175,6 +184,7 @@ def build(
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "balanced",
+    logit_std: LogitStd = None,
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -213,6 +223,7 @@ def build(
                 base=base,
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
+                logit_std=logit_std,
                 **how,
             )
     show(report, show_build, as_json)
