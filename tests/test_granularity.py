@@ -246,7 +246,7 @@ def test_what_is_lost_is_said(tmp_path):
     make_model(tmp_path / "dense", "llama")
     report = build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(8, 3), granularity=4)
     assert any(
-        "num_experts_per_tok 3 is no multiple of granularity 4" in w for w in report.warnings
+        "num_experts_per_tok 3 is not a multiple of granularity 4" in w for w in report.warnings
     )
     assert any(
         "experts are 20 wide, no multiple of 8 (transformers 5" in w for w in report.warnings
@@ -267,7 +267,7 @@ def test_what_is_lost_is_said(tmp_path):
             {"granularity": 8, "config": MoeConfig(16, 8), "width": 84},
             CheckpointError,
             r"model\.safetensors: tensor 'model\.layers\.0\.mlp\.gate_proj\.weight' \[84, 48\]: "
-            r"intermediate_size 84 is no multiple of granularity 8",
+            r"intermediate_size 84 is not a multiple of granularity 8",
         ),
     ],
 )

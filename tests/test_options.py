@@ -138,7 +138,7 @@ def test_an_address_is_looked_for_on_the_hub(folder, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(folder / "cache"))
     done = run("build", "https://huggingface.co/org/name", "-o", "out")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: 'org/name' is no folder here, and no model that")
+    assert done.stderr.startswith("error: 'org/name' is not a local folder, and not a model that")
 
 
 def test_paths_in_the_home_folder(folder, monkeypatch):

@@ -555,7 +555,7 @@ def plan_moe_construction(
     Raises
     ------
     TypeError
-        A number that is not an integer, or a `config` that is no `MoeConfig`.
+        A number that is not an integer, or a `config` that is not a `MoeConfig`.
     MoeConfigError
         A number below 1, a configuration that does not validate, a number of experts that
         `granularity` does not divide, or more layers, or more experts in a layer, than a table of

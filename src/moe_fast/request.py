@@ -70,7 +70,7 @@ class RouterStart:
     Raises
     ------
     TypeError, MoeConfigError
-        A method that is no string or is unknown; a `logit_std` that is no number above 0, or
+        A method that is not a string or is unknown; a `logit_std` that is no number above 0, or
         stands beside `"uniform"`, whose rows are all alike.
 
     Examples

@@ -44,7 +44,7 @@ class PromptTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(self.file))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"is no tokenizer: {error}", file=self.file) from None
+            raise CheckpointError(f"is not a tokenizer: {error}", file=self.file) from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.start = beginning_of_text(folder)

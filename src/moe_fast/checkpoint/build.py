@@ -236,7 +236,7 @@ def build_moe(
     models : path, ExpertSource, or sequence of them
         Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
         safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. What is no folder and reads `"organisation/name"`, or with a revision
+        the way. A string that is not a folder and reads `"organisation/name"`, or with a revision
         `"organisation/name@revision"`, is a repository on the Hugging Face Hub: it is taken from
         the Hub's cache, and fetched into it first unless `HF_HUB_OFFLINE=1`.
     output : path

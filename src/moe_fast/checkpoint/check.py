@@ -256,7 +256,7 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
 def repeat_design(
     model: MoeModel, manifest: Manifest | None, against: Sequence[ModelPath]
 ) -> Design | Finding | None:
-    """What would be written today for the request of a manifest, or why nobody can tell.
+    """What would be written today for the request of a manifest, or why that cannot be known.
 
     `None` without a manifest.
 

@@ -241,7 +241,7 @@ class Construction:
         if width % self.granularity:
             tensor = self.base.ffn(0, "gate_proj")
             yield Problem(
-                f"{list(tensor.shape)}: intermediate_size {width} is no multiple of granularity "
+                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of granularity "
                 f"{self.granularity}",
                 file=tensor.file.path,
                 tensor=tensor.name,
@@ -278,7 +278,7 @@ class Construction:
         chosen, shards = self.config.num_experts_per_tok, self.granularity
         if chosen % shards:
             yield (
-                f"num_experts_per_tok {chosen} is no multiple of granularity {shards}: a token "
+                f"num_experts_per_tok {chosen} is not a multiple of granularity {shards}: a token "
                 "takes some shards of a copy and not the others, so that the output does not "
                 "compute what the dense model computes"
             )
@@ -409,7 +409,7 @@ def find_drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
     """What `source` was trained with otherwise, and the output takes from the base.
 
     None of it is seen by an FFN, and fine-tuning changes it (rope to read longer texts, the
-    vocabulary for chats), so that it is no reason to refuse an expert.
+    vocabulary for chats), so it is not a reason to refuse an expert.
     """
     if source.sizes.vocab_size != base.sizes.vocab_size:
         yield (

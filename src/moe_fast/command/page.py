@@ -106,7 +106,7 @@ def write_report(
     file = choose_file(folder) if output is None else as_path(output, "output")
     page = make_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is no report; choose another file", file=file)
+        raise CheckpointError("exists and is not a report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

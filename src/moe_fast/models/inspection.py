@@ -66,8 +66,8 @@ class ModelReport(Report):
     """What `inspect_model` found.
 
     `active_parameters` are those that work on one token. `copies` groups experts with equal bytes,
-    each as `(layer, expert)`; `None` where nobody looked. `problems` says where experts, routers
-    and `config.json` do not fit each other.
+    each as `(layer, expert)`; `None` where this was not looked for. `problems` says where experts,
+    routers and `config.json` do not fit each other.
     """
 
     path: Path

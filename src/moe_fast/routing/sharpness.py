@@ -14,7 +14,7 @@ Rows = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 def centre(rows: Rows) -> npt.NDArray[np.float64]:
-    """The rows of a router, `(E, H)`, without what they share, which moves a token's logits alike."""
+    """The rows of a router, `(E, H)`, without their mean, which moves a token's logits alike."""
     wide = rows.astype(np.float64)
     shared: npt.NDArray[np.float64] = wide.sum(axis=0) / len(wide)
     return wide - shared

@@ -148,7 +148,7 @@ def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | N
     if os.path.ismount(output):
         return "is a mount point, and cannot be replaced; choose a new folder in it"
     if is_around(output, os.curdir):
-        # The rename would leave whoever works there in a folder that is no more.
+        # The rename would leave whoever works there in a folder that is gone.
         return "is where this runs, and is not replaced; choose a new folder in it"
     if not os.access(output, os.R_OK | os.W_OK | os.X_OK):
         return "exists already and may not be changed; choose another output"
