@@ -99,6 +99,7 @@ OPTIONS_OF_MODELS = (
     "reinit_sets",
     "split",
     "backbone",
+    "logit_std",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -140,6 +141,14 @@ ExpertsPerToken = Annotated[
 RouterStart = Annotated[
     RouterInit,
     typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+]
+LogitStd = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="How sharp they start: the standard deviation over the experts of a token's logits.",
+        show_default="as the start draws them",
+    ),
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -311,6 +320,7 @@ def build(
             autocompletion=lambda: ["base", "mean"],
         ),
     ] = "base",
+    logit_std: LogitStd = None,
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -358,6 +368,7 @@ def build(
                 reinit_sets=cast(Any, reinit_sets),
                 split=cast(Any, split),
                 backbone=parse_backbone(backbone),
+                logit_std=logit_std,
                 **how,
             )
     show(report, show_build, as_json)
