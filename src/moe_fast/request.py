@@ -60,23 +60,43 @@ class RouterStart:
         `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
         of their tokens, or from what the router will read of them, which takes a run of the base
         model.
+    logit_std : float, optional
+        How sharp they start: the standard deviation over the experts of a token's logits, before
+        any are chosen, root mean square over tokens. The tokens are those of the prompts for
+        `"hidden"`, and else standard normal, one number for each of the hidden size. Rows are then
+        multiplied by one factor a layer, after what they all share is taken out of them, which no
+        choice depends on. By default rows keep the scale of their method.
 
     Raises
     ------
     TypeError, MoeConfigError
-        A method that is not a string or is unknown.
+        A method that is not a string or is unknown; a `logit_std` that is no number above 0, or
+        stands beside `"uniform"`, whose rows are all alike.
 
     Examples
     --------
     >>> from moe_fast import RouterStart
-    >>> RouterStart("normal").from_prompts
+    >>> RouterStart("normal", logit_std=3).from_prompts
     False
     """
 
     method: RouterMethod = "balanced"
+    logit_std: float | None = None
 
     def __post_init__(self) -> None:
         as_choice(self.method, ROUTER_METHODS, "routers")
+        if self.logit_std is None:
+            return
+        number = as_number(self.logit_std, "logit_std")
+        if not 0 < number < math.inf:
+            raise MoeConfigError(f"must be above 0 and finite, got {number}", argument="logit_std")
+        if self.method == "uniform":
+            raise MoeConfigError(
+                "cannot be given to uniform routers, whose rows are all alike; balanced ones "
+                "differ",
+                argument="logit_std",
+            )
+        object.__setattr__(self, "logit_std", number)
 
     @property
     def from_prompts(self) -> bool:

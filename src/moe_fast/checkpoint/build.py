@@ -230,6 +230,7 @@ def build_moe(
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
+    logit_std: float | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
@@ -297,6 +298,9 @@ def build_moe(
         from the embeddings of their tokens, or from what the routers will read of them, which takes
         a run of the base model. In a 16-bit dtype the balanced start leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
+    logit_std : float, optional
+        How sharp the routers start: the standard deviation over the experts of a token's logits, as
+        `RouterStart` has it. By default their rows keep the scale of their method.
     seed : int
         Of these draws, of the noise that an `ExpertSource` asks for, of `shuffle` and `reinit`.
     granularity : int
@@ -383,7 +387,8 @@ def build_moe(
     (4, 2, 0.0)
     """
     request = as_request(
-        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
+        models, config, target, layout, dtype, base, shared_experts, dense_layers,
+        as_router_start(routers, logit_std), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -402,6 +407,7 @@ def design_moe(
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
+    logit_std: float | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
@@ -434,7 +440,8 @@ def design_moe(
     (4, 64)
     """
     request = as_request(
-        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
+        models, config, target, layout, dtype, base, shared_experts, dense_layers,
+        as_router_start(routers, logit_std), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -450,7 +457,7 @@ def as_request(
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
-    routers: RouterMethod | RouterStart,
+    routers: RouterStart,
     seed: int,
     granularity: int,
     mix_copies: bool,
@@ -482,7 +489,7 @@ def as_request(
         dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
-        routers=routers if isinstance(routers, RouterStart) else RouterStart(routers),
+        routers=routers,
         seed=as_index(seed, "seed"),
         granularity=as_granularity(granularity, config.num_experts),
         mix_copies=as_flag(mix_copies, "mix_copies"),
@@ -612,6 +619,14 @@ def stated_name(model: str) -> str:
     except CheckpointError:  # whoever opens it says so
         return ""
     return name if isinstance(name, str) else ""
+
+
+def as_router_start(
+    routers: RouterMethod | RouterStart, logit_std: float | None = None
+) -> RouterStart:
+    """The argument `routers`, with what other arguments say of the start."""
+    start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
+    return start if logit_std is None else replace(start, logit_std=logit_std)
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -870,6 +885,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "split": request.split,
         "backbone": list(request.backbone_weights) or request.backbone,
     }
+    start = {"logit_std": request.routers.logit_std}
     return {
         "base_model": request.base,
         "models": request.models,
@@ -881,6 +897,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "layout": request.layout,
         "dtype": request.dtype,
         "routers": request.routers.method,
+        **{name: value for name, value in start.items() if value is not None},
         "seed": request.seed,
         **{name: value for name, value in special.items() if value != getattr(BuildRequest, name)},
     }

@@ -112,17 +112,17 @@ class Construction:
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
-        tensor = self.base.tensors[name]
+        kept = self.base.weight(name)
         if not self.backbone:
-            return self.convert(Weight.of(tensor))
+            return self.convert(kept)
         weights = [model.weight(name) for model, _ in self.backbone]
         mean = Averaged(
             tuple(weight.pieces[0] for weight in weights),
             tuple(weight.dtype for weight in weights),
-            tuple(weight for _, weight in self.backbone),
-            self.converted_to or tensor.dtype,
+            tuple(share for _, share in self.backbone),
+            self.converted_to or kept.dtype,
         )
-        return Weight(mean.to, tensor.shape, (mean,))
+        return Weight(mean.to, kept.shape, (mean,))
 
     def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
@@ -232,7 +232,7 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.convert(Weight.of(self.base.ffn(layer, role).first_rows(width)))
+        return self.convert(Weight.of(self.base.ffn(layer, role).rows(0, width)))
 
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
@@ -425,6 +425,7 @@ def find_misfits(
         "attention biases": (source.attention_biases, base.attention_biases),
         "norms": (source.family.norms, base.family.norms),
         "norm of queries and keys": (source.family.qk_norm, base.family.qk_norm),
+        "blocks": (source.family.blocks, base.family.blocks),
         "residual_multiplier": (
             source.multipliers.residual_multiplier,
             base.multipliers.residual_multiplier,

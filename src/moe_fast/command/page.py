@@ -32,7 +32,7 @@ from moe_fast.models.inspection import ModelReport, inspect_model
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs
+from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs, name_layer
 
 __all__ = ["write_report"]
 MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
@@ -81,8 +81,8 @@ def write_report(
     path : path
         The folder of the checkpoint.
     output : path, optional
-        The file to write. By default beside the folder and named after it: `moe-report.html`. An
-        earlier report is replaced, another file is not.
+        The file to write. By default in the working directory, named after the folder:
+        `moe-report.html`. An earlier report is replaced, another file is not.
     check : CheckReport, optional
         What `check_moe` found, to be part of the page.
 
@@ -104,8 +104,8 @@ def write_report(
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
     >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe")
-    >>> write_report(f"{folder}/moe").name
-    'moe-report.html'
+    >>> write_report(f"{folder}/moe", f"{folder}/report.html").name
+    'report.html'
     """
     folder = as_path(path, "path")
     file = choose_file(folder) if output is None else as_path(output, "output")
@@ -126,8 +126,7 @@ def write_report(
 
 
 def choose_file(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}-report.html"
+    return Path(f"{folder.resolve().name}-report.html")
 
 
 def is_report(file: Path) -> bool:
@@ -173,7 +172,9 @@ def make_section(title: str, content: Iterable[str]) -> Iterator[str]:
 
 def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     family = found.architecture or found.model_type
-    if found.num_moe_layers:
+    if found.unknown_experts is not None:
+        text = f"{family}: experts in a layout that is not known here ({found.unknown_experts})"
+    elif found.num_moe_layers:
         per_token = f", {found.num_experts_per_tok} per token" if found.num_experts_per_tok else ""
         text = f"{family}: {found.num_experts} experts per layer{per_token}"
         if manifest and isinstance(manifest.request, BuildRequest):
@@ -191,9 +192,12 @@ def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]
         if found.active_parameters is None
         else format_quantity(found.active_parameters),
         "on disk": format_quantity(found.num_bytes, "B"),
-        "layers": str(found.num_layers)
-        if found.num_moe_layers in (0, found.num_layers)
-        else f"{found.num_layers}, {found.num_moe_layers} with experts",
+        "layers": (
+            str(found.num_layers)
+            if found.num_moe_layers in (0, found.num_layers)
+            else f"{found.num_layers}, {found.num_moe_layers} with experts"
+        )
+        + (f", and {found.num_mtp_layers} for multi-token prediction" * bool(found.num_mtp_layers)),
         "dtype": ", ".join(found.bytes_by_dtype),
         "layout": found.layout,
     }
@@ -317,7 +321,7 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
         )
     rows = [
         (
-            str(router.layer),
+            name_layer(router.layer, found.num_layers),
             format_number(router.smallest_norm),
             format_number(router.greatest_norm),
             format_number(router.most_alike, 6),

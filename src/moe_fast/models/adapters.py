@@ -91,7 +91,7 @@ class AdaptedModel(DenseModel):
     def identity(self) -> str:
         return f"{self.path}+{self.adapter}"
 
-    def weight(self, name: str) -> Weight:
+    def changed(self, name: str) -> Weight:
         tensor, change = self.tensors[name], self.changes.get(name)
         if change is None:
             return Weight.of(tensor)

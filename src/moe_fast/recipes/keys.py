@@ -200,6 +200,7 @@ class RecipeKeys:
     dense_layers: tuple[Integer, ...] | None = None
     gate_mode: GateMode | None = None
     routers: RouterMethod | None = None
+    logit_std: Annotated[float, read_number] | None = None
     architecture: Annotated[str, read_architecture] | None = None
     target: Annotated[str, read_target] | None = None
     layout: Layout | None = None

@@ -16,7 +16,7 @@ from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build
 from moe_fast.checkpoint.output import Progress, Writing
 from moe_fast.checks import as_path, as_size
 from moe_fast.config import Dtype, MoeConfig, choose_config
-from moe_fast.errors import CheckpointError, RecipeError
+from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
 from moe_fast.recipes.document import LARGEST_FILE, Document
@@ -206,7 +206,12 @@ def find_mistakes(keys: RecipeKeys) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from find_wrong_options(keys, config)
-    start, said = choose_routers(keys)
+    method, said = choose_routers(keys)
+    try:
+        start = RouterStart(method, logit_std=keys.logit_std)
+    except MoeConfigError as error:
+        yield "logit_std", error.problems[0].what
+        return
     if start.from_prompts:
         yield from find_missing_prompts(keys, listed, said)
 
@@ -245,14 +250,14 @@ def find_missing_prompts(keys: RecipeKeys, listed: str, said: str) -> Iterator[t
 
 def find_unused_prompts(keys: RecipeKeys) -> Mistakes:
     """The first prompts, if no router is made from prompts."""
-    start, said = choose_routers(keys)
+    method, said = choose_routers(keys)
     given = [
         (f"{where}.{key}", f"prompts have no effect with {said}")
         for where, expert in list_experts(keys, "experts", "models", "shared_experts").items()
         for key in ("positive_prompts", "negative_prompts")
         if getattr(expert, key)
     ]
-    return [] if start.from_prompts else given[:1]
+    return [] if RouterStart(method).from_prompts else given[:1]
 
 
 def find_folders(keys: RecipeKeys, document: Document) -> dict[str, str]:
@@ -301,7 +306,7 @@ def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
         dtype=keys.dtype or (read_stated_dtype(Path(base)) if of_mergekit else None),
         shared_experts=as_sources(keys.shared_experts),
         dense_layers=tuple(sorted(set(keys.dense_layers or ()))),
-        routers=choose_routers(keys)[0],
+        routers=RouterStart(choose_routers(keys)[0], logit_std=keys.logit_std),
         seed=keys.seed or 0,
         **{name: value for name in OPTIONS if (value := getattr(keys, name)) is not None},
         **as_backbone(keys.backbone),
@@ -327,14 +332,14 @@ def as_config(keys: RecipeKeys) -> MoeConfig:
     return choose_config(num_experts, keys.experts_per_token, shards)
 
 
-def choose_routers(keys: RecipeKeys) -> tuple[RouterStart, str]:
+def choose_routers(keys: RecipeKeys) -> tuple[RouterMethod, str]:
     """How routers start, and the key that says so; by default with experts as in mergekit-moe."""
     if keys.gate_mode is not None:
-        return RouterStart(GATE_MODES[keys.gate_mode]), f"gate_mode {keys.gate_mode}"
+        return GATE_MODES[keys.gate_mode], f"gate_mode {keys.gate_mode}"
     if keys.routers is not None:
-        return RouterStart(keys.routers), f"routers {keys.routers}"
+        return keys.routers, f"routers {keys.routers}"
     method: RouterMethod = "balanced" if keys.experts is None else "hidden"
-    return RouterStart(method), f"routers {method} (the default)"
+    return method, f"routers {method} (the default)"
 
 
 def read_stated_dtype(base: Path) -> Dtype | None:
