@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("ml_dtypes")
 
@@ -106,6 +106,31 @@ def test_every_weight_is_the_twins(tmp_path, shards, dtype):
                 expected = (part.astype(np.float32) * np.float32(factor)).astype(dtype)
                 weight = found[f"{block}.experts.{expert}.{NAMES[role]}.weight"]
                 assert weight.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_factors_meet_weights_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    """5 times a bfloat16 is no bfloat16, and is a float32."""
+    make_model(tmp_path / "dense", "llama", dtype=dtype)
+    options = {"granularity": 5, "dtype": "float32", "target": "mixtral"}
+    build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(10), **options)
+    assert_same_function(tmp_path / "dense", tmp_path / "moe")
+    found = load_file(tmp_path / "moe" / "model.safetensors")
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    down = whole["model.layers.1.mlp.down_proj.weight"]
+    expert = found["model.layers.1.block_sparse_moe.experts.7.w2.weight"]
+    assert (expert == 5 * down[:, 32:48].astype(np.float32)).all()
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_weights_that_become_infinite_are_counted(tmp_path):
+    dense = make_model(tmp_path / "dense", "llama", dtype=np.float16)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, :5] = 50000
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    report = build_moe(dense, tmp_path / "moe", MoeConfig(8), granularity=4, target="mixtral")
+    said = [warning for warning in report.warnings if "float16" in warning and "w2" in warning]
+    assert said, report.warnings
 
 
 def test_shards_of_a_scaled_family_keep_their_bytes(tmp_path):

@@ -166,7 +166,8 @@ class Construction:
             number = int(self.reinit * self.expert_width)
             weight = self.redraw(weight, number, layer, expert, role)
         if self.granularity > 1 and self.scale_shards:
-            weight = scale_weight(weight, shard_factor(self.granularity, role))
+            factor = shard_factor(self.granularity, role)
+            weight = scale_weight(weight, factor, self.converted_to or weight.dtype)
         return self.convert(weight)
 
     def neurons(self, layer: int, copy: int, shard: int) -> Neurons:
@@ -360,11 +361,12 @@ def take_neurons_of_sum(
     return Weight(w.dtype, w.shape, (total,))
 
 
-def scale_weight(weight: Weight, factor: float) -> Weight:
+def scale_weight(weight: Weight, factor: float, dtype: str) -> Weight:
+    """A weight times a factor in `dtype`, which must not be rounded to another one before."""
     if factor == 1:
         return weight
-    pieces = tuple(Scaled(piece, weight.dtype, factor) for piece in weight.pieces)
-    return Weight(weight.dtype, weight.shape, pieces)
+    pieces = tuple(Scaled(piece, weight.dtype, factor, dtype) for piece in weight.pieces)
+    return Weight(dtype, weight.shape, pieces)
 
 
 def shard_factor(granularity: int, role: str) -> float:
