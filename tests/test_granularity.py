@@ -24,6 +24,7 @@ from moe_fast import (
     convert_moe,
     plan_moe_construction,
 )
+from reference import neurons
 
 TOKENS = np.arange(24) * 37 % 96
 PAIRS = [
@@ -210,6 +211,33 @@ def test_neurons_drawn_anew(tmp_path, shards, part, sets):
         same = len(set(changed.values())) == 1
         assert same == (sets == "shared" or part == 1)
     assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("sets", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_every_drawn_weight_is_the_twins(tmp_path, dtype, sets):
+    make_model(tmp_path / "dense", "llama", dtype=dtype)
+    build_moe(
+        tmp_path / "dense", tmp_path / "moe", MoeConfig(8), granularity=4, reinit=0.5, seed=11,
+        target="glm4_moe", shuffle=True, reinit_sets=sets,
+    )  # fmt: skip
+    found = load_file(tmp_path / "moe" / "model.safetensors")
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    for expert in (1, 6):
+        copy, shard = divmod(expert, 4)
+        order = neurons.shuffled(80, neurons.stream(11, f"1 {copy} neurons"))
+        part = order[shard * 20 : shard * 20 + 20]
+        for role in NAMES:
+            rows = whole[f"model.layers.1.mlp.{role}.weight"].astype(np.float32)
+            rows = (rows.T if role == "down_proj" else rows)[part]
+            expected = neurons.redrawn(rows, 11, 1, expert, role, 0.5, sets == "separate")
+            weight = found[f"model.layers.1.mlp.experts.{expert}.{role}.weight"]
+            weight = (weight.T if role == "down_proj" else weight).astype(np.float64)
+            kept = weight == rows
+            assert kept.all(axis=1).sum() == 10
+            step = 2.0 ** (-23 if dtype is np.float32 else -8)
+            assert np.abs(weight - expected).max() <= step * np.abs(expected).max()
+            assert (expected[kept.all(axis=1)] == rows[kept.all(axis=1)]).all()
 
 
 def test_drawn_weights_have_the_moments_of_those_replaced(tmp_path):
