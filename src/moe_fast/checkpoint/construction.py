@@ -31,12 +31,13 @@ from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
+from moe_fast.models.readers import find_other_token
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
 from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
-from moe_fast.wording import format_numbers
+from moe_fast.wording import brief, format_numbers
 
 Split = Literal["contiguous", "random", "clustered"]
 
@@ -279,6 +280,13 @@ class Construction:
         for layer in self.dense_layers:
             names += [f"model.layers.{layer}.mlp.{role}.weight" for role in FFN]
         for model, _ in self.backbone:
+            token = find_other_token(model.path, self.base.path)
+            if token is not None:
+                what = (
+                    f"numbers its tokens otherwise than the base model's, {brief(token)} for one: "
+                    "there is no mean of their embeddings"
+                )
+                yield Problem(what, file=model.path / "tokenizer.json")
             for name in names:
                 yield from self.mean_problems(model, name)
 
