@@ -22,7 +22,9 @@ from moe_fast import (
     build_recipe,
     check_moe,
     convert_moe,
+    inspect_model,
     plan_moe_construction,
+    write_report,
 )
 from reference import neurons
 
@@ -299,6 +301,27 @@ def test_a_config_without_k_takes_one_copy(tmp_path, shards):
         tmp_path / "dense", tmp_path / "said", MoeConfig(4 * shards, 2), granularity=shards
     )
     assert said.num_experts_per_tok == 2
+
+
+def test_shards_that_share_rows_are_no_fault(tmp_path):
+    """Rows of a copy's shards are equal by intent; only routers of one row send all one way."""
+    make_model(tmp_path / "dense", "llama")
+    options = {"granularity": 4, "routers": "random"}
+    build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(16), **options)
+    (one, _) = inspect_model(tmp_path / "moe").routers
+    assert (one.tied_experts, one.row_repeats) == (16, 4)
+    summary = check_moe(tmp_path / "moe")["routing"].summary
+    assert "experts share rows, 4 in a row: the shards of a copy" in summary
+    assert "all logits tie" not in summary
+    page = write_report(tmp_path / "moe", tmp_path / "page.html").read_text()
+    assert "Experts share rows, 4 in a row" in page
+    assert "always tie" not in page
+    assert "expert e is shard e % 4 of copy e // 4" in page
+    build_moe(tmp_path / "dense", tmp_path / "tied", MoeConfig(8), routers="uniform")
+    assert "all logits tie" in check_moe(tmp_path / "tied")["routing"].summary
+    assert inspect_model(tmp_path / "tied").routers[0].row_repeats == 8
+    build_moe(tmp_path / "dense", tmp_path / "own", MoeConfig(8))
+    assert inspect_model(tmp_path / "own").routers[0].row_repeats == 1
 
 
 def test_recipes_say_it_all(tmp_path, monkeypatch):

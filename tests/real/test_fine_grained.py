@@ -113,7 +113,7 @@ def test_marco_moes_recipe(tmp_path: Path) -> None:
     losses = []
     for _ in range(10):
         loss = model(tokens, labels=tokens).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
