@@ -171,7 +171,7 @@ ScoredBy = Annotated[
 TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        metavar="FILE", help="Text, once for each file: .txt, .md, or .jsonl (text or messages)."
+        metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."
     ),
 ]
 TokensFile = Annotated[
@@ -398,7 +398,7 @@ def check(
     against: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A source model, once for each: where the manifest is missing or they have moved."
+            help="A source model; repeat for each. Needed if it moved or the manifest is gone."
         ),
     ] = None,
     text: Annotated[

@@ -258,7 +258,7 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         rows.append(
             (str(number), labels[number], places, f"{len(layers):,}", changes(source, names))
         )
-    yield table(("", "model", "experts", "in all", "changes on the way"), rows)
+    yield table(("", "model", "experts", "total", "modifications"), rows)
     if shared:
         listed = ", ".join(dict.fromkeys(names[model] for model in shared))
         yield f"<p>Every token also goes through the FFN of {escape(listed)}.</p>"
@@ -325,7 +325,7 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
     if variations:
         yield (
             "<p>Predicted on random tokens, the load’s coefficient of variation is "
-            f"{format_range(variations)}, where 0 is even. Training moves it.</p>"
+            f"{format_range(variations)}, where 0 is even. Training will change it.</p>"
         )
     rows = [
         (
