@@ -20,6 +20,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
+from adapters import change, make_adapter, merged
 from folders import edit_json
 from hub_server import Hub, serve
 from moe_fast import CheckpointError, MoeConfig, RecipeError, build_moe, build_recipe, check_moe
@@ -396,7 +397,7 @@ def test_a_base_from_a_cache_without_its_tokenizer_is_warned_of(hub):
 
 
 OTHERS = [
-    (["adapter_config.json", "adapter_model.safetensors"], "holds adapter_config.json: an adapter"),
+    (["adapter_model.bin", "README.md"], "holds adapter_model.bin: an adapter"),
     (["a.Q4.gguf", "README.md"], "holds a.Q4.gguf, and GGUF is not read: load it with transformer"),
     (["config.json", "consolidated.safetensors"], "a model in Mistral's own format; take"),
     (["config.json", "model-00001-of-00002.safetensors"], "holds 1 of 2 shards"),
@@ -411,6 +412,13 @@ def test_repositories_of_something_else(hub, online):
         for name in names:
             (served / f"org/{i}" / name).parent.mkdir(parents=True, exist_ok=True)
             (served / f"org/{i}" / name).write_text("{}")
+    (served / "org" / "lora").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (served / "org" / "lora" / name).write_text("{}")
+    snapshot = Path(fetch(hub, address, "org/lora").strip())
+    assert {file.name for file in snapshot.iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
     lines = fetch(hub, address, *(f"org/{i}" for i in range(len(OTHERS)))).splitlines()
     for i, (line, (_, message)) in enumerate(zip(lines, OTHERS, strict=True)):
         assert line.startswith(f"error: 'org/{i}' on the Hugging Face Hub h")
@@ -423,3 +431,24 @@ def test_the_sources_are_the_real_files(hub):
     build_moe("some/one", "moe", CONFIG)
     manifest = json.loads(Path("moe/moe_fast.json").read_text())
     assert Path(manifest["request"]["base"]).name == COMMIT
+
+
+def test_an_adapter_of_the_cache(hub, tmp_path):
+    """By its own name, whose base is a name too, and beside a model."""
+    base = cache(hub, "org/base", seed=1)
+    adapter = make_adapter(tmp_path / "made", base, base_model_name_or_path="org/base")
+    snapshot = hub / "models--org--lora" / "snapshots" / COMMIT
+    shutil.copytree(adapter, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+    merged(base, adapter, tmp_path / "merged")
+    build_moe(tmp_path / "merged", tmp_path / "expected", CONFIG)
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    for number, source in enumerate(("org/lora", "org/base+org/lora", f"{base}+org/lora")):
+        output = tmp_path / f"moe{number}"
+        build_moe(source, output, CONFIG)
+        found = load_file(output / "model.safetensors")
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    change(snapshot, base_model_name_or_path="org/other")
+    with pytest.raises(CheckpointError, match="its base is not here: 'org/other' is not a local"):
+        build_moe("org/lora", tmp_path / "refused", CONFIG)

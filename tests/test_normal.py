@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import kernels
+from moe_fast.kernels.level import levels_available, load
 from reference import normal as reference
 
 seeds = st.integers(0, 2**64 - 1)
@@ -84,3 +85,56 @@ def test_moments_of_a_million_draws():
 
 def test_seeds_give_streams_of_their_own():
     assert abs(np.corrcoef(draws(0, 0, 100_000), draws(1, 0, 100_000))[0, 1]) < 6 / np.sqrt(100_000)
+
+
+@given(st.integers(0, 300), st.integers(0, 2**32 - 1), st.floats(-2, 2), st.booleans())
+def test_sums_are_those_of_their_lanes(size, seed, mean, squared):
+    values = np.random.default_rng(seed).normal(size=size).astype(np.float32)
+    deviations = values.astype(np.float64) - mean
+    terms = deviations * deviations if squared else deviations
+    lanes = [0.0] * 64
+    for i, term in enumerate(terms.tolist()):
+        lanes[i % 64] += term
+    expected = 0.0
+    for lane in lanes:
+        expected += lane
+    assert kernels.compiled.sum_deviations(values, mean, squared) == expected
+
+
+def test_every_level_sums_and_multiplies_alike():
+    random = np.random.default_rng(0)
+    values = random.normal(size=1000).astype(np.float32)
+    left, right, start = (
+        random.normal(size=shape).astype(np.float32) for shape in ((7, 9), (9, 201), (7, 201))
+    )
+    found = set()
+    for level in levels_available():
+        compiled = load(level)
+        total = start.copy()
+        compiled.add_product(left, right, 0.3, total)
+        sums = [compiled.sum_deviations(values, 0.1, squared) for squared in (False, True)]
+        scaled = []
+        for kind in ("bfloat16", "float16"):
+            bits, out = values.view(np.uint16), np.empty(2000, np.uint16)
+            count = getattr(compiled, f"scale_{kind}")(bits, 3.7, out)
+            scaled.append((count, out.tobytes()))
+        found.add((total.tobytes(), *sums, *scaled))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_scaled_numbers_are_rounded_once(kind):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else np.float16)
+    bits = np.arange(2**16, dtype=np.uint16)
+    numbers = bits.view(dtype).astype(np.float32)
+    for factor in (1.0, 2.0, 3.0, 0.3):
+        out = np.empty_like(bits)
+        count = getattr(kernels.compiled, f"scale_{kind}")(bits, factor, out)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = (numbers * np.float32(factor)).astype(dtype)
+        found = out.view(dtype).astype(np.float32)
+        expected = expected.astype(np.float32)
+        assert np.array_equal(found, expected, equal_nan=True)
+        infinite = np.isinf(expected) & np.isfinite(numbers)
+        assert count == infinite.sum()

@@ -41,7 +41,7 @@ from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
-from moe_fast.models.adapters import ADAPTER_CONFIG, is_adapter, named_base
+from moe_fast.models.adapters import is_adapter, named_base
 from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
@@ -59,7 +59,7 @@ from moe_fast.routing.health import RouterHealth, as_hidden_states, router_healt
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import is_absent
 from moe_fast.storage.floats import decode
-from moe_fast.storage.hub import find_missing_tokenizer, find_model
+from moe_fast.storage.hub import ADAPTER_CONFIG, REPOSITORY, find_missing_tokenizer, find_model
 from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
@@ -543,7 +543,8 @@ def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
 def as_expert_source(text: str) -> ExpertSource:
     """A model, or what mergekit writes as `MODEL+ADAPTER`; a folder of that name wins."""
     model, plus, lora = text.rpartition("+")
-    if plus and model and is_absent(Path(text)) and Path(lora).is_dir():
+    is_named = Path(lora).is_dir() or REPOSITORY.fullmatch(lora) is not None
+    if plus and model and is_absent(Path(text)) and is_named:
         return ExpertSource(model, lora=lora)
     return ExpertSource(text)
 

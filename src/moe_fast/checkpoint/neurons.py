@@ -13,15 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
 from moe_fast.storage.floats import UNSIGNED, decode
-from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range, rounded_to
+from moe_fast.storage.pieces import (
+    CHUNK,
+    OVERFLOW,
+    Overflow,
+    Piece,
+    read_in_blocks,
+    read_range,
+    rounded_to,
+)
 
 Indices = npt.NDArray[np.intp]
+Selection = slice | Indices
 # Of rows in another order, so much of the result is collected in one pass over the source.
 WINDOW = 16 * CHUNK
-# Sums go row by row into so many columns, in the same order on every processor.
-LANES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +152,15 @@ class Scaled:
         return self.source.nbytes // ITEM_SIZES[self.dtype] * ITEM_SIZES[self.to]
 
     def chunks(self) -> Iterator[memoryview]:
+        overflow = OVERFLOW.get() or Overflow()
+        kernel = getattr(kernels.compiled, f"scale_{DTYPE_NAMES[self.dtype]}", None)
         for chunk in self.source.chunks():
+            if kernel is not None and self.to == self.dtype:
+                bits = np.frombuffer(chunk, np.uint16)
+                scaled = np.empty_like(bits)
+                overflow.count += kernel(bits, self.factor, scaled)
+                yield scaled.view(np.uint8).data
+                continue
             with np.errstate(over="ignore", invalid="ignore"):
                 values = decode(chunk, self.dtype)
                 values *= np.float32(self.factor)
@@ -193,48 +208,47 @@ class Redrawn:
         return self.source.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        mask = np.zeros(self.count, bool)
-        mask[shuffle(self.count, self.chosen_by)[: self.number]] = True
-        mean, deviation = self.measure(mask)
+        chosen = np.sort(shuffle(self.count, self.chosen_by)[: self.number])
+        mean, deviation = self.measure(chosen)
         drawn = 0
-        for matrix, redraw in self.blocks(mask):
-            values = np.empty(int(redraw.sum()), np.float32)
-            kernels.compiled.fill_normal(values, 0, values.size, self.stream, drawn, deviation)
+        for matrix, rows, columns in self.blocks(chosen):
+            part = matrix[rows, columns]
+            values = np.empty(part.shape, np.float32)
+            kernels.compiled.fill_normal(
+                values.reshape(-1), 0, values.size, self.stream, drawn, deviation
+            )
             drawn += values.size
-            matrix[redraw] = values + np.float32(mean)
+            matrix[rows, columns] = values + np.float32(mean)
             yield rounded_to(self.dtype, matrix)
 
-    def blocks(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[npt.NDArray[np.float32], ...]]:
-        """The matrix in blocks of rows, each with what is to be drawn anew in it."""
+    def blocks(
+        self, chosen: Indices
+    ) -> Iterator[tuple[npt.NDArray[np.float32], Selection, Selection]]:
+        """The matrix in blocks of rows, each with the rows and columns to be drawn anew in it."""
         size = ITEM_SIZES[self.dtype]
         numbers = self.source.nbytes // size
         width = self.count if self.columns else numbers // self.count
         first = 0
         for block in read_in_blocks((self.source,), max(1, CHUNK // (width * size)) * width * size):
             matrix = decode(block, self.dtype).reshape(-1, width)
-            rows = mask if self.columns else mask[first : first + len(matrix), np.newaxis]
+            begin, end = np.searchsorted(chosen, (first, first + len(matrix)))
+            everything = slice(None)
+            if self.columns:
+                yield matrix, everything, chosen
+            else:
+                yield matrix, chosen[begin:end] - first, everything
             first += len(matrix)
-            yield matrix, np.broadcast_to(rows, matrix.shape)
 
-    def measure(self, mask: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    def measure(self, chosen: Indices) -> tuple[float, float]:
         """The mean and the standard deviation of the weights to be replaced, in float64."""
         count, total = 0, 0.0
-        for matrix, redraw in self.blocks(mask):
-            values = matrix[redraw]
-            count, total = count + values.size, total + add_up(values.astype(np.float64))
+        for matrix, rows, columns in self.blocks(chosen):
+            values = np.ascontiguousarray(matrix[rows, columns]).reshape(-1)
+            count += values.size
+            total += kernels.compiled.sum_deviations(values, 0.0, False)
         mean = total / max(count, 1)
         squares = 0.0
-        for matrix, redraw in self.blocks(mask):
-            squares += add_up((matrix[redraw].astype(np.float64) - mean) ** 2)
+        for matrix, rows, columns in self.blocks(chosen):
+            values = np.ascontiguousarray(matrix[rows, columns]).reshape(-1)
+            squares += kernels.compiled.sum_deviations(values, mean, True)
         return mean, math.sqrt(squares / max(count, 1))
-
-
-def add_up(values: npt.NDArray[np.float64]) -> float:
-    """The sum, added up in an order that no processor and no library changes."""
-    padded = np.zeros(-(-values.size // LANES) * LANES)
-    padded[: values.size] = values
-    lanes = np.add.accumulate(padded.reshape(-1, LANES), axis=0)[-1] if padded.size else padded
-    total = 0.0
-    for lane in lanes.tolist():
-        total += lane
-    return total

@@ -32,6 +32,12 @@ cdef inline uint32_t overflows(uint32_t bits, int32_t least) noexcept nogil:
     return (magnitude >= least) & (magnitude < INFINITE)
 
 
+cdef inline uint32_t became_infinite(uint32_t bits, int32_t least) noexcept nogil:
+    # As `overflows`, of a product, which may be infinite before it is rounded.
+    cdef int32_t magnitude = bits & <uint32_t>0x7FFFFFFF
+    return (magnitude >= least) & (magnitude <= INFINITE)
+
+
 cdef inline uint32_t select(bint condition, uint32_t yes, uint32_t no) noexcept nogil:
     # By masks: GCC vectorises them, and does not vectorise a conditional.
     cdef uint32_t mask = -<uint32_t>condition
@@ -118,3 +124,33 @@ def bfloat16_to_float32(const uint16_t[::1] values not None, uint32_t[::1] out n
         for i in range(values.shape[0]):
             out[i] = <uint32_t>values[i] << 16
     return 0
+
+
+def scale_bfloat16(
+    const uint16_t[::1] values not None, float factor, uint16_t[::1] out not None,
+):
+    """Write `values * factor`, rounded once; return how many finite ones became infinite."""
+    cdef Py_ssize_t i
+    cdef uint32_t bits, finite, infinite = 0
+    with nogil:
+        for i in range(values.shape[0]):
+            bits = bits_of_float(widen_bfloat16(values[i]) * factor)
+            out[i] = round_to_bfloat16(bits)
+            finite = (values[i] & 0x7FFF) < 0x7F80
+            infinite += became_infinite(bits, INFINITE_AS_BFLOAT16) & finite
+    return infinite
+
+
+def scale_float16(
+    const uint16_t[::1] values not None, float factor, uint16_t[::1] out not None,
+):
+    """As `scale_bfloat16`, of float16."""
+    cdef Py_ssize_t i
+    cdef uint32_t bits, finite, infinite = 0
+    with nogil:
+        for i in range(values.shape[0]):
+            bits = bits_of_float(widen_float16(values[i]) * factor)
+            out[i] = round_to_float16(bits)
+            finite = (values[i] & 0x7FFF) < 0x7C00
+            infinite += became_infinite(bits, INFINITE_AS_FLOAT16) & finite
+    return infinite

@@ -15,6 +15,7 @@ include "normal.pxi"
 include "counting.pxi"
 include "conversion.pxi"
 include "low_rank.pxi"
+include "moments.pxi"
 
 include "routing/blocks.pxi"
 include "routing/lanes.pxi"

@@ -17,14 +17,13 @@ from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.dense import DenseModel
 from moe_fast.models.folder import check_is_folder
 from moe_fast.storage.files import is_absent
+from moe_fast.storage.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange
 from moe_fast.storage.safetensors_header import Tensor, read_header
 from moe_fast.storage.strict_json import brief, read_json
 from moe_fast.storage.tensors import Weight
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight", re.ASCII)

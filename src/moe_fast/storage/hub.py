@@ -34,9 +34,12 @@ ADDRESS = re.compile(
 # The folder in which the Hub's cache keeps a revision of a model.
 SNAPSHOT = re.compile(r"models--(?P<name>[\w.-]+)[/\\]snapshots[/\\]\w+[/\\]?$")
 CONFIG = "config.json"
+# What a repository of an adapter has in place of a model's files.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"  # says the license
 # Fetched first; then what these say is needed.
-FETCHED_FIRST = (CONFIG, INDEX_FILE, *COMPANIONS, CARD)
+FETCHED_FIRST = (CONFIG, ADAPTER_CONFIG, INDEX_FILE, *COMPANIONS, CARD)
 OF_FOLDERS = ("*/*",)  # what lies deeper is another format's, or another model's
 
 
@@ -84,6 +87,8 @@ def find_repository(name: str, revision: str | None, called: str) -> Path:
             f"{called!r} is not a local folder, and not a model that the Hugging Face Hub or its "
             f"cache gives: {in_words(error)}"
         ) from None
+    if is_absent(folder / CONFIG) and not is_absent(folder / ADAPTER_CONFIG):
+        return find_adapter(folder, name, called)
     if is_absent(folder / CONFIG):
         raise CheckpointError(f"{called!r} on the Hugging Face Hub {describe(name, revision)}")
     # From here on by the commit, which the folder is named after: names may move on meanwhile.
@@ -107,6 +112,19 @@ def find_repository(name: str, revision: str | None, called: str) -> Path:
         fetch(name, commit, [TEMPLATES], ("*/*/*",))
         if named_code(folder, read_json(folder / CONFIG)):
             fetch(name, commit, [CODE], OF_FOLDERS)
+    return folder
+
+
+def find_adapter(folder: Path, name: str, called: str) -> Path:
+    """The snapshot of an adapter's repository, with its weights."""
+    if is_absent(folder / ADAPTER_WEIGHTS):
+        try:
+            fetch(name, folder.name, [ADAPTER_WEIGHTS], ())
+        except Exception as error:
+            raise CheckpointError(
+                f"{called!r}: the Hub's cache has no {ADAPTER_WEIGHTS}, and it cannot be fetched: "
+                f"{in_words(error)}"
+            ) from None
     return folder
 
 
