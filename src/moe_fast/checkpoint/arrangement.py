@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_fast.checkpoint.neurons import NeuronColumns, NeuronRows, Neurons
 from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
+from moe_fast.families.dense import FFN
 from moe_fast.models.moe import MoeLayer, MoeModel
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.pieces import FileRange, Piece
@@ -48,8 +50,17 @@ def singles(layers: Mapping[str, Iterable[int]]) -> dict[str, list[Group]]:
     return {key: [Group((expert,)) for expert in experts] for key, experts in layers.items()}
 
 
-def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[OutputTensor]:
-    """Every tensor of the model, in its order, those that count experts as they are arranged."""
+Orders = Mapping[str, Mapping[int, bytes]]
+"""The order of the neurons of some experts of each layer, as `Neurons` takes it."""
+
+
+def arranged_tensors(
+    model: MoeModel, arrangement: Arrangement, orders: Orders | None = None
+) -> Iterator[OutputTensor]:
+    """Every tensor of the model, in its order, those that count experts as they are arranged.
+
+    Before they are joined, the neurons of an expert are put into its order in `orders`.
+    """
     made_of: dict[str, dict[int, list[int]]] = {}
     for key, groups in arrangement.items():
         numbers = made_of.setdefault(key, {})
@@ -61,29 +72,46 @@ def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[Outp
             continue
         layer, expert, inner = model.places[name]
         groups = arrangement[layer.key]
+        here = {} if orders is None else orders.get(layer.key, {})
         if expert is None:
-            yield OutputTensor(name, arranged(tensor, layer, inner, groups))
+            roles = model.axis.stacked.get(inner, ()) if here else ()
+            yield OutputTensor(name, arranged(tensor, layer, inner, groups, roles, here))
             continue
+        role = model.axis.parts.get(inner.partition(".")[0])
         for number in made_of[layer.key].get(expert, ()):
             group = groups[number]
             parts = [layer.own[each][inner] for each in group.experts]
-            weight = Weight(tensor.dtype, tensor.shape, (mean_of(parts, group),))
+            piece = mean_of(parts, group, role, here)
+            weight = Weight(tensor.dtype, tensor.shape, (piece,))
             yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
 
 
-def arranged(tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group]) -> Weight:
-    """A tensor with a slice for each expert, its slices arranged."""
+def arranged(
+    tensor: Tensor,
+    layer: MoeLayer,
+    inner: str,
+    groups: Sequence[Group],
+    roles: Sequence[str],
+    orders: Mapping[int, bytes],
+) -> Weight:
+    """A tensor with a slice for each expert, its slices arranged.
+
+    `roles` are the matrices of a slice whose neurons stand in an order of their own.
+    """
     count = len(layer.experts)
     axis = 0 if tensor.shape[0] == count else 1
     shape = (*tensor.shape[:axis], len(groups), *tensor.shape[axis + 1 :])
     slices = [slice_of(tensor, expert, count) for expert in range(count)]
-    is_mean = is_weight(inner)
-    pieces = [
-        mean_of([slices[each] for each in group.experts], group)
-        if is_mean
-        else range_of(slices[group.first])
-        for group in groups
-    ]
+    pieces: list[Piece] = []
+    for group in groups:
+        if not is_weight(inner):
+            pieces.append(range_of(slices[group.first]))
+        elif roles and len(group.experts) > 1:
+            for role in roles:
+                parts = [layer.experts[each][role] for each in group.experts]
+                pieces.append(mean_of(parts, group, role, orders))
+        else:
+            pieces.append(mean_of([slices[each] for each in group.experts], group))
     return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
 
 
@@ -105,8 +133,13 @@ def range_of(tensor: Tensor) -> FileRange:
     return FileRange(tensor.file, tensor.offset, tensor.nbytes)
 
 
-def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
-    """The bytes of a group's weight."""
+def mean_of(
+    parts: Sequence[Tensor],
+    group: Group,
+    role: str | None = None,
+    orders: Mapping[int, bytes] | None = None,
+) -> Piece:
+    """The bytes of a group's weight, the neurons of each expert in its order, if it has one."""
     if len(parts) == 1:
         return range_of(parts[0])
     first = parts[0]
@@ -118,7 +151,24 @@ def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
             )
     weights = group.weights or (1.0,) * len(parts)
     divisor = math.fsum(weights)
-    return LinearCombination(tuple(map(range_of, parts)), weights, divisor, first.dtype)
+    orders = orders or {}
+    sources = tuple(
+        in_order(part, role, orders.get(expert))
+        for part, expert in zip(parts, group.experts, strict=True)
+    )
+    return LinearCombination(sources, weights, divisor, first.dtype)
+
+
+def in_order(part: Tensor, role: str | None, order: bytes | None) -> Piece:
+    """A matrix of an expert, or the bias of one, with its neurons in an order."""
+    piece = range_of(part)
+    if order is None or role not in FFN:
+        return piece
+    width = len(order) // 4
+    neurons = Neurons(width, 0, width, order=order)
+    if role != "down_proj":
+        return NeuronRows(piece, neurons)
+    return NeuronColumns(piece, part.dtype, neurons) if len(part.shape) == 2 else piece
 
 
 def joined_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import (
@@ -60,7 +61,7 @@ def expand_moe(
     num_experts: int,
     *,
     keep_k: bool = False,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -89,7 +90,7 @@ def expand_moe(
     keep_k : bool
         Whether a token still goes to as many experts as before. The output then computes something
         else, and the report warns of it.
-    scores : path or mapping, optional
+    scores : path, mapping or ScoreReport, optional
         Where `num_experts` is not a multiple: the best by these get one copy more than the others.
         As in `prune_moe`.
     by : str

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import Group, mean_of, range_of
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import Keep, best_experts, list_problems, read_scores
@@ -74,7 +75,7 @@ def extract_dense(
     expert: int | None = None,
     mean: bool = False,
     best: int | None = None,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -104,7 +105,7 @@ def extract_dense(
     best : int, optional
         How many experts stand side by side in one wider FFN, those of the greatest `scores` in
         each layer, the output of each divided by their number (2605.28207).
-    scores : path or mapping, optional
+    scores : path, mapping or ScoreReport, optional
         As in `prune_moe`.
     by : str
         Which of the scores.

@@ -26,12 +26,21 @@ LANES = 64
 
 @dataclass(frozen=True, slots=True)
 class Neurons:
-    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into."""
+    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into.
+
+    Or in the order that is given: the number of each, in 32 bits, the lowest byte first.
+    """
 
     width: int
     start: int
     stop: int
     stream: int | None = None
+    order: bytes | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether they stand in the order of the network."""
+        return self.stream is None and self.order is None
 
     @property
     def count(self) -> int:
@@ -39,6 +48,8 @@ class Neurons:
 
     def indices(self) -> Indices:
         """Their numbers in the whole network."""
+        if self.order is not None:
+            return np.frombuffer(self.order, "<u4").astype(np.intp)[self.start : self.stop]
         if self.stream is None:
             return np.arange(self.start, self.stop)
         return shuffle(self.width, self.stream)[self.start : self.stop]
@@ -74,7 +85,7 @@ class NeuronRows:
 
     def chunks(self) -> Iterator[memoryview]:
         size = self.row_nbytes
-        if self.neurons.stream is None:
+        if self.neurons.in_place:
             start, stop = self.neurons.start * size, self.neurons.stop * size
             yield from read_range(self.source, start, stop)
             return
@@ -113,7 +124,7 @@ class NeuronColumns:
     def chunks(self) -> Iterator[memoryview]:
         neurons, size = self.neurons, ITEM_SIZES[self.dtype]
         in_order = slice(neurons.start, neurons.stop)
-        columns = in_order if neurons.stream is None else neurons.indices()
+        columns = in_order if neurons.in_place else neurons.indices()
         row = neurons.width * size
         for block in read_in_blocks((self.source,), max(1, CHUNK // row) * row):
             matrix = np.frombuffer(block, UNSIGNED[size]).reshape(-1, neurons.width)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import (
@@ -60,7 +61,7 @@ def prune_moe(
     *,
     keep: ModelPath | Mapping[str, Any] | Sequence[int] | None = None,
     num_experts: int | None = None,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
     ungroup: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -89,7 +90,7 @@ def prune_moe(
         one list for all layers. They stay in the model's order.
     num_experts : int, optional
         In place of `keep`: how many to keep in each layer, those of the greatest `scores`.
-    scores : path or mapping, optional
+    scores : path, mapping or ScoreReport, optional
         `{"layers": {"0": {"reap": [E numbers]}, ...}}`, or a file that holds it.
     by : str
         Which of the scores.

@@ -507,9 +507,17 @@ def merge(
     model: MoeFolder,
     output: OutputFolder,
     groups: Annotated[
-        Path,
+        Path | None,
         typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
-    ],
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="How many are left in each layer, grouped by --scores.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    align: Annotated[
+        bool, typer.Option("--align", help="Match neurons to those of each group's first expert.")
+    ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -523,6 +531,10 @@ def merge(
             model,
             output,
             groups,
+            num_experts=experts,
+            scores=scores,
+            by=by,
+            align=align,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
