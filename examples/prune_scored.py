@@ -30,23 +30,23 @@ MODULES = ("argparse", "ast", "copy", "dataclasses", "difflib", "fractions", "he
 
 
 def make_texts() -> dict[str, str]:
-    """Three kinds of text, 60,000 characters each."""
+    """Three kinds of text, 30,000 characters each."""
     code = "".join((LIBRARY / f"{name}.py").read_text("utf-8") for name in MODULES)
     manual = "".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     history = "".join(
         (LIBRARY / "idlelib" / f"{name}.txt").read_text("utf-8", "replace")
         for name in ("NEWS", "NEWS2x", "HISTORY")
     )
-    return {kind: text[:60_000] for kind, text in
+    return {kind: text[:30_000] for kind, text in
             (("code", code), ("manual", manual), ("history", history))}  # fmt: skip
 
 
 def split_texts(work: Path) -> dict[str, str]:
-    """Write what is trained and scored on; what is held out of each kind."""
+    """Write what is trained on, and the part of it that is scored on; what is held out."""
     held_out, training = {}, []
     for kind, text in make_texts().items():
         cut = len(text) * 9 // 10
-        (work / f"{kind}.txt").write_text(text[:cut], "utf-8")
+        (work / f"{kind}.txt").write_text(text[:10_000], "utf-8")
         training += [text[start : start + 2000] for start in range(0, cut, 2000)]
         held_out[kind] = text[cut:]
     np.random.default_rng(0).shuffle(training)
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("dense", type=Path)
     parser.add_argument("work", type=Path, help="a folder for texts, models and scores")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each held-out text")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--tokens", type=int, default=512, help="of each held-out text")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     options = parser.parse_args()
     options.work.mkdir(exist_ok=True)
     held_out = split_texts(options.work)
@@ -87,7 +87,7 @@ def main() -> None:
         script = Path(__file__).with_name("train_upcycled.py")
         arguments = [
             str(options.dense), "--text", str(options.work / "train.txt"), "--output", str(moe),
-            "--steps", str(options.steps), "--batch-size", "2", "--length", "128", "--low-memory",
+            "--steps", str(options.steps), "--batch-size", "1", "--length", "128", "--low-memory",
             "--routers", "normal", "--learning-rate", str(options.learning_rate),
             "--balance", "0.02",
         ]  # fmt: skip

@@ -3,6 +3,11 @@
 See the README for what the package does and docs/architecture.md for how its data flows.
 """
 
+import sys
+
+if sys.byteorder != "little":
+    raise ImportError("moe_fast needs a little-endian processor: this one would write wrong bytes")
+
 TYPE_CHECKING = False  # type checkers take it for typing's, which takes time to import
 if TYPE_CHECKING:
     from typing import Any

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.calibration.parity import quiet_transformers
+from moe_fast.calibration.running import quiet_transformers
 from moe_fast.calibration.texts import TokenSequences
 from moe_fast.dtypes import DTYPE_NAMES, WEIGHT_DTYPES
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moe_fast.checkpoint.neurons import NeuronColumns, NeuronRows, Neurons
 from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
@@ -51,7 +53,7 @@ def singles(layers: Mapping[str, Iterable[int]]) -> dict[str, list[Group]]:
 
 
 Orders = Mapping[str, Mapping[int, bytes]]
-"""The order of the neurons of some experts of each layer, as `Neurons` takes it."""
+"""The order of the neurons of some experts of each layer: numbers of 32 bits, lowest byte first."""
 
 
 def arranged_tensors(
@@ -164,8 +166,8 @@ def in_order(part: Tensor, role: str | None, order: bytes | None) -> Piece:
     piece = range_of(part)
     if order is None or role not in FFN:
         return piece
-    width = len(order) // 4
-    neurons = Neurons(width, 0, width, order=order)
+    numbers = np.frombuffer(order, "<u4")
+    neurons = Neurons(len(numbers), 0, len(numbers), chosen=tuple(numbers.tolist()))
     if role != "down_proj":
         return NeuronRows(piece, neurons)
     return NeuronColumns(piece, part.dtype, neurons) if len(part.shape) == 2 else piece

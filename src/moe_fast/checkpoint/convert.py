@@ -28,7 +28,7 @@ from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
-from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
+from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_layers
 from moe_fast.models.quantisation import block_of, dequantised, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
@@ -202,8 +202,7 @@ def convert_moe(
 def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -> ConvertDesign:
     """From headers and routers, and from the head if it should be the embedding."""
     model = open_moe_model(request.model)
-    if not model.layers:
-        raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
+    require_layers(model)
     family = None if model.assumed else moe_families().get(model.model_type)
     problems = model.surgery_problems()
     if family is not None:

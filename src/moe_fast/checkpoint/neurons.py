@@ -28,28 +28,28 @@ LANES = 64
 class Neurons:
     """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into.
 
-    Or in the order that is given: the number of each, in 32 bits, the lowest byte first.
+    Or those that are `chosen`, which are as many.
     """
 
     width: int
     start: int
     stop: int
     stream: int | None = None
-    order: bytes | None = None
-
-    @property
-    def in_place(self) -> bool:
-        """Whether they stand in the order of the network."""
-        return self.stream is None and self.order is None
+    chosen: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
         return self.stop - self.start
 
+    @property
+    def in_place(self) -> bool:
+        """Whether they stand beside each other, in this order, in the whole network."""
+        return self.stream is None and self.chosen is None
+
     def indices(self) -> Indices:
         """Their numbers in the whole network."""
-        if self.order is not None:
-            return np.frombuffer(self.order, "<u4").astype(np.intp)[self.start : self.stop]
+        if self.chosen is not None:
+            return np.array(self.chosen, np.intp)
         if self.stream is None:
             return np.arange(self.start, self.stop)
         return shuffle(self.width, self.stream)[self.start : self.stop]

@@ -25,7 +25,7 @@ def digest_routers(model: MoeModel) -> str:
             if is_mtp(layer) or layer.router is None:
                 continue
             digest.update(f"{layer.key} {len(layer.experts)} ".encode())
-            rows = read_floats(layer.router.first_rows(min(ROWS, len(layer.experts))), files)
+            rows = read_floats(layer.router.rows(0, min(ROWS, len(layer.experts))), files)
             if rows is not None:
                 digest.update(np.ascontiguousarray(rows, "<f4").data)
     return digest.hexdigest()
