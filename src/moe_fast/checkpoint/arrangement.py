@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moe_fast.checkpoint.neurons import NeuronColumns, NeuronRows, Neurons
+from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
 from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
@@ -56,13 +57,57 @@ Orders = Mapping[str, Mapping[int, bytes]]
 """The order of the neurons of some experts of each layer: numbers of 32 bits, lowest byte first."""
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise on the matrices of copies; each weight draws from its own place of a stream."""
+
+    scale: float
+    seed: int
+
+    def added(self, weight: Weight, layer: str, expert: int, inner: str) -> Weight:
+        """A matrix of a copy, which is the new expert of this number, with its noise.
+
+        Raises
+        ------
+        CheckpointError
+            Weights that are not floats.
+        """
+        pieces = []
+        for piece in weight.pieces:
+            assert isinstance(piece, FileRange)
+            if weight.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"layer {layer}: {inner} is {weight.dtype}; noise is added to "
+                    f"{', '.join(WEIGHT_DTYPES)} (convert --dtype makes them)"
+                )
+            stream = choose_stream(self.seed, f"{layer} {expert} {inner}")
+            pieces.append(Perturbed(piece, weight.dtype, self.scale, 1.0, stream))
+        return Weight(weight.dtype, weight.shape, tuple(pieces))
+
+
+def copies_in(groups: Sequence[Group]) -> set[int]:
+    """The new experts that are made of an old one that stands before them already."""
+    seen: set[int] = set()
+    copies = set()
+    for number, group in enumerate(groups):
+        if group.first in seen:
+            copies.add(number)
+        seen.add(group.first)
+    return copies
+
+
 def arranged_tensors(
-    model: MoeModel, arrangement: Arrangement, orders: Orders | None = None
+    model: MoeModel,
+    arrangement: Arrangement,
+    orders: Orders | None = None,
+    noise: Noise | None = None,
 ) -> Iterator[OutputTensor]:
     """Every tensor of the model, in its order, those that count experts as they are arranged.
 
-    Before they are joined, the neurons of an expert are put into its order in `orders`.
+    Before they are joined, the neurons of an expert are put into its order in `orders`. Copies get
+    `noise`.
     """
+    copies = {key: copies_in(groups) if noise else set() for key, groups in arrangement.items()}
     made_of: dict[str, dict[int, list[int]]] = {}
     for key, groups in arrangement.items():
         numbers = made_of.setdefault(key, {})
@@ -77,7 +122,10 @@ def arranged_tensors(
         here = {} if orders is None else orders.get(layer.key, {})
         if expert is None:
             roles = model.axis.stacked.get(inner, ()) if here else ()
-            yield OutputTensor(name, arranged(tensor, layer, inner, groups, roles, here))
+            weight = arranged(tensor, layer, inner, groups, roles, here)
+            if noise and inner in model.axis.stacked and copies[layer.key]:
+                weight = noisy_slices(tensor, layer, inner, groups, noise)
+            yield OutputTensor(name, weight)
             continue
         role = model.axis.parts.get(inner.partition(".")[0])
         for number in made_of[layer.key].get(expert, ()):
@@ -85,6 +133,8 @@ def arranged_tensors(
             parts = [layer.own[each][inner] for each in group.experts]
             piece = mean_of(parts, group, role, here)
             weight = Weight(tensor.dtype, tensor.shape, (piece,))
+            if noise and role is not None and number in copies[layer.key] and is_matrix(inner):
+                weight = noise.added(weight, layer.key, number, inner)
             yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
 
 
@@ -115,6 +165,27 @@ def arranged(
         else:
             pieces.append(mean_of([slices[each] for each in group.experts], group))
     return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
+
+
+def noisy_slices(
+    tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group], noise: Noise
+) -> Weight:
+    """A tensor that stacks experts, its slices arranged, those of copies with noise."""
+    copies = copies_in(groups)
+    pieces: list[Piece] = []
+    for number, group in enumerate(groups):
+        part = slice_of(tensor, group.first, len(layer.experts))
+        weight = Weight.of(part)
+        if number in copies:
+            weight = noise.added(weight, layer.key, number, inner)
+        pieces += weight.pieces
+    shape = (len(groups), *tensor.shape[1:])
+    return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
+
+
+def is_matrix(inner: str) -> bool:
+    """Whether a tensor of an expert is a matrix, and not a bias or a scale."""
+    return inner.partition(".")[2] in ("weight", "weight_packed")
 
 
 def is_weight(inner: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -9,7 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
-from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
+from moe_fast.checkpoint.arrangement import (
+    Noise,
+    arranged_config,
+    arranged_tensors,
+    groups_of,
+    singles,
+)
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import (
     Keep,
@@ -27,7 +34,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_number, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -46,6 +53,9 @@ class ExpandRequest(Request):
     num_experts_per_tok: int | None = None
     by: str | None = None
     """What they were chosen by; nothing follows from it."""
+    noise_scale: float = 0.0
+    """Standard deviation of the noise on the matrices of copies."""
+    seed: int = 0
     max_shard_size: int = DEFAULT_SHARD_SIZE
 
     def folders(self) -> list[str]:
@@ -53,6 +63,19 @@ class ExpandRequest(Request):
 
     def moved(self, now: Mapping[str, str]) -> ExpandRequest:
         return replace(self, model=now[self.model])
+
+    def validate(self) -> None:
+        as_noise_scale(self.noise_scale)
+
+
+def as_noise_scale(value: Any) -> float:
+    """A standard deviation: a finite number, at least 0."""
+    number = as_number(value, "noise_scale")
+    if not 0 <= number < math.inf:
+        raise MoeConfigError(
+            f"must be a finite number, at least 0, got {number}", argument="noise_scale"
+        )
+    return number
 
 
 def expand_moe(
@@ -63,6 +86,8 @@ def expand_moe(
     keep_k: bool = False,
     scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
+    noise_scale: float = 0.0,
+    seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
@@ -95,6 +120,11 @@ def expand_moe(
         As in `prune_moe`.
     by : str
         Which of the scores.
+    noise_scale : float
+        Standard deviation of the normal noise that is added to the matrices of copies, not to the
+        experts that were there. It breaks their ties, and the report warns of it.
+    seed : int
+        Of the noise.
     max_shard_size : int or str
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
@@ -142,6 +172,8 @@ def expand_moe(
         copies=copies,
         num_experts_per_tok=times * top_k if grows and top_k is not None else top_k,
         by=by if rest else None,
+        noise_scale=as_noise_scale(noise_scale),
+        seed=as_index(seed, "seed"),
         max_shard_size=shard_size,
     )
     return perform(request, output, writing, files_given(scores), warnings)
@@ -188,10 +220,11 @@ def design_expanded(request: ExpandRequest, decisions: Facts | None = None) -> O
     before, top_k = model.num_experts, model.num_experts_per_tok
     number = len(next(iter(request.copies.values())))
     reason = reason_to_differ(model, request)
+    noise = Noise(request.noise_scale, request.seed) if request.noise_scale else None
     return design_operation(
         request,
         model,
-        dict(arranged_tensors(model, singles(request.copies))),
+        dict(arranged_tensors(model, singles(request.copies), noise=noise)),
         arranged_config(model, number, request.num_experts_per_tok),
         experts_per_layer=number,
         experts_per_tok=request.num_experts_per_tok,
@@ -230,6 +263,8 @@ def reason_to_differ(model: MoeModel, request: ExpandRequest) -> str | None:
     (number,) = numbers
     if number == before:
         return None
+    if request.noise_scale:
+        return f"copies have noise of {request.noise_scale:g}"
     if number % before:
         return f"{number} experts are not a multiple of {before}, so that some have more copies"
     if top_k is None or request.num_experts_per_tok != top_k * (number // before):

@@ -605,6 +605,10 @@ def expand(
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
+    noise_scale: Annotated[
+        float, typer.Option(help="Standard deviation of the noise on copies.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -622,6 +626,8 @@ def expand(
             keep_k=keep_k,
             scores=scores,
             by=by,
+            noise_scale=noise_scale,
+            seed=seed,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
