@@ -655,6 +655,12 @@ def extract(
     best: Annotated[
         int | None, typer.Option(help="So many of the best by --scores do, side by side.")
     ] = None,
+    copy: Annotated[
+        int | None, typer.Option(help="The copy of a fine-grained model whose shards do.")
+    ] = None,
+    granularity: Annotated[
+        int | None, typer.Option(help="Shards of a copy.", show_default="what the model says")
+    ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     max_shard_size: MaxShardSize = "5GB",
@@ -673,6 +679,8 @@ def extract(
             expert=expert,
             mean=mean,
             best=best,
+            copy=copy,
+            granularity=granularity,
             scores=scores,
             by=by,
             max_shard_size=max_shard_size,
