@@ -217,7 +217,14 @@ def make_design(dense: str | Path, options: argparse.Namespace) -> Design:
     if options.recipe is not None:
         return design_of(read_recipe(options.recipe).request)
     config = MoeConfig(options.experts, options.experts_per_token)
-    return design_moe(dense, config, routers=options.routers, seed=options.seed)
+    return design_moe(
+        dense,
+        config,
+        routers=options.routers,
+        granularity=options.granularity,
+        shuffle=options.granularity > 1,
+        seed=options.seed,
+    )
 
 
 def shard(model: PreTrainedModel, bfloat16: bool) -> None:
@@ -282,6 +289,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to keep the trained model")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--granularity", type=int, default=1, help="shards of an FFN")
     parser.add_argument("--routers", default="balanced", help="how routers start")
     parser.add_argument("--dense-steps", type=int, default=60, help="to train the small model")
     parser.add_argument("--steps", type=int, default=60)

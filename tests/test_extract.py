@@ -128,9 +128,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'lfm2_moe' has no dense twin here; mixtral"):
         extract_dense(tmp_path / "glm", tmp_path / "no", expert=0)
     for options in ({}, {"expert": 0, "mean": True}):
-        with pytest.raises(MoeConfigError, match="one of expert, mean, best and copy says"):
+        with pytest.raises(MoeConfigError, match="expert or mean, best or copy must say"):
             extract_dense(tmp_path / "moe", tmp_path / "no", **options)
-    with pytest.raises(MoeConfigError, match="best needs scores"):
+    with pytest.raises(MoeConfigError, match="scores are for best"):
         extract_dense(tmp_path / "moe", tmp_path / "no", best=2)
     with pytest.raises(MoeConfigError, match="expert must be at most 3, got 4"):
         extract_dense(tmp_path / "moe", tmp_path / "no", expert=4)
@@ -210,7 +210,7 @@ def test_shards_of_another_number_give_it_back_up_to_rounding(tmp_path):
     [
         ({"copy": 2}, "copy must be at most 1, got 2"),
         ({"copy": 0, "granularity": 3}, "granularity must divide the 8 experts, got 3"),
-        ({"copy": 0, "expert": 0}, "one of expert, mean, best and copy"),
+        ({"copy": 0, "expert": 0}, "expert or mean, best or copy must say"),
         ({"expert": 0, "granularity": 4}, "granularity is for copy"),
     ],
 )

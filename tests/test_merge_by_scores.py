@@ -195,10 +195,10 @@ def test_a_mean_of_aligned_experts_is_checked_without_scipy(moe, tmp_path, monke
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({}, MoeConfigError, "groups, or num_experts with scores"),
+        ({}, MoeConfigError, "groups must say which experts"),
         ({"num_experts": 3}, MoeConfigError, "num_experts needs scores"),
         ({"num_experts": 7, "scores": {}}, MoeConfigError, "num_experts must be at most 6"),
-        ({"num_experts": 1, "scores": scores_of()}, CheckpointError, "has 1 groups; num_experts_p"),
+        ({"num_experts": 1, "scores": scores_of()}, CheckpointError, "has 1 group; num_experts_p"),
         ({"num_experts": 3, "scores": scores_of(reap=[1] * 5 + [-1])}, CheckpointError,
          "layer 1: reap holds -1; weights of a mean are at least 0"),
         ({"num_experts": 3, "scores": scores_of(reap=[1] * 5 + [float("nan")])}, CheckpointError,

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
@@ -34,7 +33,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_number, as_size
+from moe_fast.checks import as_index, as_number, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -155,20 +154,22 @@ def expand_moe(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
     before, top_k = opened.num_experts, opened.num_experts_per_tok
     number = as_index(num_experts, "num_experts", minimum=before)
     groups, _ = groups_of(opened)
     if number % groups:
         raise MoeConfigError(
-            f"num_experts must be a multiple of the {groups} groups of experts, got {number}"
+            f"must be a multiple of the {groups} groups of experts, got {number}",
+            argument="num_experts",
         )
     copies, warnings = choose_copies(opened, number, scores, by, groups)
     times, rest = divmod(number, before)
     grows = not keep_k and not rest and top_k is not None
     request = ExpandRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         copies=copies,
         num_experts_per_tok=times * top_k if grows and top_k is not None else top_k,
         by=by if rest else None,
@@ -193,13 +194,16 @@ def choose_copies(
     if rest:
         if scores is None:
             raise MoeConfigError(
-                f"num_experts {number} is not a multiple of {before}: scores say which experts get "
-                "one copy more"
+                f"must be a multiple of the {before} experts, got {number}; for another number, "
+                "scores say which experts get one copy more",
+                argument="num_experts",
             )
         best = best_experts(read_scores(scores, by, model), rest, groups)
         extra, warnings = by_layer({"layers": best}, "scores", model)
     elif scores is not None:
-        raise MoeConfigError(f"scores are for a num_experts that is not a multiple of {before}")
+        raise MoeConfigError(
+            f"are for a number of experts that is not a multiple of {before}", argument="scores"
+        )
     size = before // groups
     copies: Keep = {}
     for key, more in extra.items():

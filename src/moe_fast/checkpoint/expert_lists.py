@@ -190,7 +190,8 @@ def read_groups(
 ) -> tuple[dict[str, tuple[Group, ...]], str, list[str]]:
     """The groups of experts that become one each in each layer; what to call them; warnings.
 
-    A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`.
+    A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`; a list of groups is for
+    every layer.
 
     Raises
     ------
@@ -198,6 +199,8 @@ def read_groups(
         With every problem: groups that overlap, leave an expert out, or do not fit the model.
     """
     value, where = value_of(groups, "groups")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = {"layers": {layer.key: value for layer in model.layers}}
     layers, warnings = by_layer(value, where, model)
     read: dict[str, tuple[Group, ...]] = {}
     problems = []

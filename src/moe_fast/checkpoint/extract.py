@@ -7,7 +7,6 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
@@ -24,7 +23,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.config import Multipliers
@@ -154,14 +153,18 @@ def extract_dense(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
     if (expert is not None) + bool(mean) + (best is not None) + (copy is not None) != 1:
-        raise MoeConfigError("one of expert, mean, best and copy says which experts make the FFN")
+        raise MoeConfigError(
+            "or mean, best or copy must say which experts make the FFN, and one of them alone",
+            argument="expert",
+        )
     if granularity is not None and copy is None:
-        raise MoeConfigError("granularity is for copy, and nothing else needs it")
+        raise MoeConfigError("is for copy, and nothing else needs it", argument="granularity")
     if (best is None) != (scores is None):
-        raise MoeConfigError("best needs scores, and nothing else does")
+        raise MoeConfigError("are for best, which needs them", argument="scores")
     most = opened.num_experts
     if best is not None:
         number = as_index(best, "best", minimum=1, maximum=most)
@@ -177,7 +180,7 @@ def extract_dense(
             experts = range(as_index(expert, "expert", maximum=most - 1), expert + 1)
         chosen = {layer.key: tuple(experts) for layer in opened.layers}
     request = ExtractRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         experts=chosen,
         mean=bool(mean),
         shards_of_one=copy is not None,

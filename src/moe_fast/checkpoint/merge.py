@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
@@ -29,10 +28,11 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_flag, as_index, as_size
+from moe_fast.checks import as_flag, as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+from moe_fast.wording import format_count
 
 __all__ = ["merge_experts"]
 
@@ -134,11 +134,15 @@ def merge_experts(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
     align = as_flag(align, "align")
     if (groups is None) == (num_experts is None):
-        raise MoeConfigError("groups, or num_experts with scores, says which experts are merged")
+        raise MoeConfigError(
+            "must say which experts are merged, or else a number of experts with scores",
+            argument="groups",
+        )
     if groups is None:
         number = as_index(num_experts, "num_experts", minimum=1, maximum=opened.num_experts)
         read, where, warnings = group_by_scores(opened, number, scores, by)
@@ -148,7 +152,7 @@ def merge_experts(
             read = weighted(read, read_scores(scores, by, opened))
     check_merging(opened, read, where)
     request = MergeRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         groups=read,
         align=align,
         by=None if scores is None else by,
@@ -236,7 +240,8 @@ def check_merging(model: MoeModel, groups: Mapping[str, Sequence[Group]], where:
     for key, listed in groups.items():
         here = f"{where}: layer {key}"
         if len(listed) < top_k:
-            problems.append(f"{here} has {len(listed)} groups; num_experts_per_tok is {top_k}")
+            count = format_count(len(listed), "group")
+            problems.append(f"{here} has {count}; num_experts_per_tok is {top_k}")
         if router_groups == 1:
             continue
         homes = [group.first // size for group in listed]
