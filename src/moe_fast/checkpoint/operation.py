@@ -15,11 +15,12 @@ from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Writing, warn_of_overflow
 from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
+from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
-from moe_fast.storage.companions import find_companions
+from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.tensors import Weight
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def design_operation(
     return OperationDesign(
         weights=weights,
         config=config,
-        companions=find_companions(model.path),
+        companions=find_companions(model.path, config),
         sources=[model.tensors],
         family=family,
         num_experts=experts_per_layer * len(model.layers),
@@ -109,7 +110,13 @@ def design_operation(
         reference=model.path,
         reason_to_differ=reason_to_differ,
         card=operation_card(model.path / CARD, sentence, readers),
-        warnings=(*assumed, *warn_of_readers(config, contents, model.path), *warnings),
+        warnings=(
+            *assumed,
+            *find_second_weights(model.path),
+            *find_missing_code(model.path, config),
+            *warn_of_readers(config, contents, model.path),
+            *warnings,
+        ),
         metadata=metadata_of(model.tensors.values()),
         max_shard_size=max_shard_size,
         model=model,

@@ -75,8 +75,8 @@ class ModelReport(Report):
     the model's own layers; layers for multi-token prediction are counted apart. Parameters are
     numbers as they are stored: quantised weights pack several in each, or have scales besides,
     and `active_parameters` is `None` there. `copies` groups experts with equal bytes, each as
-    `(layer, expert)`; `None` where this was not looked for. `unknown_experts` says which tensors seem to be
-    experts, where their layout is not known. `problems` says where experts, routers and
+    `(layer, expert)`; `None` where this was not looked for. `unknown_experts` says which tensors
+    seem to be experts, where their layout is not known. `problems` says where experts, routers and
     `config.json` do not fit each other.
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError
-from moe_fast.families.readers import Contents, is_beyond
+from moe_fast.families.readers import Contents, find_readers, is_beyond
 from moe_fast.models.moe import MoeModel
 from moe_fast.storage.companions import find_missing_code, has_tokenizer
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
@@ -64,6 +64,10 @@ def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path)
 
     `folder` has the tokenizer, and the config.json from which `config` has its keys.
     """
+    readers = find_readers(config, contents)
+    if readers and not any(reader.loads for reader in readers):
+        reasons = "; ".join(f"{r.name} {' and '.join(r.reasons)}" for r in readers)
+        yield f"no reader loads a {config['model_type']} made of {folder}: {reasons}"
     file, rows = folder / "config.json", config.get("vocab_size")
     if contents.has_other_head:
         yield (
