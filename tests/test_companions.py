@@ -298,3 +298,16 @@ def test_companions_are_named_by_their_path(dense):
     found = find_companions(dense)
     assert all(dense / name == file for name, file in found.items())
     assert {*TEMPLATES, "tokenizer.json", "tokenizer_config.json"} <= found.keys()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_floats_are_written_as_floats_by_every_operation(dense, tmp_path, operation):
+    """transformers 5 refuses 0 where it wants 0.0."""
+    moe, out = tmp_path / "moe", tmp_path / "out"
+    build_moe(dense, moe, MoeConfig(num_experts=4))
+    edit_json(moe / "config.json", attention_dropout=0, rope_theta=10000, rms_norm_eps=1)
+    OPERATIONS[operation](moe, out)
+    text = (out / "config.json").read_text()
+    for line in ('"attention_dropout": 0.0,', '"rope_theta": 10000.0,', '"rms_norm_eps": 1.0,'):
+        assert line in text
+    assert check_moe(out).passed

@@ -13,10 +13,11 @@ from moe_fast.checkpoint.convert import metadata_of
 from moe_fast.checkpoint.design import Design, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Writing, warn_of_overflow
+from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
-from moe_fast.models.moe import MoeModel
+from moe_fast.models.moe import MoeModel, language_key
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
@@ -92,6 +93,10 @@ def design_operation(
     `sentence` tells people what was done, in the model card.
     """
     family = str(config.get("model_type", "unknown"))
+    config = with_floats(config)
+    key = language_key(config)
+    if key is not None:
+        config[key] = with_floats(config[key])
     contents = contents_of(
         config, weights, model.path, layout=model.layout, num_experts=experts_per_layer
     )
