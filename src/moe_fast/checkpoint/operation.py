@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from moe_fast.checkpoint.convert import metadata_of
 from moe_fast.checkpoint.design import Design, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Writing, warn_of_overflow
+from moe_fast.checks import as_path
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
@@ -145,6 +147,7 @@ def perform(
     CheckpointError
         With everything that is in the way.
     """
+    output = as_path(output, "output")
     started = time.perf_counter()
     design = make_design(request, output, writing)
     assert isinstance(design, OperationDesign)
@@ -152,7 +155,7 @@ def perform(
     records = design.write(output, writing)
     model = design.model
     return OperationReport(
-        output=Path(output),
+        output=output,
         operation=request.operation,
         model_type=design.family,
         num_experts_before=model.num_experts,
@@ -172,4 +175,4 @@ def perform(
 
 def files_given(*values: Any) -> list[Path]:
     """Those of the arguments that are files, which no output may replace."""
-    return [Path(value) for value in values if isinstance(value, (str, Path))]
+    return [as_path(value, "file") for value in values if isinstance(value, (str, os.PathLike))]

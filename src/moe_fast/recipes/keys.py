@@ -160,6 +160,7 @@ class ExpertKeys:
     noise_scale: Annotated[float, partial(read_number, minimum=0)] | None = None
     residual_scale: Annotated[float, read_number] | None = None
     source_layers: Annotated[tuple[Integer, ...], read_list] | None = None
+    lora: Annotated[None, partial(refuse, advice=MERGE_LORA)] = None
 
 
 ModelOrExpert = Annotated[ExpertKeys, read_model_or_expert]
