@@ -97,10 +97,13 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
         network.rotary_emb = type(network.rotary_emb)(config=config)
         network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
 
+    def find(name: str) -> Tensor:
+        return model.stored[name] if name in model.stored else model.tensors[name]
+
     def load(number: int, layer: torch.nn.Module) -> None:
         names = layer.state_dict()
         prefix = f"model.layers.{number}."
-        weights = {name: read_tensor(model.tensors[prefix + name]) for name in names}
+        weights = {name: read_tensor(find(prefix + name)) for name in names}
         layer.load_state_dict(weights, assign=True)
 
     batch = range(0)

@@ -462,11 +462,19 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
         if index not in known
     ]
     summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
+    others = check_other_weights(model, sources)
+    if experts and not known:
+        problems = [
+            f"{model.path}: no expert equals an FFN of the sources: the model was trained or "
+            "changed since, or was grown from others; without --against, the rest is checked"
+        ]
+        if others.problems:
+            others = not_possible("other weights", "no expert equals the sources'")
     reason = "a checkpoint without a manifest does not say how its {} were made"
     return [
         finding("experts", summary, problems, summary),
         not_possible("routers", reason.format("routers")),
-        check_other_weights(model, sources),
+        others,
         not_possible("configuration", reason.format("keys")),
         compare_companions(model, find_companions(sources[0].path)),
     ]
@@ -547,7 +555,8 @@ def check_routing(model: MoeModel) -> Finding:
     if variations:
         summary += (
             f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
-            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
+            f"{math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (
