@@ -125,6 +125,26 @@ def find_added_tokens(folder: Path) -> frozenset[str]:
     return frozenset(text for text in texts if isinstance(text, str))
 
 
+def find_other_token(folder: Path, other: Path) -> str | None:
+    """A token that the tokenizers of two folders number differently; `None` if none is known."""
+    first, second = (vocabulary_of(each) for each in (folder, other))
+    if not first or not second:
+        return None
+    return next((token for token in first if first[token] != second.get(token)), None)
+
+
+def vocabulary_of(folder: Path) -> dict[str, int]:
+    """The numbers of the tokens in a tokenizer.json, as far as they are plain to see."""
+    tokenizer = read_or_none(folder / "tokenizer.json")
+    model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        return dict(vocabulary)
+    pieces = vocabulary if isinstance(vocabulary, list) else []  # Unigram: a token is its place
+    texts = [piece[0] if isinstance(piece, list) and piece else None for piece in pieces]
+    return {text: number for number, text in enumerate(texts) if isinstance(text, str)}
+
+
 def read_or_none(file: Path) -> Any:
     """A JSON file of a tokenizer; `None` if there is none, or it cannot be read."""
     try:
