@@ -29,7 +29,7 @@ from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
-from moe_fast.storage.pieces import FileRange, Piece, SideBySide
+from moe_fast.storage.pieces import FileRange, Piece, Remembered, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
@@ -180,7 +180,11 @@ class Construction:
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
         if self.granularity > 1:  # the shards of a copy are chosen together
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.granularity)
+            size, times = shape[1] * ITEM_SIZES[self.dtype], self.granularity
+            if isinstance(rows, Remembered):
+                rows = Remembered(rows.nbytes * times, rows.sha256, size, times)
+            else:
+                rows = RepeatedRows(rows, size, times)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:

@@ -58,6 +58,10 @@ OPTIONS_OF_MODELS = (
     "dense_layers",
     "routers",
     "logit_std",
+    "text",
+    "tokens",
+    "tokens_used",
+    "device",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -90,6 +94,26 @@ LogitStd = Annotated[
         help="How sharp they start: the standard deviation over the experts of a token's logits.",
         show_default="as the start draws them",
     ),
+]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="What routers read, .txt, .md or .jsonl, once for each file."
+    ),
+]
+TokenFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.npy", help="In place of text, its tokens.")
+]
+TokensUsed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many tokens routers are made from.",
+        show_default="8192, or 40 an expert",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where torch reads text: cpu, cuda, ...", show_default="cpu")
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -185,6 +209,10 @@ def build(
         ),
     ] = "balanced",
     logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokenFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = None,
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -224,6 +252,10 @@ def build(
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
                 logit_std=logit_std,
+                texts=text_files(text),
+                tokens=tokens,
+                tokens_used=tokens_used,
+                device=device,
                 **how,
             )
     show(report, show_build, as_json)
@@ -729,6 +761,11 @@ def read_text(text: str | None) -> str | None:
     if LIKE_A_FILE.fullmatch(text):
         raise CheckpointError("there is no such file; a text has more than one word", file=text)
     return text
+
+
+def text_files(files: Sequence[Path] | None) -> list[Path]:
+    """The files of text, whose names never stand for texts here."""
+    return list(files or ())
 
 
 def open_states(file: Path | None) -> Any:

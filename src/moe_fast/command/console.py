@@ -101,8 +101,10 @@ def show_layout(report: BuildReport) -> None:
 
 
 def describe_prediction(health: RouterHealth) -> str:
+    before = health.coefficient_of_variation_before
+    was = f", {format_range(before, 4)} before it was evened" if before else ""
     return (
-        f"{format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"{format_range(health.coefficient_of_variation, 4)} (0 is even){was}, "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
     )
 
