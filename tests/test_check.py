@@ -269,7 +269,7 @@ def test_predicted_load_is_told(moe):
     health = [r.coefficient_of_variation for r in inspect_model(moe).routers]
     low, high = f"{min(health):.3f}", f"{max(health):.3f}"
     summary = check_moe(moe)["routing"].summary
-    assert f"load cv {low} to {high} (0 is even), entropy 1.386 (undecided is 1.386)" in summary
+    assert f"load cv {low} to {high} (0 is even), entropy 1.386 (at most ln 4 = 1.386)" in summary
 
 
 # Routers that took a run of a model are known by their digests

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, get_args
 
 from moe_fast.checks import as_choice, as_index, as_number, as_path_text
@@ -180,7 +180,10 @@ class ExpertSource:
     Parameters
     ----------
     model : path or str
-        The folder of a dense model, or the name of a repository on the Hugging Face Hub.
+        The folder of a dense model, or the name of a repository on the Hugging Face Hub. Where it
+        is that of a LoRA adapter, as PEFT saves them, the model is the adapter's base.
+    lora : path or str, optional
+        The folder of a LoRA adapter of this model, whose changes are folded in.
     noise_scale : float
         Standard deviation of the normal noise that is added to each weight; every expert gets noise
         of its own.
@@ -212,10 +215,13 @@ class ExpertSource:
     source_layers: tuple[int, ...] | None = None
     positive_prompts: tuple[str, ...] = ()
     negative_prompts: tuple[str, ...] = ()
+    lora: str | None = None
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_path_text(self.model, "model"))
+        if self.lora is not None:
+            object.__setattr__(self, "lora", as_path_text(self.lora, "lora"))
         for name in ("noise_scale", "residual_scale"):
             number = as_number(getattr(self, name), name)
             if not math.isfinite(number):
@@ -238,3 +244,19 @@ class ExpertSource:
                 raise ArgumentTypeError(f"must list strings, got {prompts!r}", argument=name)
             object.__setattr__(self, name, tuple(prompts))
         object.__setattr__(self, "texts", as_texts(self.texts))
+
+    @property
+    def origin(self) -> str:
+        """The model, with its adapter as `MODEL+ADAPTER`."""
+        return self.model if self.lora is None else f"{self.model}+{self.lora}"
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that it names."""
+        return (self.model,) if self.lora is None else (self.model, self.lora)
+
+    def moved(self, now: Mapping[str, str]) -> ExpertSource:
+        """The same for folders that are elsewhere `now`."""
+        return replace(
+            self, model=now[self.model], lora=None if self.lora is None else now[self.lora]
+        )

@@ -218,7 +218,9 @@ def test_fine_grained_rows_are_those_of_copies(folder, tmp_path):
     rows = load_file(tmp_path / "moe" / "model.safetensors")[GATE.format(0)]
     assert (rows.reshape(4, 4, -1) == rows.reshape(4, 4, -1)[:, :1]).all()
     assert len({row.tobytes() for row in rows}) == 4
-    assert max(report.routers.coefficient_of_variation) < 0.15
+    health = report.routers
+    assert max(health.coefficient_of_variation) < 0.3
+    assert min(health.coefficient_of_variation_before) > max(health.coefficient_of_variation)
     assert check_moe(tmp_path / "moe").passed
 
 
@@ -272,7 +274,7 @@ def test_ridge_is_scikit_learns():
         ),
         (
             {"texts": "the quick brown fox " * 50, "device": "abacus"},
-            r"^device must be one that torch has here, got 'abacus'",
+            r"^device must be a device of torch's here, .* got 'abacus'",
         ),
         (
             {"texts": Path("notes.log")},

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.layers import open_device
+from moe_fast.calibration.running import read_settings, running
 from moe_fast.calibration.texts import Tokens, TokenSequences
 from moe_fast.dtypes import DTYPE_NAMES
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DenseModel
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode
@@ -106,7 +108,8 @@ def stream_router_inputs(
     Raises
     ------
     CheckpointError
-        A token that the model does not have, or activations that are not finite.
+        A token that the model does not have, a config.json that transformers does not take, or
+        activations that are not finite.
     MoeConfigError
         A device that torch does not have here.
     ModuleNotFoundError
@@ -114,25 +117,31 @@ def stream_router_inputs(
     """
     try:
         import torch
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{needed_by} runs the base model, which needs {error.name}: "
             "pip install torch transformers (routers='cheap_embed' needs neither)",
             name=error.name,
         ) from None
-    place = as_device(device)
-    config = AutoConfig.from_pretrained(str(model.path), local_files_only=True)
-    with torch.device("meta"):
-        network: Any = AutoModel.from_config(config, dtype=torch.float32)
-        network.eval()
-    network.rotary_emb = type(network.rotary_emb)(config=config).to(place)
-    network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
+    place = open_device(device)
+    config_file = model.path / "config.json"
+    failing = "transformers does not run the model of this configuration"
+    with running(config_file, failing):
+        config = read_settings(model.path, model.config)
+        with torch.device("meta"):
+            network: Any = AutoModel.from_config(config, dtype=torch.float32)
+            network.eval()
+        network.rotary_emb = type(network.rotary_emb)(config=config).to(place)
+        network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
     sequences = TokenSequences(tuple(np.array(text, np.int64) for text in texts))
     ends = np.cumsum([len(text) for text in texts])
     batches = list(sequences.batches(TOKENS_AT_A_TIME))
     states, calls = [], []
-    with torch.inference_mode():  # a step at a time: it must not hold where the caller computes
+    with (
+        running(config_file, failing),
+        torch.inference_mode(),
+    ):  # a step at a time: it must not hold where the caller computes
         for batch in batches:
             state, call = first_states(network, model, sequences, batch, place)
             states.append(state)
@@ -141,7 +150,7 @@ def stream_router_inputs(
         inputs = np.empty((sequences.num_tokens, model.sizes.hidden_size), np.float32)
         source = number if source_layers is None else source_layers[number]
         load_layer(layer, number, model, experts or model, source, place)
-        with torch.inference_mode():
+        with running(config_file, failing), torch.inference_mode():
             for i, batch in enumerate(batches):
                 states[i], found = run_layer(layer, states[i].to(place), calls[i][number])
                 for row, text in enumerate(batch):
@@ -168,25 +177,6 @@ def run_layer(
     hook.remove()
     left: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return left.cpu(), read[0].cpu().numpy()
-
-
-def as_device(device: str) -> torch.device:
-    """The argument `device`."""
-    import torch
-
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (
-        RuntimeError,
-        AssertionError,
-        TypeError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MoeConfigError(
-            f"must be one that torch has here, got {device!r}: {reason}", argument="device"
-        ) from None
-    return place
 
 
 def first_states(
@@ -233,11 +223,16 @@ def load_layer(
     weights = {}
     for name in layer.state_dict():
         if name.startswith("mlp."):
-            tensor = experts.tensors[f"model.layers.{source}.{name}"]
+            tensor = find_tensor(experts, f"model.layers.{source}.{name}")
         else:
-            tensor = model.tensors[f"model.layers.{number}.{name}"]
+            tensor = find_tensor(model, f"model.layers.{number}.{name}")
         weights[name] = read_tensor(tensor).to(place)
     layer.load_state_dict(weights, assign=True)
+
+
+def find_tensor(model: DenseModel, name: str) -> Tensor:
+    """A tensor as the file has it, where the model's family reads it as others."""
+    return model.stored[name] if name in model.stored else model.tensors[name]
 
 
 def read_tensor(tensor: Tensor) -> torch.Tensor:

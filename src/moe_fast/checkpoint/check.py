@@ -25,7 +25,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
-from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
+from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of, require_layers
 from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
@@ -189,7 +189,7 @@ def check_moe(
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
     if not model.layers and not (folder / MANIFEST).exists():
-        raise CheckpointError("holds no experts; it is not an MoE", file=folder)
+        require_layers(model)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
     summary = f"{len(model.tensors)} tensors in {where}, without holes"
@@ -546,7 +546,8 @@ def check_routing(model: MoeModel) -> Finding:
     if variations:
         summary += (
             f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
-            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
+            f"{math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (

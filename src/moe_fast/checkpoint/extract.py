@@ -178,6 +178,11 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
             f" {', '.join(moe_families())} have one"
         )
     twin = dense_families()[family.dense_twin]
+    if twin.blocks is not None:
+        raise CheckpointError(
+            f"{family.title} cannot be extracted: what becomes of its {twin.blocks} is not known",
+            file=model.path / "config.json",
+        )
     left_out = set(router_tensors(model))
     problems = [
         *structure_problems(model),

@@ -17,7 +17,7 @@ from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
 from moe_fast.routing.sharpness import sharpen
 from moe_fast.routing.weights import draw_router_bits
 from moe_fast.storage.floats import decode, encode
-from moe_fast.storage.pieces import FileRange, Piece
+from moe_fast.storage.pieces import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Perturbed:
     noise, drawn for each weight from its own place in `stream`.
     """
 
-    source: FileRange
+    source: Piece
     dtype: str
     noise_scale: float
     scale: float

@@ -288,7 +288,7 @@ class TextRouters(Routers):
             stream_router_inputs(
                 context.base,
                 selection.sequences,
-                experts=context.opened[kind.model] if several else None,
+                experts=context.opened[kind.origin] if several else None,
                 source_layers=kind.source_layers if several else None,
                 device=start.device,
                 needed_by=f"routers={start.method!r}",
@@ -367,7 +367,7 @@ class KindRouters(TextRouters):
     def kinds(self) -> dict[ExpertSource, list[int]]:
         found: dict[tuple[Any, ...], list[int]] = {}
         for number, expert in enumerate(self.context.experts):
-            found.setdefault((expert.model, expert.source_layers, expert.texts), []).append(number)
+            found.setdefault((expert.origin, expert.source_layers, expert.texts), []).append(number)
         experts = {self.context.experts[numbers[0]]: numbers for numbers in found.values()}
         if len(experts) < 2:
             raise MoeConfigError(
@@ -375,7 +375,7 @@ class KindRouters(TextRouters):
                 f"{len(self.context.experts)} are of one; 'calibrated' takes one text for all",
                 argument="routers",
             )
-        missing = [expert.model for expert in experts if not expert.texts]
+        missing = [expert.origin for expert in experts if not expert.texts]
         if missing:
             raise MoeConfigError(
                 f"{self.start.method!r} tells the texts of experts apart; give each of them texts "

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build
+from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build, located
 from moe_fast.checkpoint.output import Progress, Writing
 from moe_fast.checks import as_path, as_size
-from moe_fast.config import Dtype, MoeConfig
+from moe_fast.config import Dtype, MoeConfig, choose_config
 from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 # Keys that mean what the request's fields of these names mean.
-OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets")
+OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets", "split")
 OF_ROUTERS = ("logit_std", "texts", "tokens", "tokens_used", "device")
 
 
@@ -145,7 +145,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     document = Document(as_path(path, "path"))
     keys = read_keys(document)
-    request = as_request(keys, find_folders(keys, document))
+    request = located(as_request(keys, find_folders(keys, document)))
     return Recipe(request, tuple(document.locate(find_unused_prompts(keys))))
 
 
@@ -222,6 +222,11 @@ def find_wrong_options(keys: RecipeKeys, config: MoeConfig) -> Iterator[tuple[st
     if keys.granularity and config.num_experts % keys.granularity:
         yield "granularity", f"must divide {config.num_experts}, the number of experts"
     models = keys.experts or keys.models or ()
+    if keys.split is not None:
+        if (keys.granularity or 1) > 1 or keys.shuffle:
+            yield "split", "splits one FFN into all experts; leave out granularity and shuffle"
+        if len(models) != 1 or keys.experts is not None:
+            yield "split", "splits the FFNs of one model; give models with one, and num_experts"
     if isinstance(keys.backbone, tuple) and (
         len(keys.backbone) != len(models) or not any(keys.backbone)
     ):
@@ -260,6 +265,7 @@ def find_folders(keys: RecipeKeys, document: Document) -> dict[str, str]:
     """The folder of each model by what the recipe calls it; repositories are fetched."""
     experts = list_experts(keys, "experts", "models", "shared_experts")
     places = {f"{where}.source_model": expert.source_model for where, expert in experts.items()}
+    places |= {f"{where}.lora": e.lora for where, e in experts.items() if e.lora is not None}
     if keys.base_model is not None:
         places["base_model"] = keys.base_model
     folders: dict[str, str] = {}
@@ -287,7 +293,7 @@ def list_experts(keys: RecipeKeys, *lists: str) -> dict[str, ExpertKeys]:
 
 def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
     def as_sources(experts: Sequence[ExpertKeys] | None) -> tuple[ExpertSource, ...]:
-        return tuple(as_source(expert, folders[expert.source_model]) for expert in experts or ())
+        return tuple(as_source(expert, folders) for expert in experts or ())
 
     models = as_sources(keys.experts or keys.models)
     base = models[0].model if keys.base_model is None else folders[keys.base_model]
@@ -314,19 +320,17 @@ def as_backbone(backbone: Backbone | tuple[float, ...] | None) -> dict[str, Any]
     return {"backbone": "mean", "backbone_weights": backbone}
 
 
-def as_source(expert: ExpertKeys, folder: str) -> ExpertSource:
+def as_source(expert: ExpertKeys, folders: Mapping[str, str]) -> ExpertSource:
     given = {key: value for key, value in vars(expert).items() if value is not None}
-    del given["source_model"]
-    return ExpertSource(folder, **given)
+    if "lora" in given:
+        given["lora"] = folders[given["lora"]]
+    return ExpertSource(folders[given.pop("source_model")], **given)
 
 
 def as_config(keys: RecipeKeys) -> MoeConfig:
     shards = keys.granularity or 1
     num_experts = keys.num_experts if keys.experts is None else len(keys.experts) * shards
-    by_default = MoeConfig.num_experts_per_tok if shards == 1 else shards
-    return MoeConfig(
-        num_experts or MoeConfig.num_experts * shards, keys.experts_per_token or by_default
-    )
+    return choose_config(num_experts, keys.experts_per_token, shards)
 
 
 def as_router_start(keys: RecipeKeys) -> RouterStart:

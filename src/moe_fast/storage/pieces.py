@@ -115,6 +115,32 @@ class Zeros:
 
 
 @dataclass(frozen=True, slots=True)
+class PairsToHalves:
+    """Rows of queries or keys for a rotary embedding that turns row `i` with `i + rotated / 2`.
+
+    In the source it turns neighbours, 0 with 1 and 2 with 3 (Su et al. 2021). Attention is the
+    same, since queries and keys are rearranged alike. Of each head's `head_dim` rows, the first
+    `rotated` are turned; the others stay where they are.
+    """
+
+    source: Piece
+    row_nbytes: int
+    head_dim: int
+    rotated: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        turned = np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)
+        order = np.concatenate([turned, np.arange(self.rotated, self.head_dim)])
+        for head in read_in_blocks((self.source,), self.head_dim * self.row_nbytes):
+            rows = np.frombuffer(head, np.uint8).reshape(self.head_dim, self.row_nbytes)
+            yield rows[order].reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True)
 class SideBySide:
     """Matrices of the same number of rows as one wider matrix, each from its own pieces."""
 
