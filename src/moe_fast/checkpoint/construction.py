@@ -35,7 +35,7 @@ from moe_fast.models.readers import find_other_token
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
 from moe_fast.storage.low_rank import LowRankSum
-from moe_fast.storage.pieces import FileRange, Piece, SideBySide
+from moe_fast.storage.pieces import FileRange, Piece, Remembered, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import brief, format_numbers
 
@@ -201,7 +201,11 @@ class Construction:
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
         if self.row_repeats > 1:
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.row_repeats)
+            size, times = shape[1] * ITEM_SIZES[self.dtype], self.row_repeats
+            if isinstance(rows, Remembered):
+                rows = Remembered(rows.nbytes * times, rows.sha256, size, times)
+            else:
+                rows = RepeatedRows(rows, size, times)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:

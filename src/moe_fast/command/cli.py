@@ -100,6 +100,10 @@ OPTIONS_OF_MODELS = (
     "split",
     "backbone",
     "logit_std",
+    "text",
+    "tokens",
+    "tokens_used",
+    "device",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -148,6 +152,14 @@ LogitStd = Annotated[
         metavar="NUMBER",
         help="How sharp they start: the standard deviation over the experts of a token's logits.",
         show_default="as the start draws them",
+    ),
+]
+TokensUsed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many tokens routers are made from.",
+        show_default="8192, or 40 an expert",
     ),
 ]
 HiddenStates = Annotated[
@@ -321,6 +333,10 @@ def build(
         ),
     ] = "base",
     logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -369,6 +385,10 @@ def build(
                 split=cast(Any, split),
                 backbone=parse_backbone(backbone),
                 logit_std=logit_std,
+                texts=text_files(text),
+                tokens=tokens,
+                tokens_used=tokens_used,
+                device=device,
                 **how,
             )
     show(report, show_build, as_json)
@@ -1011,6 +1031,11 @@ def read_text(text: str | None) -> str | None:
     if LIKE_A_FILE.fullmatch(text):
         raise CheckpointError("there is no such file; a text has more than one word", file=text)
     return text
+
+
+def text_files(files: Sequence[Path] | None) -> list[Path]:
+    """The files of text, whose names never stand for texts here."""
+    return list(files or ())
 
 
 def open_states(file: Path | None) -> Any:

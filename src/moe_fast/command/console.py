@@ -156,8 +156,10 @@ def describe_use(load_balance: float) -> str:
 
 
 def describe_prediction(health: RouterHealth) -> str:
+    before = health.coefficient_of_variation_before
+    was = f", {format_range(before, 4)} before it was evened" if before else ""
     return (
-        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even){was}, "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
         f"{'; on real text it is less even' if health.hidden_states == 'random tokens' else ''}"
     )
