@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -27,19 +28,12 @@ from moe_fast.command.console import (
     show_plan,
     show_routing,
 )
-from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
-from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
-from moe_fast.plan import plan_moe_construction
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
-from moe_fast.routing.logits_file import statistics_of_file
-from moe_fast.routing.weights import compute_router_weights
-from moe_fast.routing.weights_file import write_router_weights
-from moe_fast.storage.npy import map_npy
 
 
 class PlainFlags:
@@ -158,6 +152,23 @@ Quiet = Annotated[
         help="Print warnings and errors alone.",
     ),
 ]
+
+
+def command_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command with the parser of the subcommand that `arguments` begin with, or with all.
+
+    To make the others' takes a fifth of the start.
+    """
+    named = [
+        each
+        for each in app.registered_commands
+        if each.callback is not None and [each.name or each.callback.__name__] == arguments[:1]
+    ]
+    if not named:
+        return app
+    one = copy(app)
+    one.registered_commands = named
+    return one
 
 
 def print_version(asked: bool) -> None:
@@ -651,7 +662,7 @@ def plan(
 ) -> None:
     with reported_errors(context):
         config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
-        made = plan_moe_construction(models, layers, config)
+        made = moe_fast.plan_moe_construction(models, layers, config)
         report = made.report(hidden_size, intermediate_size, experts)
     if as_json:
         print_json({"plan": made.to_dict(), "report": report.to_dict()})
@@ -703,7 +714,7 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
-        weights = compute_router_weights(
+        weights = moe_fast.compute_router_weights(
             layers,
             hidden_size,
             experts,
@@ -714,7 +725,7 @@ def gates(
             remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
     with reported_errors(context, path="output"):
-        nbytes = write_router_weights(output, weights, overwrite=overwrite)
+        nbytes = moe_fast.write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
@@ -789,7 +800,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context, path="logits"):
-        stats = statistics_of_file(
+        stats = moe_fast.statistics_of_file(
             logits,
             method,
             experts_per_token,
@@ -805,6 +816,8 @@ def route(
         )
     if plot is not None:
         with reported_errors(context, path="plot"):
+            from moe_fast.drawing.plotting import save_load_picture
+
             save_load_picture(stats.counts, plot)
     if as_json:
         print_json(stats.to_dict() | {"layers": stats.summary()})
@@ -817,7 +830,7 @@ def route(
 )
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     with reported_errors(context):
-        diagnosis = diagnose()
+        diagnosis = moe_fast.diagnose()
     show(diagnosis, show_diagnosis, as_json)
 
 
@@ -872,6 +885,8 @@ def read_text(text: str | None) -> str | None:
 
 
 def open_states(file: Path | None) -> Any:
+    from moe_fast.storage.npy import map_npy
+
     return None if file is None else map_npy(file)
 
 
