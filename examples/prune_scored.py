@@ -69,10 +69,10 @@ def losses(folder: Path, texts: dict[str, str], length: int) -> list[float]:
     return found
 
 
-def random_scores(folder: Path) -> dict[str, object]:
-    draws = np.random.default_rng(0)
+def random_scores(folder: Path, seed: int) -> dict[str, object]:
+    draws = np.random.default_rng(seed)
     layers = open_moe_model(folder).layers
-    return {"layers": {e.key: {"random": draws.random(len(e.experts)).tolist()} for e in layers}}
+    return {"layers": {e.key: {f"random {seed}": draws.random(len(e.experts)).tolist()} for e in layers}}
 
 
 def main() -> None:
@@ -106,7 +106,8 @@ def main() -> None:
     if not file.exists():
         report = score_experts(moe, file, texts=texts, length=options.length)
         print(f"scored on {report.num_tokens:,} tokens in {report.seconds:.0f} s")
-    scores = {"reap": file, "frequency": file, "random": random_scores(moe)}
+    draws = {f"random {seed}": random_scores(moe, seed) for seed in range(3)}
+    scores = {"reap": file, "frequency": file, **draws}
     results = {"all 8": losses(moe, held_out, options.length)}
     print("experts kept   by         " + "".join(f"{kind:>10}" for kind in held_out))
     print("all 8                     " + "".join(f"{loss:10.3f}" for loss in results["all 8"]))
