@@ -72,7 +72,8 @@ def losses(folder: Path, texts: dict[str, str], length: int) -> list[float]:
 def random_scores(folder: Path, seed: int) -> dict[str, object]:
     draws = np.random.default_rng(seed)
     layers = open_moe_model(folder).layers
-    return {"layers": {e.key: {f"random {seed}": draws.random(len(e.experts)).tolist()} for e in layers}}
+    name = f"random {seed}"
+    return {"layers": {e.key: {name: draws.random(len(e.experts)).tolist()} for e in layers}}
 
 
 def main() -> None:
