@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.merge import merge_experts as merge_experts
     from moe_fast.checkpoint.operation import OperationReport as OperationReport
     from moe_fast.checkpoint.prune import prune_moe as prune_moe
+    from moe_fast.checkpoint.reroute import reroute_moe as reroute_moe
     from moe_fast.command.doctor import Diagnosis as Diagnosis
     from moe_fast.command.doctor import diagnose as diagnose
     from moe_fast.command.doctor import show_config as show_config
@@ -98,6 +99,7 @@ HOMES = {
     "checkpoint.merge": ("merge_experts",),
     "checkpoint.operation": ("OperationReport",),
     "checkpoint.prune": ("prune_moe",),
+    "checkpoint.reroute": ("reroute_moe",),
     "command.doctor": ("Diagnosis", "diagnose", "show_config"),
     "command.page": ("write_report",),
     "config": ("Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"),
