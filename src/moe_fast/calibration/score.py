@@ -103,7 +103,7 @@ def score_experts(
 
     Experts without a token have 0. All tokens that are given count. transformers' own modules
     compute everything in float32, one layer's attention and one expert in memory at a time,
-    whatever the model's size. What is cut off goes on after the last whole layer.
+    whatever the model's size. What is cut off resumes after the last whole layer.
 
     Parameters
     ----------
@@ -253,7 +253,7 @@ def empty(folder: Path) -> None:
 
 
 def key_of(model: MoeModel, tokens: TokenSequences, wants: Mapping[str, bool], device: str) -> str:
-    """What tells a run from others, so that only the same one goes on."""
+    """What tells a run from others, so that only the same one is resumed."""
     files = sorted({tensor.file for tensor in model.tensors.values()})
     return sha256(repr((__version__, files, tokens.digest, wants, device)).encode()).hexdigest()
 

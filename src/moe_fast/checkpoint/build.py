@@ -418,7 +418,7 @@ def build_moe(
         has been written then.
     OSError
         The disk is full, a file cannot be read or written. As after any other end of the process,
-        the files that were finished stay beside `output`, hidden; the same call goes on with them,
+        the files that were finished stay beside `output`, hidden; the same call resumes with them,
         another one removes them.
     TypeError, MoeConfigError
         An argument of the wrong kind or out of range; `hidden_states` of another shape than the

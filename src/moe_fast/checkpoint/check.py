@@ -461,11 +461,19 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
         if index not in known
     ]
     summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
+    others = check_other_weights(model, sources)
+    if experts and not known:
+        problems = [
+            f"{model.path}: no expert equals an FFN of the sources: the model was trained or "
+            "changed since, or was grown from others; without --against, the rest is checked"
+        ]
+        if others.problems:
+            others = not_possible("other weights", "no expert equals the sources'")
     reason = "a checkpoint without a manifest does not say how its {} were made"
     return [
         finding("experts", summary, problems, summary),
         not_possible("routers", reason.format("routers")),
-        check_other_weights(model, sources),
+        others,
         not_possible("configuration", reason.format("keys")),
         compare_companions(model, find_companions(sources[0].path)),
     ]
@@ -539,7 +547,8 @@ def check_routing(model: MoeModel) -> Finding:
         for router in reports
         if not router.finite
     ]
-    tied = [router.layer for router in reports if router.tied_experts == model.num_experts > 1]
+    tied = [router.layer for router in reports if router.row_repeats == model.num_experts > 1]
+    shared = {router.row_repeats for router in reports} - {None, 1, model.num_experts}
     summary = f"{len(reports)} routers, all numbers finite"
     variations = [v for router in reports if (v := router.coefficient_of_variation) is not None]
     entropies = [e for router in reports if (e := router.mean_entropy) is not None]
@@ -549,6 +558,9 @@ def check_routing(model: MoeModel) -> Finding:
             f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
             f"{math.log(model.num_experts):.3f})"
         )
+    if shared:
+        numbers = ", ".join(str(number) for number in sorted(filter(None, shared)))
+        summary += f"; experts share rows, {numbers} in a row: the shards of a copy"
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.arrangement import Group
+from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError
 from moe_fast.models.moe import MoeModel, is_mtp
 from moe_fast.models.scores import digest_routers
@@ -144,7 +145,7 @@ def value_of(given: Any, name: str) -> tuple[Any, str]:
     """What a file holds, or what stands for one, and what messages call it."""
     if not isinstance(given, (str, os.PathLike)):
         return given, name
-    path = Path(given)
+    path = as_path(given, name)
     with open_regular(path) as stream:
         text = stream.read(LONGEST_INDEX + 1)
     if len(text) > LONGEST_INDEX:

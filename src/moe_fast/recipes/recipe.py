@@ -31,7 +31,8 @@ OF_MERGEKIT_YAML = (
     "tokenizer", "tokenizer_source",
 )  # fmt: skip
 FIRST_KEYS = re.compile(
-    rb"^(base_model|experts|models|merge_method|slices)[ \t]*:", re.MULTILINE | re.ASCII
+    rb"(?:^|\A\s*\{\s*\")(base_model|experts|models|merge_method|slices)\"?[ \t]*:",
+    re.MULTILINE | re.ASCII,
 )
 # Keys that people leave in, and what to say of them.
 REFUSED = {

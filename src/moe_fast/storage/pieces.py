@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
@@ -45,11 +46,15 @@ class FileRange:
 
     def chunks(self) -> Iterator[memoryview]:
         """The bytes, read from a file that is the same before and after as when it was planned."""
-        buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
+        return self.blocks(CHUNK)
+
+    def blocks(self, size: int) -> Iterator[memoryview]:
+        """The same, `size` bytes at a time."""
+        buffer = memoryview(bytearray(min(self.nbytes, size)))
         with open_regular(Path(self.file.path)) as stream:
             self.file.check_unchanged(stream)
             stream.seek(self.offset)
-            for start in range(0, self.nbytes, CHUNK):
+            for start in range(0, self.nbytes, size):
                 chunk = buffer[: self.nbytes - start]
                 fill(chunk, stream, self.file.path)
                 yield chunk
@@ -78,6 +83,16 @@ def overflow_counted() -> Iterator[Overflow]:
         yield overflow
     finally:
         OVERFLOW.reset(token)
+
+
+def rounded_to(dtype: str, values: npt.NDArray[np.float32]) -> memoryview:
+    """The bytes of values in a dtype, rounded once; those that become infinite are counted."""
+    bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
+    if dtype == "F32":
+        return bits.data
+    converted, count = convert(bits.data, "F32", dtype)
+    (OVERFLOW.get() or Overflow()).count += count
+    return converted.view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +181,17 @@ class SideBySide:
             yield np.concatenate(columns, axis=1).reshape(-1).data
 
 
-def read_in_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray]:
-    """The bytes of `pieces` in blocks of `size` bytes, the last one as long as what is left."""
+def read_in_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray | memoryview]:
+    """The bytes of `pieces` in blocks of `size` bytes, the last one as long as what is left.
+
+    A block is valid until the next one is asked for.
+    """
+    if len(pieces) == 1 and isinstance(pieces[0], FileRange):
+        return pieces[0].blocks(size)
+    return join_blocks(pieces, size)
+
+
+def join_blocks(pieces: tuple[Piece, ...], size: int) -> Iterator[bytearray | memoryview]:
     block = bytearray()
     for piece in pieces:
         for chunk in piece.chunks():
