@@ -27,6 +27,7 @@ from moe_fast import (
     build_recipe,
     check_moe,
     design_moe,
+    inspect_model,
     reroute_moe,
 )
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
@@ -347,3 +348,19 @@ def test_the_said_load_is_that_behind_the_new_routers(folder, tmp_path):
     said = [float(number) for number in re.findall(r"\d\.\d{4}", line.partition("before, ")[2])]
     assert said[0] == pytest.approx(min(found), abs=2e-3)
     assert said[-1] == pytest.approx(max(found), abs=2e-3)
+
+
+def test_inspect_says_what_transformers_routes(folder, tmp_path):
+    moe = different_experts(folder, tmp_path / "moe")
+    tokens = bytes_of(folder / "other.txt", 100)
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    report = inspect_model(moe, tokens=tmp_path / "tokens.npy", copies=False)
+    assert report.hidden_states == "tokens of the texts"
+    expected = [load.std() / load.mean() for load in routed(moe, tokens)]
+    found = [router.coefficient_of_variation for router in report.routers]
+    assert found == pytest.approx(expected, abs=2e-3)
+    done = run("inspect", moe, "--no-copies", "--text", folder / "other.txt")
+    assert done.returncode == 0, done.stderr
+    assert "predicted on tokens of the texts" in done.stdout.replace("\n", " ")
+    with pytest.raises(MoeConfigError, match="hidden_states, or texts or tokens"):
+        inspect_model(moe, texts="a text", hidden_states=np.zeros((1, 64)))

@@ -152,7 +152,7 @@ TokensUsed = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="How many tokens routers are made from.",
+        help="How many of the tokens are used.",
         show_default="8192, or 40 an expert",
     ),
 ]
@@ -848,11 +848,21 @@ def inspect(
         typer.Option(help="Find experts that are copies of each other; reads them where alike."),
     ] = True,
     hidden_states: HiddenStates = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
         report = moe_fast.inspect_model(
-            model, copies=copies, hidden_states=open_states(hidden_states)
+            model,
+            copies=copies,
+            hidden_states=open_states(hidden_states),
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
         )
     show(report, show_model, as_json)
 
