@@ -16,7 +16,12 @@ from safetensors.numpy import load_file
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite")
 FFN = ("gate_proj", "up_proj", "down_proj")
-ROUTERS = ("mlp.gate", "block_sparse_moe.gate", "block_sparse_moe.router.layer")
+ROUTERS = (
+    "mlp.gate",
+    "block_sparse_moe.gate",
+    "block_sparse_moe.router.layer",
+    "block_sparse_moe.router",
+)
 Ffn = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -77,21 +82,32 @@ class Model:
                 projected = self.rms_norm(projected, f"{prefix}{name}_norm")
             return projected.transpose(1, 0, 2)
 
-        queries = self.rotate(heads("q", self.heads))
-        keys = self.rotate(heads("k", self.key_heads))
+        layer = int(prefix.split(".")[2])
+        queries = self.rotate(heads("q", self.heads), layer)
+        keys = self.rotate(heads("k", self.key_heads), layer)
         values = heads("v", self.key_heads)
         group = self.heads // self.key_heads
         scale = self.config.get("attention_multiplier", self.head_dim**-0.5)
         scores = queries @ keys.repeat(group, axis=0).transpose(0, 2, 1) * scale
         distance = np.arange(count)[:, None] - np.arange(count)
         used = self.config.get("use_sliding_window", True) and self.config.get("sliding_window")
+        if "layer_rope_theta" in self.config:
+            used = used if self.config["layer_types"][layer] == "sliding_attention" else None
         scores[:, (distance < 0) | (distance >= (used or count))] = -np.inf
-        mixed = softmax(scores) @ values.repeat(group, axis=0)
+        sinks = self.weights.get(f"{prefix}sinks")
+        if sinks is not None:
+            column = np.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
+            scores = np.concatenate([scores, column], axis=-1)
+        shares = softmax(scores)[..., :count]
+        mixed = shares @ values.repeat(group, axis=0)
         return self.linear(mixed.transpose(1, 0, 2).reshape(count, -1), f"{prefix}o_proj")
 
-    def rotate(self, x: np.ndarray) -> np.ndarray:
+    def rotate(self, x: np.ndarray, layer: int) -> np.ndarray:
         half = self.head_dim // 2
-        frequencies = self.config["rope_theta"] ** (-np.arange(half) / half)
+        theta = self.config.get("layer_rope_theta", {layer: self.config["rope_theta"]})[layer]
+        if theta == 0:
+            return x
+        frequencies = theta ** (-np.arange(half) / half)
         scaling = self.config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "linear":

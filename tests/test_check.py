@@ -226,6 +226,18 @@ def test_another_dtype_is_told(moe):
     assert "is F16 of shape [4, 64] where F32 of shape [4, 64] was asked for" in problem
 
 
+def test_a_model_that_was_trained_since(moe, models):
+    """One failure that says so, not one for every expert and norm."""
+    (moe / "moe_fast.json").unlink()
+    rewrite(moe, lambda tensors: {name: array + 1 for name, array in tensors.items()})
+    report = check_moe(moe, against=models)
+    assert failed(report) == ["experts"]
+    (problem,) = report["experts"].problems
+    assert "no expert equals an FFN of the sources: the model was trained or changed" in problem
+    assert report["other weights"].status is Status.NOT_POSSIBLE
+    assert check_moe(moe).passed
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -127,6 +127,7 @@ INTEGERS = {
     *("shared_expert_intermediate_size", "shared_intermediate_size", "first_k_dense_replace"),
     *("moe_layer_freq", "decoder_sparse_step", "max_window_layers", "n_group", "topk_group"),
     *("num_nextn_predict_layers", "pretraining_tp", "original_max_position_embeddings"),
+    "sliding_window",
     "rope_scaling.original_max_position_embeddings",
     "rope_parameters.original_max_position_embeddings",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,11 @@ for extra in ("ml_dtypes", "safetensors", "typer", "rich", "yaml"):
 
 import numpy as np
 import typer
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from command import run
+from moe_fast import design_moe
 from moe_fast.command.cli import app
 from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.demo import make_dense_model
@@ -68,6 +71,18 @@ def folder(tmp_path_factory):
     ("build dense -o out --routers x", 2, "error: --routers must be one of 'balanced', 'random'"),
     ("build dense -o out --layout x", 2, "--layout"),
     ("build dense -o out --dtype int8", 2, "error: --dtype must be one of 'float32', 'bfloat16'"),
+    ("build dense -o out --granularity 0", 2, "error: --granularity must be at least 1, got 0"),
+    ("build dense -o out --granularity 3 --experts 8", 2,
+     "error: --experts (8) must be a multiple of granularity (3)"),
+    ("build dense -o out --granularity 3", 1, "intermediate_size 128 is not a multiple of gr"),
+    ("build dense -o out --reinit 1.5", 2, "error: --reinit must be from 0 to 1, got 1.5"),
+    ("build dense -o out --reinit-sets x", 2, "error: --reinit-sets must be one of 'shared', 's"),
+    ("build dense -o out --backbone x", 2, "'x' is not base, mean or a list of numbers"),
+    ("build dense -o out --backbone 1,2", 2, "error: --backbone must be 'base', 'mean' or a we"),
+    ("build dense -o out --seed -1", 2, "error: --seed must be at least 0, got -1"),
+    ("build recipe.yml -o out --granularity 2", 2, "--granularity is for models; write it into"),
+    ("build recipe.yml -o out --shuffle", 2, "--shuffle is for models; write it into the"),
+    ("plan 2 2 --granularity 3 --experts 8", 2, "error: --experts (8) must be a multiple of gr"),
     ("build recipe.yml -o out --target mixtral", 2, "--target is for models; write it into the"),
     ("build recipe.yml dense -o out", 2, "give a recipe alone"),
     ("build recipe.yml -o out", 1, "error: dense_layers lists layer 7; the base model has 2,"),
@@ -98,6 +113,26 @@ def test_what_a_wrong_value_is_told(folder, monkeypatch, arguments, code, messag
     assert not (folder / "out").exists()
 
 
+def test_options_of_fine_experts_are_those_of_the_function(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = "--granularity 4 --shuffle --reinit 0.5 --seed 3 --reinit-sets separate"
+    more = "--backbone 3,1 --target glm4_moe --mix-copies"
+    done = run("build", "dense", "dense", "-o", "fine", *options.split(), *more.split())
+    assert done.returncode == 0, done.stderr
+    assert "32 per layer (8 copies split in 4), 4 per token" in done.stdout
+    design = design_moe(
+        ["dense", "dense"], granularity=4, shuffle=True, reinit=0.5, seed=3, target="glm4_moe",
+        reinit_sets="separate", backbone=(3, 1), mix_copies=True,
+    )  # fmt: skip
+    written = load_file("fine/model.safetensors")
+    assert set(design.weights) == set(written)
+    assert all(design.read_bytes(name) == written[name].tobytes() for name in written)
+    sizes = "--granularity 4 --hidden-size 8 --intermediate-size 16"
+    done = run("plan", 2, 3, *sizes.split())
+    assert "32 per layer" in done.stdout
+    assert f"{3 * 32 * (3 * 8 * 4 + 8):,} in experts and routers" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["recipe.txt", "recipe.YAML", "recipe.yaml", "recipe"])
 def test_a_recipe_is_known_by_what_is_in_it(folder, monkeypatch, name):
     monkeypatch.chdir(folder)
@@ -105,6 +140,14 @@ def test_a_recipe_is_known_by_what_is_in_it(folder, monkeypatch, name):
     done = run("build", name, "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "2 per layer" in done.stdout
+
+
+def test_a_recipe_may_be_json(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("recipe.json").write_text('{\n  "models": ["dense"],\n  "num_experts": 2\n}\n')
+    assert run("build", "recipe.json", "-o", "out", "--dry-run").returncode == 0
+    done = run("build", "dense/config.json", "-o", "out", "--dry-run")
+    assert "it is a file, and a model is the folder with config.json" in done.stderr
 
 
 def test_other_files_are_no_recipes(folder, monkeypatch):
@@ -121,6 +164,12 @@ def test_other_files_are_no_recipes(folder, monkeypatch):
     ("http://www.huggingface.co/org/name/", "org/name"),
     ("https://hf.co/org/name.v2?library=x#usage", "org/name.v2"),
     ("https://huggingface.co/org/name/tree/v1.0", "org/name@v1.0"),
+    ("https://huggingface.co/org/name.git", "org/name"),
+    ("https://huggingface.co/org/name/blob/main", "org/name@main"),
+    ("huggingface.co/org/name", "org/name"),
+    ("hf://org/name", "org/name"),
+    ("hf:/models/org/name", "org/name"),
+    ("git@hf.co:org/name", "org/name"),
     ("https://huggingface.co/org/name/blob/main/config.json", None),
     ("https://huggingface.co/datasets/org/name", None),
     ("https://example.org/org/name", None),
@@ -146,8 +195,13 @@ def test_paths_in_the_home_folder(folder, monkeypatch):
         build_moe,
         build_recipe,
         check_moe,
+        compare_moe,
         convert_moe,
+        expand_moe,
+        extract_dense,
         inspect_model,
+        merge_experts,
+        prune_moe,
         read_recipe,
         statistics_of_file,
         write_report,
@@ -168,8 +222,17 @@ def test_paths_in_the_home_folder(folder, monkeypatch):
     (folder / "home" / "r.yml").write_text("models: [~/dense]\n")
     assert read_recipe("~/home/r.yml").request.base == str(folder / "dense")
     build_recipe("~/home/r.yml", "~/home/of-recipe")
+    (folder / "home" / "keep.json").write_text(json.dumps({"layers": {"0": [0, 3], "1": [2, 4]}}))
+    assert prune_moe("~/home/moe", "~/home/pruned", keep="~/home/keep.json").num_experts == 2
+    assert expand_moe("~/home/moe", "~/home/wide", 16).output == folder / "home" / "wide"
+    assert extract_dense("~/home/moe", "~/home/out", expert=0).output == folder / "home" / "out"
+    pairs = {str(layer): [[i, i + 1] for i in range(0, 8, 2)] for layer in range(2)}
+    assert merge_experts("~/home/moe", "~/home/merged", {"layers": pairs}).num_experts == 4
+    assert compare_moe("~/home/moe", "~/home/fused").equal
     found = {path.name for path in (folder / "home").iterdir()}
-    assert found == {"moe", "fused", "page.html", "r.npy", "dense", "r.yml", "of-recipe"}
+    assert found == {"moe", "fused", "page.html", "r.npy", "dense", "r.yml", "of-recipe"} | {
+        *("keep.json", "pruned", "wide", "out", "merged"),
+    }
     assert not Path("~").exists()
 
 

@@ -20,25 +20,30 @@ from moe_fast.checkpoint.check import check_moe
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40)
-LLAMA_LIKE = ("mixtral", "qwen2_moe", "granitemoe", "granitemoeshared", "deepseek")
+GRANITE_LIKE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
+LLAMA_LIKE = ("mixtral", "qwen2_moe", *GRANITE_LIKE, "glm4_moe", "deepseek")
 # Which targets each source fits, the one that "auto" takes first.
 SOURCES = {
     "llama": ("llama", {}, LLAMA_LIKE),
     "llama, tied": ("llama", {"tie_word_embeddings": True}, LLAMA_LIKE),
-    "llama, biases": ("llama", {"attention_bias": True}, ("granitemoe", "granitemoeshared")),
-    "llama, head_dim": ("llama", {"head_dim": 20}, ("mixtral",)),
+    "llama, biases": ("llama", {"attention_bias": True}, GRANITE_LIKE),
+    "llama, head_dim": ("llama", {"head_dim": 20}, ("mixtral", "glm4_moe")),
     "llama, llama3 rope": ("llama", {"rope_scaling": LLAMA3}, LLAMA_LIKE[:-1]),
     "llama, linear rope": ("llama", {"rope_scaling": LINEAR}, LLAMA_LIKE),
     "mistral": ("mistral", {}, LLAMA_LIKE),
-    "mistral, window": ("mistral", {"sliding_window": 7}, ("mixtral", "qwen2_moe")),
+    "mistral, window": (
+        "mistral",
+        {"sliding_window": 7},
+        ("mixtral", "qwen2_moe", "granitemoe_swa"),
+    ),
     "mistral, wide window": ("mistral", {"sliding_window": 512}, LLAMA_LIKE),
-    "qwen2": ("qwen2", {}, ("qwen2_moe",)),
+    "qwen2": ("qwen2", {}, ("qwen2_moe", "glm4_moe")),
     "qwen2, window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
         ("qwen2_moe",),
     ),
-    "qwen3": ("qwen3", {}, ("qwen3_moe",)),
+    "qwen3": ("qwen3", {}, ("qwen3_moe", "glm4_moe")),
     "qwen3, biases": ("qwen3", {"attention_bias": True}, ("qwen3_moe",)),
     "qwen3, window": (
         "qwen3",
@@ -50,8 +55,8 @@ SOURCES = {
         ("qwen3_moe",),
     ),
     "olmo2": ("olmo2", {}, ("flex_olmo",)),
-    "granite": ("granite", {}, ("granitemoe", "granitemoeshared")),
-    "granite, biases": ("granite", {"attention_bias": True}, ("granitemoe", "granitemoeshared")),
+    "granite": ("granite", {}, GRANITE_LIKE),
+    "granite, biases": ("granite", {"attention_bias": True}, GRANITE_LIKE),
     "granite, neutral": (
         "granite",
         {
@@ -63,9 +68,7 @@ SOURCES = {
         LLAMA_LIKE,
     ),
 }
-TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "flex_olmo", "granitemoeshared")
-TARGETS = (*TARGETS, "deepseek")
-FUSED = ("mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "granitemoeshared", "flex_olmo")
+TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo", "glm4_moe", "deepseek", *GRANITE_LIKE)
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -261,7 +264,8 @@ def test_what_a_target_has_no_place_for_is_named(tmp_path, family, changes, targ
 
 
 def test_where_nothing_fits_every_targets_reasons_are_given(tmp_path):
-    dense = make_model(tmp_path / "dense", "qwen2", head_dim=20)
+    biased = {"head_dim": 20, "attention_bias": True, "sliding_window": 7, "mlp_bias": True}
+    dense = make_model(tmp_path / "dense", "llama", **biased)
     with pytest.raises(CheckpointError, match="problems") as caught:
         build_moe(dense, tmp_path / "moe", CONFIG)
     assert {problem.split(":")[0] for problem in caught.value.problems} == set(TARGETS)

@@ -578,6 +578,7 @@ def plan_moe_construction(
         raise ArgumentTypeError(
             f"must be a MoeConfig, got {reprlib.repr(config)}", argument="config"
         )
+    config = config.with_granularity(as_index(granularity, "granularity", minimum=1))
     config.validate()
     granularity = as_granularity(granularity, config.num_experts)
     models = counting_up(config.num_experts, "num_experts")

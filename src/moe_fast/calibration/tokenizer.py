@@ -12,7 +12,7 @@ LONGEST_TOKENIZER = 200_000_000  # bytes; it is read whole. The largest known ha
 
 
 class PromptTokenizer:
-    """The tokenizer of a model folder, which neither cuts nor pads a prompt.
+    """The tokenizer of a model folder, which neither cuts nor pads; `what` it is needed for.
 
     Raises
     ------
@@ -22,17 +22,17 @@ class PromptTokenizer:
         Without the tokenizers library.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "prompts") -> None:
         try:
             from tokenizers import Tokenizer
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                "prompts need tokenizers: pip install 'moe-fast[recipes]'", name="tokenizers"
+                f"{what} need tokenizers: pip install 'moe-fast[recipes]'", name="tokenizers"
             ) from None
         self.file = folder / "tokenizer.json"
         if not self.file.is_file():
             raise CheckpointError(
-                "is missing, and prompts need it "
+                f"is missing, and {what} need it "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)",
                 file=self.file,
             )

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
-from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
+from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of, require_layers
 from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
@@ -190,7 +189,7 @@ def check_moe(
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
     if not model.layers and not (folder / MANIFEST).exists():
-        raise CheckpointError("holds no experts; it is not an MoE", file=folder)
+        require_layers(model)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
     summary = f"{len(model.tensors)} tensors in {where}, without holes"
@@ -396,7 +395,7 @@ def first_difference(tensor: Tensor, design: Design, name: str) -> str | None:
         for piece in weight.pieces:
             if isinstance(piece, Remembered):
                 written = read_exactly(stream, piece.nbytes, tensor.file.path)
-                if sha256(written).hexdigest() != piece.sha256:
+                if not piece.is_digest_of(written):
                     return f"is not the one whose SHA-256 {MANIFEST} has"
                 position += piece.nbytes
                 continue
@@ -462,11 +461,19 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
         if index not in known
     ]
     summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
+    others = check_other_weights(model, sources)
+    if experts and not known:
+        problems = [
+            f"{model.path}: no expert equals an FFN of the sources: the model was trained or "
+            "changed since, or was grown from others; without --against, the rest is checked"
+        ]
+        if others.problems:
+            others = not_possible("other weights", "no expert equals the sources'")
     reason = "a checkpoint without a manifest does not say how its {} were made"
     return [
         finding("experts", summary, problems, summary),
         not_possible("routers", reason.format("routers")),
-        check_other_weights(model, sources),
+        others,
         not_possible("configuration", reason.format("keys")),
         compare_companions(model, find_companions(sources[0].path)),
     ]
@@ -540,7 +547,8 @@ def check_routing(model: MoeModel) -> Finding:
         for router in reports
         if not router.finite
     ]
-    tied = [router.layer for router in reports if router.tied_experts == model.num_experts > 1]
+    tied = [router.layer for router in reports if router.row_repeats == model.num_experts > 1]
+    shared = {router.row_repeats for router in reports} - {None, 1, model.num_experts}
     summary = f"{len(reports)} routers, all numbers finite"
     variations = [v for router in reports if (v := router.coefficient_of_variation) is not None]
     entropies = [e for router in reports if (e := router.mean_entropy) is not None]
@@ -550,6 +558,9 @@ def check_routing(model: MoeModel) -> Finding:
             f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
             f"{math.log(model.num_experts):.3f})"
         )
+    if shared:
+        numbers = ", ".join(str(number) for number in sorted(filter(None, shared)))
+        summary += f"; experts share rows, {numbers} in a row: the shards of a copy"
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "

@@ -5,12 +5,15 @@ Whatever happens to a weight on its way happens here, so that a target only give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moe_fast.checkpoint.averages import Averaged
+from moe_fast.checkpoint.clusters import Labels
 from moe_fast.checkpoint.neurons import (
     NeuronColumns,
     NeuronRows,
@@ -26,13 +29,17 @@ from moe_fast.config import MoeConfig
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
+from moe_fast.models.readers import find_other_token
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
-from moe_fast.storage.pieces import FileRange, Piece, SideBySide
-from moe_fast.storage.safetensors_header import Tensor
+from moe_fast.storage.low_rank import LowRankSum
+from moe_fast.storage.pieces import FileRange, Piece, Remembered, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
-from moe_fast.wording import format_numbers
+from moe_fast.wording import brief, format_numbers
+
+Split = Literal["contiguous", "random", "clustered"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ class Construction:
 
     granularity: int = 1
     """In how many experts each FFN is split."""
+    row_repeats: int = 1
+    """How many experts, one after the other, start with the same row of the router."""
+    split: Split | None = None
+    """How one FFN is split into all experts; none: it is copied, and the copies may be split."""
+    clusters: Mapping[int, Labels] = field(default_factory=dict)
+    """Of each layer's neurons, where these say how the FFN is split."""
     mix_copies: bool = False
     shuffled: bool = False
     """Whether the neurons of each copy are put into another order before they are split."""
@@ -94,34 +107,32 @@ class Construction:
         return tuple(layer for layer in range(self.plan.num_layers) if layer not in dense)
 
     def opened_models(self) -> list[DenseModel]:
-        """The base and the sources, each folder once."""
+        """The base and the sources, each once."""
         models = (self.base, *self.sources, *self.shared_sources)
-        return list({model.path: model for model in models}.values())
+        return list({model.identity: model for model in models}.values())
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
-        tensor = self.base.tensors[name]
+        kept = self.base.weight(name)
         if not self.backbone:
-            return self.convert(Weight.of(tensor))
-        tensors = [model.tensors[name] for model, _ in self.backbone]
+            return self.convert(kept)
+        weights = [model.weight(name) for model, _ in self.backbone]
         mean = Averaged(
-            tuple(FileRange(t.file, t.offset, t.nbytes) for t in tensors),
-            tuple(t.dtype for t in tensors),
-            tuple(weight for _, weight in self.backbone),
-            self.converted_to or tensor.dtype,
+            tuple(weight.pieces[0] for weight in weights),
+            tuple(weight.dtype for weight in weights),
+            tuple(share for _, share in self.backbone),
+            self.converted_to or kept.dtype,
         )
-        return Weight(mean.to, tensor.shape, (mean,))
+        return Weight(mean.to, kept.shape, (mean,))
 
     def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
 
-    def perturb(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
-        """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
-        weight = Weight.of(tensor)
+    def perturb(self, weight: Weight, model: ExpertSource, name: str) -> Weight:
+        """A source's weight with its expert's noise and scale; `name` tells noise from noise."""
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
         if model.noise_scale != 0 or scale != 1:
             (source,) = weight.pieces
-            assert isinstance(source, FileRange)
             stream = choose_stream(self.seed, name)
             piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
             weight = Weight(weight.dtype, weight.shape, (piece,))
@@ -145,22 +156,32 @@ class Construction:
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
-        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
+        source_layer = int(self.plan.source_layer[layer, expert])
+        weight = self.sources[model].ffn_weight(source_layer, role)
         copy, shard = divmod(expert, self.granularity)
-        weight = self.perturb(tensor, self.models[model], f"{layer} {copy} {role}")
+        weight = self.perturb(weight, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
         if self.granularity > 1 or self.shuffled:
-            width = self.expert_width
-            stream = choose_stream(self.seed, f"{layer} {copy} neurons") if self.shuffled else None
-            start, whole = shard * width, self.base.sizes.intermediate_size
-            neurons = Neurons(whole, start, start + width, stream)
-            weight = take_neurons(weight, neurons, columns)
+            weight = take_neurons(weight, self.neurons(layer, copy, shard), columns)
         if self.reinit:
             number = int(self.reinit * self.expert_width)
             weight = self.redraw(weight, number, layer, expert, role)
         if self.granularity > 1 and self.scale_shards:
-            weight = scale_weight(weight, shard_factor(self.granularity, role))
+            factor = shard_factor(self.granularity, role)
+            weight = scale_weight(weight, factor, self.converted_to or weight.dtype)
         return self.convert(weight)
+
+    def neurons(self, layer: int, copy: int, shard: int) -> Neurons:
+        """Those that an expert takes of its FFN."""
+        width, whole = self.expert_width, self.base.sizes.intermediate_size
+        start, stop = shard * width, (shard + 1) * width
+        if layer in self.clusters:
+            chosen = tuple(np.flatnonzero(self.clusters[layer] == shard).tolist())
+            return Neurons(whole, start, stop, chosen=chosen)
+        if self.shuffled or self.split == "random":
+            stream = choose_stream(self.seed, f"{layer} {copy} neurons")
+            return Neurons(whole, start, stop, stream)
+        return Neurons(whole, start, stop)
 
     def redraw(self, weight: Weight, number: int, layer: int, expert: int, role: str) -> Weight:
         """An expert's matrix with `number` of its neurons drawn anew."""
@@ -179,8 +200,12 @@ class Construction:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
-        if self.granularity > 1:  # the shards of a copy are chosen together
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.granularity)
+        if self.row_repeats > 1:
+            size, times = shape[1] * ITEM_SIZES[self.dtype], self.row_repeats
+            if isinstance(rows, Remembered):
+                rows = Remembered(rows.nbytes * times, rows.sha256, size, times)
+            else:
+                rows = RepeatedRows(rows, size, times)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
@@ -191,8 +216,8 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
-        tensor = self.shared_sources[index].ffn(source_layer, role)
-        return self.convert(self.perturb(tensor, model, f"{layer} shared {index} {role}"))
+        weight = self.shared_sources[index].ffn_weight(source_layer, role)
+        return self.convert(self.perturb(weight, model, f"{layer} shared {index} {role}"))
 
     def shared_ffn(self, layer: int, role: str) -> Weight:
         """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
@@ -213,7 +238,7 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.convert(Weight.of(self.base.ffn(layer, role).first_rows(width)))
+        return self.convert(Weight.of(self.base.ffn(layer, role).rows(0, width)))
 
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
@@ -223,6 +248,9 @@ class Construction:
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = [*self.width_problems(), *self.backbone_problems()]
+        if not self.backbone:
+            problems += beside_ffn_problems(self.sources)
+        problems += beside_ffn_problems(self.shared_sources)
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -240,8 +268,9 @@ class Construction:
         width = self.base.sizes.intermediate_size
         if width % self.granularity:
             tensor = self.base.ffn(0, "gate_proj")
+            parts = "the number of experts," if self.split else "granularity"
             yield Problem(
-                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of granularity "
+                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of {parts} "
                 f"{self.granularity}",
                 file=tensor.file.path,
                 tensor=tensor.name,
@@ -255,6 +284,13 @@ class Construction:
         for layer in self.dense_layers:
             names += [f"model.layers.{layer}.mlp.{role}.weight" for role in FFN]
         for model, _ in self.backbone:
+            token = find_other_token(model.path, self.base.path)
+            if token is not None:
+                what = (
+                    f"numbers its tokens otherwise than the base model's, {brief(token)} for one: "
+                    "there is no mean of their embeddings"
+                )
+                yield Problem(what, file=model.path / "tokenizer.json")
             for name in names:
                 yield from self.mean_problems(model, name)
 
@@ -276,7 +312,12 @@ class Construction:
         if self.granularity == 1:
             return
         chosen, shards = self.config.num_experts_per_tok, self.granularity
-        if chosen % shards:
+        if self.split and chosen != shards:
+            yield (
+                f"num_experts_per_tok {chosen} of {shards} parts of one FFN: an approximation of "
+                f"what the dense model computes, until it is trained; {shards} per token are exact"
+            )
+        elif chosen % shards:
             yield (
                 f"num_experts_per_tok {chosen} is not a multiple of granularity {shards}: a token "
                 "takes some shards of a copy and not the others, so that the output does not "
@@ -301,10 +342,12 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     """Some neurons of a matrix: of its rows, or of its `columns`."""
     (source,) = weight.pieces
     rows, width = weight.shape
+    if isinstance(source, LowRankSum):
+        return take_neurons_of_sum(source, weight.shape, neurons, columns)
     if columns:
         piece: Piece = NeuronColumns(source, weight.dtype, neurons)
         return Weight(weight.dtype, (rows, neurons.count), (piece,))
-    if neurons.stream is None and isinstance(source, FileRange):
+    if neurons.in_place and isinstance(source, FileRange):
         size = width * ITEM_SIZES[weight.dtype]
         start = source.offset + neurons.start * size
         piece = FileRange(source.file, start, neurons.count * size)
@@ -313,11 +356,29 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     return Weight(weight.dtype, (neurons.count, width), (piece,))
 
 
-def scale_weight(weight: Weight, factor: float) -> Weight:
+def take_neurons_of_sum(
+    total: LowRankSum, shape: tuple[int, ...], neurons: Neurons, columns: bool
+) -> Weight:
+    """The same of a sum, of which each neuron needs its own rows or columns alone."""
+    rows, width = shape
+    w = take_neurons(Weight(total.dtype, shape, (total.w,)), neurons, columns)
+    if columns:
+        a = Weight(total.a_dtype, (total.rank, width), (total.a,))
+        (piece,) = take_neurons(a, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], a=piece, columns=neurons.count)
+    else:
+        b = Weight(total.b_dtype, (rows, total.rank), (total.b,))
+        (piece,) = take_neurons(b, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], b=piece)
+    return Weight(w.dtype, w.shape, (total,))
+
+
+def scale_weight(weight: Weight, factor: float, dtype: str) -> Weight:
+    """A weight times a factor in `dtype`, which must not be rounded to another one before."""
     if factor == 1:
         return weight
-    pieces = tuple(Scaled(piece, weight.dtype, factor) for piece in weight.pieces)
-    return Weight(weight.dtype, weight.shape, pieces)
+    pieces = tuple(Scaled(piece, weight.dtype, factor, dtype) for piece in weight.pieces)
+    return Weight(dtype, weight.shape, pieces)
 
 
 def shard_factor(granularity: int, role: str) -> float:
@@ -378,6 +439,7 @@ def find_misfits(
         "attention biases": (source.attention_biases, base.attention_biases),
         "norms": (source.family.norms, base.family.norms),
         "norm of queries and keys": (source.family.qk_norm, base.family.qk_norm),
+        "blocks": (source.family.blocks, base.family.blocks),
         "residual_multiplier": (
             source.multipliers.residual_multiplier,
             base.multipliers.residual_multiplier,
@@ -479,7 +541,13 @@ def plan_experts(
     )
 
 
-def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
+def open_sources(sources: Sequence[ExpertSource], base: str) -> tuple[list[DenseModel], DenseModel]:
     """The source models and the base, each folder opened once; all their problems at once."""
-    opened = collect(open_dense_model, (*models, base))
-    return [opened[model] for model in models], opened[base]
+    opened = collect(open_dense_model, (*(source.model for source in sources), base))
+
+    def open_with_adapter(pair: tuple[str, str | None]) -> DenseModel:
+        model, lora = pair
+        return opened[model] if lora is None else open_adapted_model(Path(lora), opened[model])
+
+    adapted = collect(open_with_adapter, [(source.model, source.lora) for source in sources])
+    return [adapted[source.model, source.lora] for source in sources], opened[base]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from moe_fast.checkpoint.arrangement import is_weight, range_of
+from moe_fast.checkpoint.arrangement import is_weight
 from moe_fast.checkpoint.card import CARD, updated_card
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
@@ -20,7 +20,7 @@ from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
-from moe_fast.families.config import is_count, read_rope
+from moe_fast.families.config import read_rope
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
 from moe_fast.families.readers import find_readers
@@ -28,18 +28,17 @@ from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
-from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
+from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_layers
+from moe_fast.models.quantisation import block_of, dequantised, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
-from moe_fast.storage.arithmetic import Dequantised
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
-from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
@@ -203,8 +202,7 @@ def convert_moe(
 def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -> ConvertDesign:
     """From headers and routers, and from the head if it should be the embedding."""
     model = open_moe_model(request.model)
-    if not model.layers:
-        raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
+    require_layers(model)
     family = None if model.assumed else moe_families().get(model.model_type)
     problems = model.surgery_problems()
     if family is not None:
@@ -367,67 +365,6 @@ def refuse_extras(layer: MoeLayer, dropped: set[str]) -> None:
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name!r} has no place in the other layout"
             )
-
-
-def find_scales(model: MoeModel) -> dict[str, Tensor]:
-    """The scales of each tensor in FP8, by its name.
-
-    Raises
-    ------
-    CheckpointError
-        For a model that is quantised in another way.
-    """
-    file = model.path / "config.json"
-    quantised = quantisation_of(model)
-    if quantised is None:
-        return {}
-    method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
-    if method != "fp8" or not isinstance(block, list) or not is_block(block):
-        kind = brief(method) if method != "fp8" else "'fp8' without weight_block_size"
-        raise CheckpointError(
-            f"{file}: quantization_config: {kind} cannot be dequantised; 'fp8' with scales for "
-            "blocks (weight_block_size) can"
-        )
-    found = {}
-    for name, tensor in model.tensors.items():
-        scale = model.tensors.get(f"{name}_scale_inv")
-        if tensor.dtype != "F8_E4M3" or scale is None or len(tensor.shape) != 2:
-            continue
-        expected = tuple(-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
-        if scale.shape != expected or scale.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{scale.file.path}: tensor {scale.name!r} is {scale.dtype} of shape "
-                f"{list(scale.shape)}; scales of blocks of {brief(block)} are {list(expected)}, "
-                f"in {', '.join(WEIGHT_DTYPES)}"
-            )
-        found[name] = scale
-    return found
-
-
-def quantisation_of(model: MoeModel) -> Mapping[str, Any] | None:
-    for config in (model.config, model.language_config):
-        if isinstance(config.get("quantization_config"), dict):
-            found: Mapping[str, Any] = config["quantization_config"]
-            return found
-    return None
-
-
-def is_block(value: list[Any]) -> bool:
-    return len(value) == 2 and all(map(is_count, value))
-
-
-def block_of(model: MoeModel) -> tuple[int, int]:
-    """The rows and columns that share a scale."""
-    quantised = quantisation_of(model)
-    assert quantised is not None
-    rows, columns = quantised["weight_block_size"]
-    return rows, columns
-
-
-def dequantised(tensor: Tensor, scale: Tensor, block: tuple[int, int], to: str) -> Weight:
-    rows, columns = tensor.shape
-    piece = Dequantised(range_of(tensor), (rows, columns), range_of(scale), scale.dtype, block, to)
-    return Weight(to, tensor.shape, (piece,))
 
 
 def check_dtypes(parts: Sequence[Tensor]) -> None:

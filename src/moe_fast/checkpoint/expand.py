@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
@@ -26,7 +25,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -137,7 +136,7 @@ def expand_moe(
     times, rest = divmod(number, before)
     grows = not keep_k and not rest and top_k is not None
     request = ExpandRequest(
-        model=str(Path(model).absolute()),
+        model=str(as_path(model, "model").absolute()),
         copies=copies,
         num_experts_per_tok=times * top_k if grows and top_k is not None else top_k,
         by=by if rest else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.checkpoint.arrangement import Group, mean_of, range_of
@@ -19,7 +18,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.config import Multipliers
@@ -157,7 +156,7 @@ def extract_dense(
             experts = range(as_index(expert, "expert", maximum=most - 1), expert + 1)
         chosen = {layer.key: tuple(experts) for layer in opened.layers}
     request = ExtractRequest(
-        model=str(Path(model).absolute()),
+        model=str(as_path(model, "model").absolute()),
         experts=chosen,
         mean=bool(mean),
         by=None if best is None else by,
@@ -178,6 +177,11 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
             f" {', '.join(moe_families())} have one"
         )
     twin = dense_families()[family.dense_twin]
+    if twin.blocks is not None:
+        raise CheckpointError(
+            f"{family.title} cannot be extracted: what becomes of its {twin.blocks} is not known",
+            file=model.path / "config.json",
+        )
     left_out = set(router_tensors(model))
     problems = [
         *structure_problems(model),

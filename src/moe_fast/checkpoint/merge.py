@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.checkpoint.arrangement import Group, arranged_config, arranged_tensors, groups_of
@@ -19,7 +18,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_size
+from moe_fast.checks import as_path, as_size
 from moe_fast.errors import CheckpointError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -109,7 +108,7 @@ def merge_experts(
     read, where, warnings = read_groups(groups, opened)
     check_merging(opened, read, where)
     request = MergeRequest(
-        model=str(Path(model).absolute()), groups=read, max_shard_size=shard_size
+        model=str(as_path(model, "model").absolute()), groups=read, max_shard_size=shard_size
     )
     return perform(request, output, writing, files_given(groups), warnings)
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.storage.floats import UNSIGNED, decode, encode
-from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range
+from moe_fast.storage.floats import UNSIGNED, decode
+from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range, rounded_to
 
 Indices = npt.NDArray[np.intp]
 # Of rows in another order, so much of the result is collected in one pass over the source.
@@ -26,19 +26,30 @@ LANES = 64
 
 @dataclass(frozen=True, slots=True)
 class Neurons:
-    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into."""
+    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into.
+
+    Or those that are `chosen`, which are as many.
+    """
 
     width: int
     start: int
     stop: int
     stream: int | None = None
+    chosen: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
         return self.stop - self.start
 
+    @property
+    def in_place(self) -> bool:
+        """Whether they stand beside each other, in this order, in the whole network."""
+        return self.stream is None and self.chosen is None
+
     def indices(self) -> Indices:
         """Their numbers in the whole network."""
+        if self.chosen is not None:
+            return np.array(self.chosen, np.intp)
         if self.stream is None:
             return np.arange(self.start, self.stop)
         return shuffle(self.width, self.stream)[self.start : self.stop]
@@ -74,7 +85,7 @@ class NeuronRows:
 
     def chunks(self) -> Iterator[memoryview]:
         size = self.row_nbytes
-        if self.neurons.stream is None:
+        if self.neurons.in_place:
             start, stop = self.neurons.start * size, self.neurons.stop * size
             yield from read_range(self.source, start, stop)
             return
@@ -113,7 +124,7 @@ class NeuronColumns:
     def chunks(self) -> Iterator[memoryview]:
         neurons, size = self.neurons, ITEM_SIZES[self.dtype]
         in_order = slice(neurons.start, neurons.stop)
-        columns = in_order if neurons.stream is None else neurons.indices()
+        columns = in_order if neurons.in_place else neurons.indices()
         row = neurons.width * size
         for block in read_in_blocks((self.source,), max(1, CHUNK // row) * row):
             matrix = np.frombuffer(block, UNSIGNED[size]).reshape(-1, neurons.width)
@@ -122,21 +133,23 @@ class NeuronColumns:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The weights of a piece times a factor, rounded once; exact for powers of two."""
+    """The weights of a piece times a factor, rounded once, to `to`; exact for powers of two."""
 
     source: Piece
     dtype: str
     factor: float
+    to: str
 
     @property
     def nbytes(self) -> int:
-        return self.source.nbytes
+        return self.source.nbytes // ITEM_SIZES[self.dtype] * ITEM_SIZES[self.to]
 
     def chunks(self) -> Iterator[memoryview]:
         for chunk in self.source.chunks():
             with np.errstate(over="ignore", invalid="ignore"):
-                values = decode(chunk, self.dtype) * np.float32(self.factor)
-            yield encode(values, self.dtype).data
+                values = decode(chunk, self.dtype)
+                values *= np.float32(self.factor)
+            yield rounded_to(self.to, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +202,7 @@ class Redrawn:
             kernels.compiled.fill_normal(values, 0, values.size, self.stream, drawn, deviation)
             drawn += values.size
             matrix[redraw] = values + np.float32(mean)
-            yield encode(matrix, self.dtype).data
+            yield rounded_to(self.dtype, matrix)
 
     def blocks(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[npt.NDArray[np.float32], ...]]:
         """The matrix in blocks of rows, each with what is to be drawn anew in it."""

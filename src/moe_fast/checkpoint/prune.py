@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
@@ -26,7 +25,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -140,7 +139,7 @@ def prune_moe(
         number = as_index(num_experts, "num_experts", minimum=1, maximum=opened.num_experts)
         kept, warnings = choose_by_scores(opened, number, scores, by, ungroup=ungroup)
     request = PruneRequest(
-        model=str(Path(model).absolute()),
+        model=str(as_path(model, "model").absolute()),
         keep=kept,
         by=by if keep is None else None,
         ungroup=ungroup,

@@ -27,9 +27,10 @@ from moe_fast.command.console import (
     show_operation,
     show_plan,
     show_routing,
+    show_scores,
 )
 from moe_fast.command.options import in_options, is_about_option, option_names
-from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
 from moe_fast.reports import Report, json_document
@@ -84,6 +85,19 @@ OPTIONS_OF_MODELS = (
     "base",
     "dense_layers",
     "routers",
+    "seed",
+    "granularity",
+    "mix_copies",
+    "shuffle",
+    "reinit",
+    "reinit_sets",
+    "split",
+    "backbone",
+    "logit_std",
+    "text",
+    "tokens",
+    "tokens_used",
+    "device",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -112,9 +126,35 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Find every problem, show the plan, write nothing."),
 ]
+Granularity = Annotated[
+    int, typer.Option(help="Experts that each FFN is split into; --experts counts the split ones.")
+]
+Experts = Annotated[
+    int | None, typer.Option(help="Experts per layer.", show_default="8, or 8 copies split")
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(help="Experts per token.", show_default="2, or those of one split copy"),
+]
 RouterStart = Annotated[
     RouterInit,
     typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+]
+LogitStd = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="How sharp they start: the standard deviation over the experts of a token's logits.",
+        show_default="as the start draws them",
+    ),
+]
+TokensUsed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many tokens routers are made from.",
+        show_default="8192, or 40 an expert",
+    ),
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -134,6 +174,17 @@ Scores = Annotated[
 ScoredBy = Annotated[
     str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
 ]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."
+    ),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
@@ -207,8 +258,8 @@ def build(
         ),
     ],
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
     target: Annotated[
         str,
         typer.Option(
@@ -248,6 +299,55 @@ def build(
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "balanced",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    granularity: Granularity = 1,
+    mix_copies: Annotated[
+        bool,
+        typer.Option(
+            "--mix-copies", help="Let tokens take parts of several copies, where groups keep apart."
+        ),
+    ] = False,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Put each copy's neurons in another order before a split."),
+    ] = False,
+    reinit: Annotated[
+        float,
+        typer.Option(
+            metavar="PART", help="Of each expert's neurons, draw so many anew: 0 to 1; 0.5 is good."
+        ),
+    ] = 0.0,
+    reinit_sets: Annotated[
+        str,
+        typer.Option(
+            metavar="SETS",
+            help="shared: the same neurons in gate, up and down; separate: others in each.",
+            autocompletion=lambda: ["shared", "separate"],
+        ),
+    ] = "shared",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="Make all experts from one FFN, without copies: contiguous, random or clustered.",
+            autocompletion=lambda: ["contiguous", "random", "clustered"],
+            show_default="copies",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="MEAN",
+            help="Where all but the experts comes from: base, mean of the models, or their weights "
+            "in it, such as 2,1,1.",
+            autocompletion=lambda: ["base", "mean"],
+        ),
+    ] = "base",
+    logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -280,13 +380,26 @@ def build(
             report = moe_fast.build_moe(
                 models,
                 output,
-                MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
+                choose_config(experts, experts_per_token, granularity),
                 target=target,
                 layout=layout,
                 dtype=cast(Any, dtype),
                 base=base,
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
+                seed=seed,
+                granularity=granularity,
+                mix_copies=mix_copies,
+                shuffle=shuffle,
+                reinit=reinit,
+                reinit_sets=cast(Any, reinit_sets),
+                split=cast(Any, split),
+                backbone=parse_backbone(backbone),
+                logit_std=logit_std,
+                texts=text_files(text),
+                tokens=tokens,
+                tokens_used=tokens_used,
+                device=device,
                 **how,
             )
     show(report, show_build, as_json)
@@ -316,7 +429,7 @@ def check(
     against: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A source model, once for each: where the manifest is missing or they have moved."
+            help="A source model; repeat for each. Needed if it moved or the manifest is gone."
         ),
     ] = None,
     text: Annotated[
@@ -406,6 +519,52 @@ def convert(
             progress=progress,
         )
     show(report, show_conversion, as_json)
+
+
+@app.command(
+    cls=Command,
+    help="Run an MoE over texts and write what each of its experts is worth.",
+    epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
+)
+def score(
+    context: typer.Context,
+    model: MoeFolder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
+    ],
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
+    ] = None,
+    mean_outputs: Annotated[
+        bool, typer.Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
+    ] = False,
+    gate_similarity: Annotated[
+        bool,
+        typer.Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    with reported_errors(context), progress_bar("reading") as progress:
+        report = moe_fast.score_experts(
+            model,
+            output,
+            texts=text,
+            tokens=tokens,
+            length=length,
+            mean_outputs=mean_outputs,
+            gate_similarity=gate_similarity,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, show_scores, as_json)
 
 
 @app.command(
@@ -654,16 +813,19 @@ def plan(
     context: typer.Context,
     models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
     layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
+    granularity: Granularity = 1,
     hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
-        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
-        made = moe_fast.plan_moe_construction(models, layers, config)
-        report = made.report(hidden_size, intermediate_size, experts)
+        config = choose_config(experts, experts_per_token, granularity)
+        made = moe_fast.plan_moe_construction(models, layers, config, granularity=granularity)
+        report = made.report(
+            hidden_size, intermediate_size, config.num_experts, granularity=granularity
+        )
     if as_json:
         print_json({"plan": made.to_dict(), "report": report.to_dict()})
     else:
@@ -884,6 +1046,11 @@ def read_text(text: str | None) -> str | None:
     return text
 
 
+def text_files(files: Sequence[Path] | None) -> list[Path]:
+    """The files of text, whose names never stand for texts here."""
+    return list(files or ())
+
+
 def open_states(file: Path | None) -> Any:
     from moe_fast.storage.npy import map_npy
 
@@ -941,6 +1108,18 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        ) from None
+
+
+def parse_backbone(text: str) -> Any:
+    """`base`, `mean`, or the weights between commas."""
+    if text in ("base", "mean"):
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", param_hint="--backbone"
         ) from None
 
 

@@ -14,9 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import format_count, format_quantity, format_range, format_runs
+from moe_fast.wording import (
+    brief,
+    format_count,
+    format_quantity,
+    format_range,
+    format_runs,
+    name_layer,
+)
 
 if TYPE_CHECKING:
+    from moe_fast.calibration.score import ScoreReport
     from moe_fast.checkpoint.build import BuildReport
     from moe_fast.checkpoint.check import CheckReport
     from moe_fast.checkpoint.compare import CompareReport
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.operation import OperationReport
     from moe_fast.command.doctor import Diagnosis
     from moe_fast.families.rules import Reader
-    from moe_fast.models.inspection import ModelReport, Place
+    from moe_fast.models.inspection import ModelReport, Place, RouterReport
     from moe_fast.plan import MoeConstructionPlan, MoeReport
     from moe_fast.routing.health import RouterHealth
     from moe_fast.routing.statistics import RoutingStats
@@ -91,7 +99,8 @@ def print_lines(
 def show_build(report: BuildReport) -> None:
     pairs = {
         "output": f"{report.output} ({report.target})",
-        "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
+        "experts": f"{report.num_experts} per layer{describe_split(report)}, "
+        f"{report.num_experts_per_tok} per token",
         "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
         "parameters": f"{report.num_parameters:,}",
         "use of models": describe_use(report.load_balance),
@@ -110,6 +119,14 @@ def show_build(report: BuildReport) -> None:
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def describe_split(report: BuildReport) -> str:
+    if report.granularity == 1:
+        return ""
+    copies = report.num_experts // report.granularity
+    what = "1 copy" if copies == 1 else f"{copies} copies"
+    return f" ({what} split in {report.granularity})"
 
 
 def name_dense_layers(layers: Sequence[int]) -> str:
@@ -139,8 +156,10 @@ def describe_use(load_balance: float) -> str:
 
 
 def describe_prediction(health: RouterHealth) -> str:
+    before = health.coefficient_of_variation_before
+    was = f", {format_range(before, 4)} before it was evened" if before else ""
     return (
-        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even){was}, "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
         f"{'; on real text it is less even' if health.hidden_states == 'random tokens' else ''}"
     )
@@ -225,6 +244,27 @@ def show_operation(report: OperationReport) -> None:
         warn(warning)
 
 
+def show_scores(report: ScoreReport) -> None:
+    table = Table("layer", "tokens per expert", "reap", "mean norm", box=None)
+    for key, scores in list(report.layers.items())[:MOST_LINES]:
+        table.add_row(
+            key,
+            *(format_range(scores[name]) for name in ("frequency", "reap", "ean_mean")),
+        )
+    output_console.print(table)
+    pairs = {
+        "output": str(report.output),
+        "experts": f"{report.num_experts} per layer",
+        "tokens": f"{report.num_tokens:,}",
+        "seconds": f"{report.seconds:.2f}",
+    }
+    if report.arrays is not None:
+        pairs["matrices"] = str(report.arrays)
+    show_pairs(pairs)
+    for warning in report.warnings:
+        warn(warning)
+
+
 def show_readers(readers: Iterable[Reader]) -> None:
     for reader in readers:
         why = "" if reader.loads else f" does not load it: {'; '.join(reader.reasons)}"
@@ -263,36 +303,63 @@ def show_model(report: ModelReport) -> None:
         "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
-    if report.num_moe_layers:
+    if report.num_mtp_layers:
+        pairs["prediction"] = (
+            f"{format_count(report.num_mtp_layers, 'layer')} for multi-token prediction besides, "
+            f"of {report.num_mtp_parameters:,} parameters"
+        )
+    per_token = report.num_experts_per_tok
+    chosen = f"{per_token if per_token is not None else 'an unknown number'} per token"
+    if report.layout == "dense":
+        pairs["experts"] = "none: a dense model"
+    else:
         active = report.active_parameters
-        per_token = report.num_experts_per_tok
         pairs |= {
             "active": "unknown" if active is None else f"{active:,} per token",
             "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
-            "experts": f"{report.num_experts} per layer, "
-            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+        }
+    if report.unknown_experts is not None:
+        number = "an unknown number" if report.num_experts is None else report.num_experts
+        pairs |= {
+            "experts": f"{number} per layer, {chosen}",
+            "layout": f"not known here: {report.unknown_experts}",
+        }
+    elif report.layout != "dense":
+        pairs |= {
+            "experts": f"{report.num_experts} per layer, {chosen}, "
             f"{report.parameters_per_expert:,} parameters each",
             "layout": report.layout,
         }
-    else:
-        pairs["experts"] = "none: a dense model"
+    if report.quantization is not None:
+        pairs["quantised"] = (
+            f"{brief(report.quantization)}; how it packs numbers is not known here, and parameters "
+            "are counted as stored"
+        )
     show_pairs(pairs)
     if report.routers:
         show_routers(report)
     if report.copies is not None:
-        show_copies(report.copies)
+        show_copies(report.copies, report.num_layers)
     for problem in report.problems:
         complain(problem)
 
 
 def show_routers(report: ModelReport) -> None:
     routers = report.routers
+
+    def of_rows(values: Sequence[float | None]) -> list[str]:
+        cells = align_numbers(values)
+        return [
+            cell if router.finite else "not finite"
+            for cell, router in zip(cells, routers, strict=True)
+        ]
+
     columns = {
-        "layer": [str(router.layer) for router in routers],
-        "smallest row": align_numbers([router.smallest_norm for router in routers]),
-        "greatest row": align_numbers([router.greatest_norm for router in routers]),
-        "most alike": align_numbers([router.most_alike for router in routers]),
-        "tied experts": [str(router.tied_experts) for router in routers],
+        "layer": [name_layer(router.layer, report.num_layers) for router in routers],
+        "smallest row": of_rows([router.smallest_norm for router in routers]),
+        "greatest row": of_rows([router.greatest_norm for router in routers]),
+        "most alike": of_rows([router.most_alike for router in routers]),
+        "tied experts": [describe_ties(router) for router in routers],
         "load cv": align_numbers([router.coefficient_of_variation for router in routers]),
         "entropy": align_numbers([router.mean_entropy for router in routers]),
     }
@@ -303,7 +370,13 @@ def show_routers(report: ModelReport) -> None:
     show_columns(columns)
 
 
-def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+def describe_ties(router: RouterReport) -> str:
+    if router.row_repeats is not None and 1 < router.row_repeats < router.tied_experts:
+        return f"{router.tied_experts}, in {router.row_repeats}s"
+    return str(router.tied_experts)
+
+
+def show_copies(copies: Iterable[tuple[Place, ...]], num_layers: int) -> None:
     """Groups of equal experts, those that look the same in every layer in one line."""
     lines: dict[str, list[int]] = {}
     for group in copies:
@@ -312,11 +385,15 @@ def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
             experts = format_runs(expert for _, expert in group)
             lines.setdefault(f"experts {experts}", []).append(layers.pop())
         else:
-            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            names = [(expert, name_layer(layer, num_layers)) for layer, expert in group]
+            places = ", ".join(f"{expert} of layer {layer}" for expert, layer in names)
             lines.setdefault(f"experts {places}", [])
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
-        say(f"  {experts}" + (f" in layers {format_runs(where)}" if where else ""))
+        own = format_runs(layer for layer in where if layer < num_layers)
+        ahead = [name_layer(layer, num_layers) for layer in where if layer >= num_layers]
+        listed = ", ".join([*([own] if own else []), *ahead])
+        say(f"  {experts}" + (f" in layers {listed}" if listed else ""))
 
 
 def show_routing(stats: RoutingStats) -> None:

@@ -64,18 +64,27 @@ class Multipliers(NamedTuple):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: its base, and its scaling if it has any."""
+    """Rotary position embedding: its base, and its scaling if it has any.
+
+    `partial` is the part of each head that it turns. `layer_thetas` are the bases of the layers
+    where these differ, 0 where a layer has no embedding of positions.
+    """
 
     theta: float
     scaling: Mapping[str, Any] | None = None
+    partial: float = 1.0
+    layer_thetas: tuple[float, ...] | None = None
 
     def in_every_spelling(self) -> dict[str, Any]:
         """The keys of `config.json` that say so, for every reader."""
         scaling = None if self.scaling is None else dict(self.scaling)
+        parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": self.theta}
+        partial = {} if self.partial == 1 else {"partial_rotary_factor": self.partial}
         keys = {
             "rope_theta": self.theta,
             "rope_scaling": scaling,
-            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": self.theta},
+            "rope_parameters": {**parameters, **partial},
+            **partial,
         }
         if scaling is not None and scaling["rope_type"] == "longrope" and ORIGINAL in scaling:
             keys[ORIGINAL] = scaling[ORIGINAL]  # transformers 4 looks for it there alone
@@ -121,7 +130,10 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
     "true or false": (
         lambda value: isinstance(value, bool),
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        (
+            *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+            *("attention_out_bias", "use_bias"),
+        ),
     ),
     "a token's number or null": (is_token, ("bos_token_id", "pad_token_id")),
     "a token's number, a list of them or null": (
@@ -192,7 +204,13 @@ def read_rope(config: Mapping[str, Any], file: Path, *, partial: bool = False) -
     part = merged.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1))
     if part != 1 and not partial:
         raise CheckpointError(
-            f"partial_rotary_factor is {brief(part)}; no target rotates a part of a head", file=file
+            f"partial_rotary_factor is {brief(part)}; models of this family rotate whole heads",
+            file=file,
+        )
+    if not is_number(part) or not 0 < part <= 1:
+        raise CheckpointError(
+            f"partial_rotary_factor is {brief(part)}; it must be a number above 0, at most 1",
+            file=file,
         )
     for key, value in merged.items():
         numbers = value if isinstance(value, list) else [value]
@@ -202,7 +220,8 @@ def read_rope(config: Mapping[str, Any], file: Path, *, partial: bool = False) -
                 "it must be a number or a list of numbers",
                 file=file,
             )
-    return Rope(theta, None if kind == "default" else {"rope_type": kind, **merged})
+    scaled = None if kind == "default" else {"rope_type": kind, **merged}
+    return Rope(theta, scaled, float(part))
 
 
 def first_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

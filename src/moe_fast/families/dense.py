@@ -1,22 +1,35 @@
-"""What every dense family has in common, and a dense model as it was read."""
+"""What every dense family has in common, and a dense model as it was read.
+
+A family says what its files call the tensors that others have too, which of them lie in one tensor
+there, and in which order the rows of queries and keys stand. Everything else sees Llama's names,
+and through `DenseModel.weight` Llama's order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Multipliers, Rope, Sizes, is_count
+from moe_fast.families.config import Multipliers, Rope, Sizes, is_count, read_rope
+from moe_fast.storage.pieces import PairsToHalves
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
+from moe_fast.storage.tensors import Weight
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV = QKVO[:3]
+QK = QKVO[:2]
+# What some families store in one tensor, one part over the next.
+FUSED_QKV = ("self_attn.qkv_proj", tuple(f"self_attn.{name}" for name in QKV))
+FUSED_GATE_UP = ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"))
 # Norms before attention and FFN, as almost everywhere, or after them.
 NORMS_BEFORE = ("input_layernorm", "post_attention_layernorm")
+LAST_NORM = "model.norm.weight"
 NORMS_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
@@ -26,8 +39,17 @@ class DenseFamily:
 
     `qk_norm` is the span of the norm on queries and keys: each "head" by itself, their whole
     "width", or none. `biases` names the projections that always have one; `None` leaves it to
-    `attention_bias`. `mlp_bias` says whether the FFN can have them. `windows` says which layers a
-    sliding window is for: "all", those that "layer_types" names, or "none".
+    `bias_keys`, the keys of config.json that say so, each with its projections. `mlp_bias` says
+    whether the FFN can have them. `windows` says which layers a sliding window is for: "all", those
+    that "layer_types" names, or "none". Where `layer_types` is missing, one layer in so many sees
+    everything: `full_attention` is `(how many, which of them)`.
+
+    `names` are pairs of a part of a name here and that part in the family's files; `fused` are the
+    tensors that hold several, with those. `aliases` are other names of keys in config.json.
+    `interleaved` says whether the rotary embedding turns neighbours, 0 with 1, rather than halves;
+    `partial_rotary`, whether it may turn a part of each head. `sinks` says whether each head of
+    attention has one. `blocks` names what its layers are made of if that is something else than all
+    this; it fits MoE families of the same blocks alone.
     """
 
     model_type: str
@@ -38,24 +60,83 @@ class DenseFamily:
     mlp_bias: bool = False
     windows: str = "none"
     multipliers: bool = False
+    class_name: str | None = None
+    bias_keys: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: MappingProxyType({"attention_bias": QKVO})
+    )
+    full_attention: tuple[int, int] | None = None
+    names: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    interleaved: bool = False
+    partial_rotary: bool = False
+    sinks: bool = False
+    blocks: str | None = None
 
     @property
     def architecture(self) -> str:
         """The class of transformers, as its config.json names it."""
-        return "".join(map(str.capitalize, self.model_type.split("_"))) + "ForCausalLM"
+        plain = "".join(map(str.capitalize, self.model_type.split("_"))) + "ForCausalLM"
+        return self.class_name or plain
+
+    def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json under the names of keys that are used here, nothing left out."""
+        config = {self.aliases.get(key, key): value for key, value in config.items()}
+        missing = self.defaults.keys() - config.keys()
+        if {"rope_theta", "rope_scaling"} & config.keys():
+            missing -= {"rope_parameters"}  # the same by another name
+        return {**{key: self.defaults[key] for key in self.defaults if key in missing}, **config}
+
+    def name_here(self, name: str) -> str:
+        """What a tensor of the family's files is called here."""
+        for ours, theirs in self.names:
+            name = name.replace(theirs, ours)
+        return name
+
+    def name_in_files(self, name: str) -> str:
+        """What the family's files call a tensor."""
+        for ours, theirs in self.names:
+            name = name.replace(ours, theirs)
+        return name
+
+    def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+        """The tensors that hold those of `shapes`, each with its parts from the first row on."""
+        found: dict[str, tuple[str, ...]] = {name: (name,) for name in shapes}
+        for whole, parts in self.fused:
+            for name in shapes:
+                before, part, kind = name.partition(f"{parts[0]}.")
+                if part:
+                    held = tuple(f"{before}{each}.{kind}" for each in parts)
+                    for each in held:
+                        found.pop(each)
+                    found[f"{before}{whole}.{kind}"] = held
+        return found
 
     def attention_biases(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The projections that have a bias."""
         if self.biases is not None:
             return self.biases
-        return QKVO if config["attention_bias"] else ()
+        return tuple(n for key, names in self.bias_keys.items() if config[key] for n in names)
 
     def ffn_bias_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
         return FFN if self.mlp_bias and config["mlp_bias"] else ()
 
-    def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The tensors of one layer, FFN apart, with their shapes."""
+    def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
+        """The rotary embedding that a config.json of the family describes."""
+        return read_rope(config, file, partial=self.partial_rotary)
+
+    def outer_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The tensors that belong to no layer, the head apart, with their shapes."""
+        return {
+            "model.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
+            LAST_NORM: (sizes.hidden_size,),
+        }
+
+    def layer_shapes(
+        self, sizes: Sizes, config: Mapping[str, Any], layer: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer, FFN apart, with their shapes."""
         hidden = sizes.hidden_size
         queries = sizes.num_attention_heads * sizes.head_dim
         keys = sizes.num_key_value_heads * sizes.head_dim
@@ -70,6 +151,8 @@ class DenseFamily:
             per_head = self.qk_norm == "head"
             shapes["self_attn.q_norm.weight"] = (sizes.head_dim if per_head else queries,)
             shapes["self_attn.k_norm.weight"] = (sizes.head_dim if per_head else keys,)
+        if self.sinks:
+            shapes["self_attn.sinks"] = (sizes.num_attention_heads,)
         return shapes | {f"{norm}.weight": (hidden,) for norm in self.norms}
 
     def ffn_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -118,23 +201,59 @@ class DenseModel:
     windows: tuple[int | None, ...]
     multipliers: Multipliers
     tensors: Mapping[str, Tensor]
+    """Every tensor by its name here; parts of one tensor of a file are tensors of their own."""
+    stored: Mapping[str, Tensor]
+    """Every tensor of the files by its name in the family."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other models."""
+        return str(self.path)
+
+    def changed(self, name: str) -> Weight:
+        """A tensor with whatever this model changes of it, in the order of its file."""
+        return Weight.of(self.tensors[name])
+
+    def sources(self) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors that it is made of, of each folder."""
+        yield self.tensors
 
     def ffn(self, layer: int, role: str) -> Tensor:
-        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
-        return self.tensors[f"model.layers.{layer}.mlp.{role}.weight"]
+        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer, as its file has it."""
+        return self.tensors[ffn_name(layer, role)]
+
+    def ffn_weight(self, layer: int, role: str) -> Weight:
+        """The same with whatever this model changes of it."""
+        return self.weight(ffn_name(layer, role))
+
+    def weight(self, name: str) -> Weight:
+        """The same as others have it: the rows of queries and keys in Llama's order."""
+        weight = self.changed(name)
+        part = name.rpartition("self_attn.")[2].partition(".")[0]
+        if self.family.interleaved and part in (*QK, "q_norm", "k_norm"):
+            size = self.sizes.head_dim
+            turned = int(size * self.rope.partial)
+            nbytes = weight.nbytes // weight.shape[0]
+            (piece,) = weight.pieces
+            weight = Weight(
+                weight.dtype, weight.shape, (PairsToHalves(piece, nbytes, size, turned),)
+            )
+        return weight
 
     def before_layers(self) -> Iterator[tuple[str, Tensor]]:
-        """The embedding, with its name."""
-        yield from self.named("model.embed_tokens.weight")
+        """The embedding, and what else belongs to no layer and is no last norm."""
+        for name in self.family.outer_shapes(self.sizes, self.config):
+            if name != LAST_NORM:
+                yield from self.named(name)
 
     def layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer apart from its FFN, with their names inside the layer."""
-        for name in self.family.layer_shapes(self.sizes, self.config):
+        for name in self.family.layer_shapes(self.sizes, self.config, layer):
             yield name, self.tensors[f"model.layers.{layer}.{name}"]
 
     def after_layers(self) -> Iterator[tuple[str, Tensor]]:
         """The last norm, and the head where the model stores one, with their names."""
-        yield from self.named("model.norm.weight")
+        yield from self.named(LAST_NORM)
         if "lm_head.weight" in self.tensors:
             yield from self.named("lm_head.weight")
 
@@ -157,13 +276,17 @@ class DenseModel:
         return self.family.ffn_bias_names(self.config)
 
 
+def ffn_name(layer: int, role: str) -> str:
+    return f"model.layers.{layer}.mlp.{role}.weight"
+
+
 def read_windows(
     family: DenseFamily, config: Mapping[str, Any], sizes: Sizes, file: Path
 ) -> tuple[int | None, ...]:
     """Each layer's sliding window, `None` where the layer sees everything before it."""
     layers = sizes.num_hidden_layers
     used = family.windows == "all" or (
-        family.windows == "layer_types" and config["use_sliding_window"]
+        family.windows == "layer_types" and config.get("use_sliding_window", True)
     )
     window = config["sliding_window"] if used else None
     if window is None:
@@ -176,6 +299,9 @@ def read_windows(
     if family.windows == "all":
         return (window,) * layers
     types = config["layer_types"]
+    if types is None and family.full_attention is not None:
+        every, which = family.full_attention
+        return tuple(None if layer % every == which else window for layer in range(layers))
     if types is None:
         first = config["max_window_layers"]
         if type(first) is not int:

@@ -1,11 +1,15 @@
-"""GLM-4.5 and later. Dense models become GLM-4.5-MoE where groups of experts are wanted."""
+"""GLM-4-9B, and GLM-4.5 and later with experts.
+
+Other dense models become GLM-4.5-MoE where groups of experts are wanted, or a part of each head is
+rotated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_fast.families.dense import FFN, QKV
+from moe_fast.families.dense import DEFAULTS, FFN, FUSED_GATE_UP, QKV, DenseFamily
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import VLLM, Rules
@@ -21,7 +25,7 @@ class Glm4Moe(MoeFamily):
     name = "glm4_moe"
     title = "GLM-4.5-MoE"
     architecture = "Glm4MoeForCausalLM"
-    auto_rank = None
+    auto_rank = 8
     rules = Rules(
         "n_routed_experts",
         128,
@@ -88,8 +92,8 @@ class Glm4Moe(MoeFamily):
     def config(self, parts: Parts) -> dict[str, Any]:
         config = super().config(parts)
         # Without these, readers rotate half of each head.
-        config["rope_parameters"] = {**config["rope_parameters"], "partial_rotary_factor": 1.0}
-        return {**config, "partial_rotary_factor": 1.0}
+        part = {"partial_rotary_factor": parts.base.rope.partial}
+        return {**config, "rope_parameters": {**config["rope_parameters"], **part}, **part}
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         chosen, shards = parts.config.num_experts_per_tok, parts.granularity
@@ -109,6 +113,27 @@ class Glm4Moe(MoeFamily):
         }
 
 
+DENSE = (
+    DenseFamily(
+        "glm",
+        {
+            **DEFAULTS,
+            "attention_bias": True,
+            "bos_token_id": None,
+            "eos_token_id": [151329, 151336, 151338],
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "pad_token_id": 151329,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1.5625e-7,
+        },
+        bias_keys={"attention_bias": QKV},
+        fused=(FUSED_GATE_UP,),
+        interleaved=True,
+        partial_rotary=True,
+    ),
+)
 MOE = (Glm4Moe(),)
 EXPERTS = (
     ExpertAxis(

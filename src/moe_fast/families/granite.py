@@ -1,11 +1,15 @@
-"""Granite, and GraniteMoE with or without shared experts."""
+"""Granite, and GraniteMoE with or without shared experts, sinks and sliding windows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moe_fast.config import Layout
+from moe_fast.errors import CheckpointError
+from moe_fast.families.config import Rope, Sizes, is_number
 from moe_fast.families.dense import DEFAULTS, QKVO, DenseFamily
 from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
@@ -19,8 +23,12 @@ from moe_fast.families.moe import (
     num_experts,
     stacks,
 )
-from moe_fast.families.rules import READERS, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, READERS, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
+
+# A sink takes its share of a softmax; this one takes none.
+NO_SINK = -1e4
 
 
 class GraniteMoe(MoeFamily):
@@ -119,21 +127,116 @@ class GraniteMoeShared(GraniteMoe):
         return {**super().own_config(parts), "shared_intermediate_size": width}
 
 
+class GraniteMoeSwa(GraniteMoeShared):
+    """GraniteMoE with a sink in each head, windows and bases of the rotary embedding by layer."""
+
+    name = "granitemoe_swa"
+    title = "GraniteMoE SWA"
+    architecture = "GraniteMoeSWAForCausalLM"
+    auto_rank = 9
+    rules = Rules(
+        "num_local_experts",
+        8,
+        1e4,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(VLLM, LLAMA_CPP),
+        per_expert=(),
+        fused=READERS,
+    )
+    defaults: Mapping[str, Any] = {
+        **GraniteMoeShared.defaults,
+        "layer_rope_theta": None,
+        "layer_types": None,
+        "sliding_window": 128,
+    }
+    types: Mapping[str, str] = {
+        **GraniteMoeShared.types,
+        "layer_rope_theta": "list[float | int] | None",
+    }
+    dense_twin = "granite_swa"
+    sinks = True
+    sliding_window = True
+    unlike_layers = True
+
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        prefix = f"model.layers.{layer}.{self.block}.experts"
+        return stacks(f"{prefix}.gate_up_proj", f"{prefix}.down_proj", range(num_experts))
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return f"model.layers.{layer}.{self.block}.router.weight"
+
+    def attention(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        yield from parts.layer(layer)
+        if not parts.base.family.sinks:
+            heads = parts.base.sizes.num_attention_heads
+            yield "self_attn.sinks", Weight.filled(parts.dtype, (heads,), NO_SINK)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        windows, rope = parts.base.windows, parts.base.rope
+        widths = [width for width in windows if width is not None]
+        return {
+            **super().own_config(parts),
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+            # transformers wants one though no layer uses it.
+            "sliding_window": widths[0] if widths else parts.base.config["max_position_embeddings"],
+            "layer_rope_theta": list(rope.layer_thetas or [float(rope.theta)] * len(windows)),
+        }
+
+
+class GraniteSwa(DenseFamily):
+    """Granite with sinks, and layers that differ in window and rotary embedding."""
+
+    def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
+        rope = super().read_rope(config, sizes, file)
+        thetas = config["layer_rope_theta"]
+        if thetas is None:
+            return rope
+        if (
+            not isinstance(thetas, list)
+            or len(thetas) != sizes.num_hidden_layers
+            or not all(is_number(theta) and theta >= 0 for theta in thetas)
+        ):
+            raise CheckpointError(
+                f"layer_rope_theta is {brief(thetas)}; it must list {sizes.num_hidden_layers} "
+                "numbers of at least 0",
+                file=file,
+            )
+        same = set(thetas) == {rope.theta}
+        return rope if same else replace(rope, layer_thetas=tuple(map(float, thetas)))
+
+
+DEFAULTS_OF_GRANITE = {
+    **DEFAULTS,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
 DENSE = (
-    DenseFamily(
-        "granite",
+    DenseFamily("granite", DEFAULTS_OF_GRANITE, mlp_bias=True, multipliers=True),
+    GraniteSwa(
+        "granite_swa",
         {
-            **DEFAULTS,
-            "embedding_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
+            **DEFAULTS_OF_GRANITE,
+            "bos_token_id": 100257,
+            "eos_token_id": 100257,
+            "layer_rope_theta": None,
+            "layer_types": None,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "tie_word_embeddings": True,
         },
         mlp_bias=True,
         multipliers=True,
+        class_name="GraniteSWAForCausalLM",
+        windows="layer_types",
+        full_attention=(4, 0),
+        sinks=True,
     ),
 )
-MOE = (GraniteMoe(), GraniteMoeShared())
+MOE = (GraniteMoe(), GraniteMoeShared(), GraniteMoeSwa())
 EXPERTS = (
     ExpertAxis(
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),

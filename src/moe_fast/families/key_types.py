@@ -5,6 +5,7 @@ transformers 5 refuses a model whose config.json has a value of another type, 0 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -82,6 +83,9 @@ ROPE_FLOAT_KEYS = (
 )
 
 
+LIST = re.compile(r"list\[([^\]]*)\]")
+
+
 def with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration; integers become floats under the keys that are floats."""
     found = {key: as_float(value) if key in FLOAT_KEYS else value for key, value in config.items()}
@@ -109,11 +113,8 @@ def find_wrong_types(config: Mapping[str, Any], types: Mapping[str, str]) -> Ite
 
 def has_type(value: Any, expected: str) -> bool:
     """Whether a value of JSON has one of the types of an annotation such as `"int | None"`."""
-    found = "None" if value is None else type(value).__name__
-    expected_types = expected.split(" | ")
+    lists = [set(inner.split(" | ")) for inner in LIST.findall(expected)]
     if isinstance(value, list):
-        items = {type(item).__name__ for item in value}
-        return any(
-            items <= {each.removeprefix("list[")[:-1]} for each in expected_types if "[" in each
-        )
-    return found in expected_types
+        return any({type(item).__name__ for item in value} <= items for items in lists)
+    found = "None" if value is None else type(value).__name__
+    return found in LIST.sub("", expected).split(" | ")

@@ -16,6 +16,7 @@ from moe_fast.families.rules import Rules
 from moe_fast.request import ExpertSource
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import OutputTensor, Weight
+from moe_fast.wording import format_numbers
 
 GATE_UP = ("gate_proj", "up_proj")
 Shapes = dict[str, tuple[int, ...]]
@@ -173,6 +174,14 @@ class MoeFamily:
     block = "mlp"
     partial_rotary = False
     """Whether models of the family may rotate a part of each head."""
+    unlike_layers = False
+    """Whether layers may differ in their sliding window and the base of their rotary embedding."""
+    sinks = False
+    """Whether each head of attention has a sink, which takes a part of its weights."""
+    blocks: str | None = None
+    """What its layers are made of, as a dense family names it, if not of plain attention."""
+    names: tuple[tuple[str, str], ...] = ()
+    """Parts of names, each with what it is in the family's files."""
     own_expert_width = True
     """Whether the width of experts has a key beside `intermediate_size`."""
     scaling_key: str | None = None
@@ -222,6 +231,13 @@ class MoeFamily:
             return f"{tensor.file.path}: tensor {tensor.name!r}"
 
         config, sizes = f"{base.path / 'config.json'}", base.sizes
+        if base.family.blocks != self.blocks:
+            kind = base.family.model_type
+            if base.family.blocks is None:
+                yield f"{config}: model_type {kind} has no {self.blocks}; {self.title} has"
+            else:
+                yield f"{config}: {self.title} has no place for {kind}'s {base.family.blocks}"
+            return
         if base.family.norms != self.norms:
             place = "before" if self.norms == NORMS_BEFORE else "after"
             (norm, *_) = (name for name in base.family.norms if name not in self.norms)
@@ -253,10 +269,21 @@ class MoeFamily:
             )
         longest = base.config["max_position_embeddings"]
         windows = {width if width and width < longest else None for width in base.windows}
-        if len(windows) > 1:
+        if len(windows) > 1 and not self.unlike_layers:
             yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
         elif windows != {None} and not self.sliding_window:
             yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
+        if base.rope.layer_thetas is not None and not self.unlike_layers:
+            bare = [n for n, theta in enumerate(base.rope.layer_thetas) if not theta]
+            what = f"{format_numbers('layer', bare)} without rotary embedding"
+            yield f"{config}: {what if bare else 'rope_theta differs'}; {self.title} has one in all"
+        if base.rope.partial != 1 and not self.partial_rotary:
+            yield (
+                f"{config}: partial_rotary_factor is {base.rope.partial}; {self.title} rotates "
+                "whole heads"
+            )
+        if base.family.sinks and not self.sinks:
+            yield f"{at('self_attn.sinks')}: {self.title} has no place for sinks of attention"
         neutral = (1.0, sizes.head_dim**-0.5, 1.0, 1.0)
         if not self.multipliers and base.multipliers != neutral:
             names = zip(base.multipliers._fields, base.multipliers, neutral, strict=True)
@@ -325,9 +352,19 @@ class MoeFamily:
     def router_name(self, layer: int, layout: Layout) -> str:
         return f"model.layers.{layer}.{self.block}.gate.weight"
 
+    def name_in_files(self, name: str) -> str:
+        """What the family's files call a tensor."""
+        for ours, theirs in self.names:
+            name = name.replace(ours, theirs)
+        return name
+
     def tensors(self, parts: Parts, layout: Layout | None = None) -> Iterator[OutputTensor]:
         """Every tensor of the output, in the order of the model."""
-        layout = layout or self.layouts[0]
+        for name, weight in self.tensors_here(parts, layout or self.layouts[0]):
+            yield OutputTensor(self.name_in_files(name), weight)
+
+    def tensors_here(self, parts: Parts, layout: Layout) -> Iterator[OutputTensor]:
+        """The same, under the names that they have here."""
         num_experts = parts.num_experts
         dense = frozenset(parts.dense_layers)
         yield from parts.before_layers()

@@ -87,7 +87,9 @@ def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader,
         return ()
     found = []
     for reader in READERS:
-        if reader in family.rules.natively:
+        if reader in family.rules.unasked:
+            reasons = [f"has been asked for no {model_type} yet, it may load it"]
+        elif reader in family.rules.natively:
             reasons = [
                 *layout_problems(reader, family.rules, contents.layout),
                 *misread_keys(reader, family.rules, config, contents.num_experts),

@@ -35,7 +35,8 @@ class Rules:
     `config.json` says. With `llama_cpp_sentencepiece`, its converter takes a `tokenizer.model` if
     there is one, and leaves out tokens beyond the embedding; `llama_cpp_tokens` are those that the
     tokenizer must have added. The readers that `want_head` do not take the embedding for a head
-    that is not stored.
+    that is not stored. `unasked` have a class for the family, and nobody has asked them whether
+    they compute what transformers does.
     """
 
     count_key: str
@@ -48,5 +49,6 @@ class Rules:
     want_head: tuple[str, ...] = ()
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
+    unasked: tuple[str, ...] = ()
     per_expert: tuple[str, ...] = READERS
     fused: tuple[str, ...] = (TRANSFORMERS_5,)

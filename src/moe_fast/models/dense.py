@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values, read_rope, read_sizes
+from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values, read_sizes
 from moe_fast.families.dense import DenseFamily, DenseModel, read_multipliers, read_windows
 from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint, read_config
@@ -46,15 +46,21 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
         raise CheckpointError(
             "the model is quantised; dequantise it before it becomes experts", file=config_file
         )
-    config = {**family.defaults, **config}
+    config = family.with_defaults(config)
     check_values(config, config_file)
     sizes = read_sizes(config, config_file)
-    rope = read_rope(config, config_file)
-    tensors = read_checkpoint(folder)
-    check_tensors(folder, family, config, sizes, tensors)
+    rope = family.read_rope(config, sizes, config_file)
+    if family.interleaved and int(sizes.head_dim * rope.partial) % 2:
+        raise CheckpointError(
+            f"partial_rotary_factor turns {int(sizes.head_dim * rope.partial)} of a head's "
+            f"{sizes.head_dim}; it must turn pairs",
+            file=config_file,
+        )
+    stored = read_checkpoint(folder)
+    tensors = check_tensors(folder, family, config, sizes, stored)
     windows = read_windows(family, config, sizes, config_file)
     multipliers = read_multipliers(family, config, sizes)
-    return DenseModel(folder, family, config, sizes, rope, windows, multipliers, tensors)
+    return DenseModel(folder, family, config, sizes, rope, windows, multipliers, tensors, stored)
 
 
 def check_tensors(
@@ -62,33 +68,42 @@ def check_tensors(
     family: DenseFamily,
     config: Mapping[str, Any],
     sizes: Sizes,
-    tensors: dict[str, Tensor],
-) -> None:
-    """Every expected tensor is there with its shape, and no other is; raise all problems."""
-    per_layer = family.layer_shapes(sizes, config) | family.ffn_shapes(sizes, config)
-    present = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-    # Before looping over a number from a file: that many layers must be able to be there.
+    stored: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Every expected tensor is there with its shape, and no other is; raise all problems.
+
+    Returns the tensors by the names that they have here, each part of a fused one by itself.
+    """
+    present = {family.name_here(name): tensor for name, tensor in stored.items()}
+    numbers = {name.split(".")[2] for name in present if name.startswith("model.layers.")}
     layers = sizes.num_hidden_layers
-    if layers > len(present) or layers * len(per_layer) > 2 * len(tensors):
+    first = family.layer_shapes(sizes, config, 0) | family.ffn_shapes(sizes, config)
+    per_layer = len(family.stored(first))
+    # Before looping over a number from a file: that many layers must be able to be there.
+    if layers > len(numbers) or layers * per_layer > 2 * len(stored):
         raise CheckpointError(
             f"config.json has num_hidden_layers {layers}, "
-            f"the safetensors hold {len(tensors)} tensors of {len(present)} layers",
+            f"the safetensors hold {len(stored)} tensors of {len(numbers)} layers",
             file=folder,
         )
-    expected = {
-        "model.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
-        "model.norm.weight": (sizes.hidden_size,),
-    }
-    for layer in range(sizes.num_hidden_layers):
-        expected |= {f"model.layers.{layer}.{name}": s for name, s in per_layer.items()}
+    expected = dict(family.outer_shapes(sizes, config))
+    for layer in range(layers):
+        shapes = family.layer_shapes(sizes, config, layer) | family.ffn_shapes(sizes, config)
+        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     optional = {"lm_head.weight": (sizes.vocab_size, sizes.hidden_size)}
     if not config["tie_word_embeddings"]:
         expected |= optional
+    parts = family.stored(expected)
+    whole = {
+        name: (sum(expected[part][0] for part in held), *expected[held[0]][1:])
+        for name, held in parts.items()
+    }
     problems = [
-        Problem("is missing", file=folder, tensor=name) for name in expected.keys() - tensors.keys()
+        Problem("is missing", file=folder, tensor=family.name_in_files(name))
+        for name in whole.keys() - present.keys()
     ]
-    for name, tensor in tensors.items():
-        shape = expected.get(name, optional.get(name))
+    for name, tensor in present.items():
+        shape = whole.get(name, optional.get(name))
         if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
             continue
         if shape is None:
@@ -102,3 +117,10 @@ def check_tensors(
         problems.append(Problem(what, file=tensor.file.path, tensor=tensor.name))
     if problems:
         raise CheckpointError(*sorted(problems))
+    tensors = {name: present[name] for name in optional if name in present}
+    for name, held in parts.items():
+        start = 0
+        for part in held:
+            tensors[part] = present[name].rows(start, expected[part][0])
+            start += expected[part][0]
+    return tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError
-from moe_fast.families.readers import Contents, is_beyond
+from moe_fast.families.readers import Contents, find_readers, is_beyond
 from moe_fast.models.moe import MoeModel
 from moe_fast.storage.companions import find_missing_code, has_tokenizer
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
@@ -65,6 +65,10 @@ def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path)
 
     `folder` has the tokenizer, and the config.json from which `config` has its keys.
     """
+    readers = find_readers(config, contents)
+    if readers and not any(reader.loads for reader in readers):
+        reasons = "; ".join(f"{r.name} {' and '.join(r.reasons)}" for r in readers)
+        yield f"no reader loads a {config['model_type']} made of {folder}: {reasons}"
     file, rows = folder / "config.json", config.get("vocab_size")
     if contents.has_other_head:
         yield (
@@ -122,6 +126,26 @@ def find_added_tokens(tokenizer: Any) -> frozenset[str]:
     added = tokenizer.get("added_tokens") if isinstance(tokenizer, Mapping) else None
     texts = [t.get("content") for t in added or () if isinstance(t, Mapping)]
     return frozenset(text for text in texts if isinstance(text, str))
+
+
+def find_other_token(folder: Path, other: Path) -> str | None:
+    """A token that the tokenizers of two folders number differently; `None` if none is known."""
+    first, second = (vocabulary_of(each) for each in (folder, other))
+    if not first or not second:
+        return None
+    return next((token for token in first if first[token] != second.get(token)), None)
+
+
+def vocabulary_of(folder: Path) -> dict[str, int]:
+    """The numbers of the tokens in a tokenizer.json, as far as they are plain to see."""
+    tokenizer = read_or_none(folder / "tokenizer.json")
+    model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        return dict(vocabulary)
+    pieces = vocabulary if isinstance(vocabulary, list) else []  # Unigram: a token is its place
+    texts = [piece[0] if isinstance(piece, list) and piece else None for piece in pieces]
+    return {text: number for number, text in enumerate(texts) if isinstance(text, str)}
 
 
 def read_or_none(file: Path) -> Any:

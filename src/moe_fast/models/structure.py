@@ -115,22 +115,19 @@ def expected_shapes(
     sizes: Sizes,
 ) -> Shapes:
     vocabulary, hidden = sizes.vocab_size, sizes.hidden_size
-    expected: Shapes = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    expected: Shapes = dict(twin.outer_shapes(sizes, config))
     if not config["tie_word_embeddings"]:
         expected["lm_head.weight"] = (vocabulary, hidden)
     dense_layers = family.dense_layers(config, sizes.num_hidden_layers)
     for layer in range(sizes.num_hidden_layers):
-        shapes = dict(twin.layer_shapes(sizes, config))
+        shapes = dict(twin.layer_shapes(sizes, config, layer))
         if layer in dense_layers:
             shapes |= twin.ffn_shapes(sizes, config)
         else:
             shapes |= family.shared_shapes(config, hidden)
             expected |= expert_shapes(family, model, config, layer, hidden)
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
-    return expected
+    return {family.name_in_files(name): shape for name, shape in expected.items()}
 
 
 def expert_shapes(

@@ -40,12 +40,14 @@ class Tensor(NamedTuple):
     offset: int
     nbytes: int
 
-    def first_rows(self, number: int) -> Tensor:
-        """The first `number` rows, as a tensor of its own."""
+    def rows(self, start: int, number: int) -> Tensor:
+        """`number` rows from `start` on, as a tensor of its own."""
         shape = (number, *self.shape[1:])
         nbytes = count_bytes(self.dtype, shape)
+        before = count_bytes(self.dtype, (start, *self.shape[1:]))
         assert nbytes is not None
-        return self._replace(shape=shape, nbytes=nbytes)
+        assert before is not None
+        return self._replace(shape=shape, offset=self.offset + before, nbytes=nbytes)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from moe_fast.dtypes import count_bytes
 from moe_fast.errors import CheckpointError
-from moe_fast.storage.pieces import Converted, FileRange, Piece, Zeros, read_range
+from moe_fast.storage.floats import encode
+from moe_fast.storage.pieces import Converted, FileRange, Given, Piece, Zeros, read_range
 from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, header_bytes
 from moe_fast.storage.strict_json import json_text
 
@@ -66,6 +69,12 @@ class Weight:
     @classmethod
     def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Weight:
         return cls(dtype, shape, (Zeros(whole_bytes(dtype, shape)),))
+
+    @classmethod
+    def filled(cls, dtype: str, shape: tuple[int, ...], value: float) -> Weight:
+        """The same number everywhere; for small tensors."""
+        numbers = np.full(math.prod(shape), value, np.float32)
+        return cls(dtype, shape, (Given(encode(numbers, dtype).tobytes()),))
 
     @classmethod
     def stacked(cls, parts: Sequence[Weight], shape: tuple[int, ...]) -> Weight:

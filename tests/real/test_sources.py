@@ -1,0 +1,140 @@
+"""Every dense family with names or tensors of its own, in targets that it fits, by transformers.
+
+Norms and biases are random, and the sizes as small as the families allow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dense_families import FAMILIES
+from dense_models import written
+from families import LLAMA3, YARN
+from logits import assert_same, compute_logits
+from moe_fast import MoeConfig, build_moe, check_moe
+from random_models import save_random_model
+
+CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
+TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
+THETA = {"rope_theta": 1e4}
+HEADS = {"head_dim": 20}
+WHOLE = {"head_dim": 12}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e4,
+}
+PARTIAL = {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default", **THETA}}
+# The dense family, what is special about its configuration, the targets that it fits.
+SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "exaone": ("exaone", {}, ("mixtral", "qwen2_moe", "glm4_moe")),
+    "exaone, tied, llama3 rope": (
+        "exaone",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | THETA},
+        ("mixtral", "granitemoe"),
+    ),
+    "internlm3": ("internlm3", HEADS, ("mixtral", "glm4_moe")),
+    "iquestcoder": ("iquestcoder", WHOLE, ("mixtral", "granitemoeshared")),
+    "cwm, wide window": ("cwm", HEADS, ("mixtral", "glm4_moe")),
+    "cwm, window": (
+        "cwm",
+        {**WHOLE, "sliding_window": 7, "layer_types": SLIDING, "rope_parameters": LLAMA3 | THETA},
+        ("granitemoe_swa",),
+    ),
+    "helium": ("helium", WHOLE, ("mixtral", "qwen2_moe", "glm4_moe")),
+    "helium, yarn, tied": (
+        "helium",
+        {**WHOLE, "tie_word_embeddings": True, "rope_parameters": YARN | THETA},
+        ("mixtral",),
+    ),
+    "seed_oss": ("seed_oss", HEADS, ("glm4_moe",)),
+    "seed_oss, heads as usual": ("seed_oss", WHOLE, ("qwen2_moe", "glm4_moe")),
+    "seed_oss, all biases": (
+        "seed_oss",
+        {**WHOLE, "attention_out_bias": True},
+        ("granitemoe", "granitemoe_swa"),
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}, ("granitemoe_swa",)),
+    "smollm3, window": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7},
+        ("granitemoe_swa",),
+    ),
+    "smollm3, rotated": ("smollm3", {"no_rope_layers": [1, 1, 1]}, ("mixtral", "glm4_moe")),
+    "phi3": ("phi3", {}, ("mixtral", "qwen2_moe", "glm4_moe")),
+    "phi3, window": ("phi3", {"sliding_window": 7}, ("mixtral",)),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE}, ("mixtral",)),
+    "phi3, partly rotated, tied": (
+        "phi3",
+        {**PARTIAL, "tie_word_embeddings": True},
+        ("glm4_moe",),
+    ),
+    "glm": ("glm", HEADS, ("glm4_moe",)),
+    "glm, no biases": ("glm", {"head_dim": 16, "attention_bias": False}, ("glm4_moe",)),
+    "ernie4_5": ("ernie4_5", HEADS, ("mixtral", "glm4_moe")),
+    "ernie4_5, untied": ("ernie4_5", {**WHOLE, "tie_word_embeddings": False}, ("granitemoe",)),
+    "olmo3": ("olmo3", {}, ("flex_olmo",)),
+    "qwen3": ("qwen3", HEADS, ("glm4_moe",)),
+    "qwen2": ("qwen2", {}, ("glm4_moe",)),
+    "mistral, partly": ("mistral", {"sliding_window": 7}, ("granitemoe_swa",)),
+    "granite_swa": (
+        "granite_swa",
+        {
+            "sliding_window": 7,
+            "layer_types": SLIDING,
+            "layer_rope_theta": [1e4, 0, 5e5],
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+        ("granitemoe_swa",),
+    ),
+}
+CASES = [
+    pytest.param(source, target, id=f"{source} to {target}")
+    for source, (_, _, targets) in SOURCES.items()
+    for target in targets
+]
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """The folder of a source and its logits, made once."""
+    made = {}
+
+    def make(source: str) -> tuple[Path, np.ndarray]:
+        if source not in made:
+            family, changes, _ = SOURCES[source]
+            folder = tmp_path_factory.mktemp("dense") / "model"
+            save_random_model(folder, family, **changes)
+            logits, problems = compute_logits(folder, TOKENS)
+            assert not problems
+            made[source] = folder, logits
+        return made[source]
+
+    return make
+
+
+@pytest.mark.parametrize(("source", "target"), CASES)
+def test_it_loads_whole_and_computes_the_same(dense, tmp_path, source, target):
+    folder, expected = dense(source)
+    build_moe(folder, tmp_path / "moe", CONFIG, target=target)
+    logits, problems = compute_logits(tmp_path / "moe", TOKENS)
+    assert not problems
+    assert_same(logits, expected, 2e-5)
+    findings = {each.check: each for each in check_moe(tmp_path / "moe").findings}
+    assert {check: f for check, f in findings.items() if f.status == "failed"} == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_shapes_and_keys_are_those_that_transformers_writes(family):
+    """The golden file of the ordinary tests, as the installed version would make it."""
+    assert written(family) == FAMILIES[family]

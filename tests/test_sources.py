@@ -1,0 +1,220 @@
+"""Dense families with names, an order or tensors of their own, as sources."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+for extra in ("ml_dtypes", "safetensors"):
+    pytest.importorskip(extra)
+
+from safetensors.numpy import load_file
+
+from dense_families import FAMILIES, write_dense
+from families import make_model
+from folders import config_of, edit_config, rewrite
+from moe_fast import CheckpointError, MoeConfig, build_moe, check_moe, convert_moe
+from moe_fast.families.registry import dense_families
+from moe_fast.storage.pieces import Given, PairsToHalves
+
+CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
+# What "auto" makes of the model in the golden file.
+TARGETS = {
+    "cwm": "mixtral",
+    "ernie4_5": "mixtral",
+    "exaone": "mixtral",
+    "glm": "glm4_moe",
+    "granite_swa": "granitemoe_swa",
+    "helium": "mixtral",
+    "internlm3": "mixtral",
+    "iquestcoder": "mixtral",
+    "olmo3": "flex_olmo",
+    "phi3": "mixtral",
+    "seed_oss": "qwen2_moe",
+    "smollm3": "granitemoe_swa",
+}
+
+
+def halves(rows: np.ndarray, head_dim: int, rotated: int) -> np.ndarray:
+    """Each head's rotated rows, the even ones before the odd ones."""
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    parts = [heads[:, 0:rotated:2], heads[:, 1:rotated:2], heads[:, rotated:]]
+    return np.concatenate(parts, axis=1).reshape(rows.shape)
+
+
+def built(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_becomes_of_a_model_by_default_and_that_it_is_checked(tmp_path, family):
+    write_dense(tmp_path / "dense", family)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert report.target == TARGETS[family]
+    checked = check_moe(tmp_path / "moe")
+    assert [finding for finding in checked.findings if finding.status == "failed"] == []
+    loads = [reader.name for reader in checked.readers if reader.loads]
+    assert "transformers 5" in loads
+    convert_moe(tmp_path / "moe", tmp_path / "half", dtype="bfloat16")
+    failed = {f.check for f in check_moe(tmp_path / "half").findings if f.status == "failed"}
+    assert not failed
+
+
+def test_every_family_is_in_the_golden_file():
+    llama_like = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"}
+    assert dense_families().keys() - llama_like == FAMILIES.keys() == TARGETS.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("damage", ["missing", "misshapen", "more"])
+def test_a_tensor_that_is_wrong_has_the_name_that_it_has_in_the_file(tmp_path, family, damage):
+    tensors = write_dense(tmp_path / "dense", family)
+    name = next(name for name in tensors if "1." in name and "mlp" in name)
+    array = tensors.pop(name)
+    if damage == "misshapen":
+        tensors[name] = array[:-1].copy()
+    elif damage == "more":
+        tensors |= {name: array, f"{name}.more": array.copy()}
+        name = f"{name}.more"
+    rewrite(tmp_path / "dense", lambda _: tensors)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert len(caught.value.problems) == 1
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(("family", "rotated"), [("helium", 12), ("ernie4_5", 12), ("glm", 6)])
+def test_rows_of_queries_and_keys_are_put_in_the_other_order(tmp_path, family, rotated):
+    dense = write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    moe = built(tmp_path / "moe")
+    prefix = "model.layers.1.self_attn."
+    names = [name for name in moe if name.startswith(prefix)]
+    assert len(names) == (7 if family == "glm" else 4)
+    for name in names:
+        expected = dense[name]
+        if name.startswith((f"{prefix}q_proj", f"{prefix}k_proj")):
+            expected = halves(expected, 12, rotated)
+            assert not np.array_equal(expected, dense[name])
+        assert np.array_equal(moe[name], expected), name
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm"])
+def test_tensors_that_hold_several_are_split(tmp_path, family):
+    dense = write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    moe = built(tmp_path / "moe")
+    gate, up = np.split(dense["model.layers.1.mlp.gate_up_proj.weight"], 2)
+    block = "block_sparse_moe" if family == "phi3" else "mlp"
+    names = ("w1", "w3") if family == "phi3" else ("gate_proj", "up_proj")
+    for expert in range(4):
+        for name, expected in zip(names, (gate, up), strict=True):
+            found = moe[f"model.layers.1.{block}.experts.{expert}.{name}.weight"]
+            assert np.array_equal(found, expected)
+    if family == "phi3":
+        whole = dense["model.layers.1.self_attn.qkv_proj.weight"]
+        for name, expected in zip("qkv", np.split(whole, (48, 72)), strict=True):
+            found = moe[f"model.layers.1.self_attn.{name}_proj.weight"]
+            assert np.array_equal(found, expected)
+
+
+def test_names_of_exaone(tmp_path):
+    dense = write_dense(tmp_path / "dense", "exaone")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    moe = built(tmp_path / "moe")
+    for theirs, ours in {
+        "wte": "embed_tokens",
+        "ln_f": "norm",
+        "h.2.attn.attention.out_proj": "layers.2.self_attn.o_proj",
+        "h.2.attn.attention.k_proj": "layers.2.self_attn.k_proj",
+        "h.2.ln_1": "layers.2.input_layernorm",
+        "h.2.ln_2": "layers.2.post_attention_layernorm",
+        "h.2.mlp.c_fc_0": "layers.2.block_sparse_moe.experts.3.w1",
+        "h.2.mlp.c_fc_1": "layers.2.block_sparse_moe.experts.3.w3",
+        "h.2.mlp.c_proj": "layers.2.block_sparse_moe.experts.3.w2",
+    }.items():
+        expected = dense[f"transformer.{theirs}.weight"]
+        assert np.array_equal(moe[f"model.{ours}.weight"], expected)
+
+
+def test_keys_by_the_names_that_the_hub_has(tmp_path):
+    write_dense(tmp_path / "dense", "exaone")
+    config = config_of(tmp_path / "dense")
+    edit_config(
+        tmp_path / "dense",
+        num_layers=config["num_hidden_layers"],
+        layer_norm_epsilon=config["rms_norm_eps"],
+        activation_function="silu",
+        **dict.fromkeys(("num_hidden_layers", "rms_norm_eps", "hidden_act"), "absent"),
+    )
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    written = config_of(tmp_path / "moe")
+    for key in ("num_hidden_layers", "rms_norm_eps", "hidden_act"):
+        assert written[key] == config[key]
+
+
+def test_sinks_that_take_nothing_and_layers_without_rotary_embedding(tmp_path):
+    write_dense(tmp_path / "dense", "smollm3")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    sinks = built(tmp_path / "moe")["model.layers.1.self_attn.sinks"]
+    assert sinks.tolist() == [-1e4] * 4
+    assert config_of(tmp_path / "moe")["layer_rope_theta"] == [2e6, 0, 2e6]
+    report = build_moe(tmp_path / "dense", tmp_path / "dry", CONFIG, dry_run=True)
+    (reason,) = report.rejected_targets["mixtral"]
+    assert reason.endswith("layer 1 without rotary embedding; Mixtral has one in all")
+
+
+def test_the_mean_of_models_in_different_orders(tmp_path):
+    """Helium's rows are put in Llama's order before they are averaged."""
+    helium = write_dense(tmp_path / "helium", "helium")
+    sizes = {"num_hidden_layers": 3, "tie_word_embeddings": False, "rope_theta": 1e5}
+    make_model(tmp_path / "llama", "llama", **sizes)
+    llama = built(tmp_path / "llama")
+    models = [tmp_path / "llama", tmp_path / "helium"]
+    build_moe(models, tmp_path / "moe", CONFIG, backbone="mean")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expected = (llama[name] + halves(helium[name], 12, 12)) / np.float32(2)
+    assert np.array_equal(built(tmp_path / "moe")[name], expected)
+    assert check_moe(tmp_path / "moe").passed
+
+
+REFUSALS = [
+    ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers is .*; it must list 3 of 0 and 1"),
+    ("smollm3", {"no_rope_layers": [1]}, "it must list 3 of 0 and 1"),
+    (
+        "smollm3",
+        {"no_rope_layers": None, "no_rope_layer_interval": 0},
+        "no_rope_layer_interval is 0; it must be an integer of at least 1",
+    ),
+    ("granite_swa", {"layer_rope_theta": [1e4]}, "layer_rope_theta is .* list 3 numbers"),
+    ("granite_swa", {"layer_rope_theta": [1e4, -1, 0]}, "layer_rope_theta is .* list 3 numbers"),
+    ("glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0}}, "above 0"),
+    ("glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "3 of .* 12"),
+    ("seed_oss", {"attention_out_bias": 1}, "attention_out_bias is 1; it must be true or false"),
+    (
+        "olmo3",
+        {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 1.0}}},
+        "FlexOlmo, which OLMo 3 becomes, has one rotary embedding for all layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "match"), REFUSALS)
+def test_configurations_that_do_not_hold(tmp_path, family, changes, match):
+    write_dense(tmp_path / "dense", family, **changes)
+    if family == "olmo3":
+        kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+        edit_config(tmp_path / "dense", layer_types=kinds)
+    with pytest.raises(CheckpointError, match=match):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+@pytest.mark.parametrize("rotated", [4, 8, 12])
+@pytest.mark.parametrize("columns", [1, 7, 100_000])
+def test_pairs_to_halves(rotated, columns):
+    rows = np.random.default_rng(0).integers(256, size=(36, columns), dtype=np.uint8)
+    piece = PairsToHalves(Given(rows.tobytes()), columns, 12, rotated)
+    assert piece.nbytes == rows.nbytes
+    chunks = [bytes(chunk) for chunk in piece.chunks()]
+    assert b"".join(chunks) == halves(rows, 12, rotated).tobytes()
+    assert max(map(len, chunks)) <= 12 * columns
