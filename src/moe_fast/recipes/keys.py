@@ -181,7 +181,6 @@ class ExpertKeys:
     lora: Annotated[str, partial(read_model, kind="an adapter")] | None = None
     residual_scale: Annotated[float, read_number] | None = None
     source_layers: Annotated[tuple[Integer, ...], read_list] | None = None
-    lora: Annotated[None, partial(refuse, advice=MERGE_LORA)] = None
 
 
 Expert = Annotated[ExpertKeys, read_expert]
