@@ -31,6 +31,12 @@ FAMILIES = {
     "flex_olmo": "olmo2",
     "glm4_moe": "llama",
     "deepseek": "llama",
+    "cohere2_moe": "cohere2",
+    "deepseek_v3": "youtu",
+    "granitemoehybrid": "granitemoehybrid",
+    "hunyuan_v1_moe": "hunyuan_v1_dense",
+    "lfm2_moe": "lfm2",
+    "qwen3_5_moe_text": "qwen3_5_text",
 }
 
 

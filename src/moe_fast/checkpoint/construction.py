@@ -373,7 +373,7 @@ def find_misfits(
                 yield Problem(what, file=config)
     # A block of another form gives its FFN other inputs and does other things with the output.
     for what, (its, bases) in {
-        "hidden_act": (source.config["hidden_act"], base.config["hidden_act"]),
+        "hidden_act": (source.config.get("hidden_act"), base.config.get("hidden_act")),
         "FFN biases": (source.ffn_biases, base.ffn_biases),
         "attention biases": (source.attention_biases, base.attention_biases),
         "norms": (source.family.norms, base.family.norms),
@@ -421,7 +421,7 @@ def find_drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
     drifting = {
         "rope": (source.rope, base.rope),
         "multipliers": (source.multipliers, base.multipliers),
-        "rms_norm_eps": (source.config["rms_norm_eps"], base.config["rms_norm_eps"]),
+        "rms_norm_eps": (source.config.get("rms_norm_eps"), base.config.get("rms_norm_eps")),
         "sliding windows": (source.windows, base.windows),
         "tie_word_embeddings": (
             source.config["tie_word_embeddings"],

@@ -499,7 +499,8 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
     file = model.path / "config.json"
     if family is not None and ("num_experts" in config or "num_local_experts" in config):
         config |= {"num_local_experts": model.num_experts, "num_experts": model.num_experts}
-    if family is not None and (
+    plain = family is not None and family.blocks is None
+    if plain and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):
         partial = family is not None and family.partial_rotary

@@ -29,8 +29,7 @@ GROUPS: dict[str, Callable[[Mapping[str, MoeFamily]], list[MoeFamily]]] = {
 IMPOSSIBLE = {
     "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
     "before attention and FFN; no dense family has both",
-    "deepseek_v2": "its attention is latent (MLA), which no dense source has",
-    "deepseek_v3": "its attention is latent (MLA), which no dense source has",
+    "deepseek_v2": "its latent attention is no dense source's; Youtu-LLM becomes deepseek_v3",
     "phimoe": "its norms are LayerNorm, with a mean and a bias, which no dense source here has",
 }
 

@@ -14,7 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Multipliers, Rope, Sizes, is_count, read_rope
+from moe_fast.families.config import (
+    Multipliers,
+    Rope,
+    Sizes,
+    is_count,
+    read_rope,
+    read_sizes,
+)
 from moe_fast.storage.pieces import PairsToHalves
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
@@ -121,6 +128,14 @@ class DenseFamily:
     def ffn_bias_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
         return FFN if self.mlp_bias and config["mlp_bias"] else ()
+
+    def is_moe(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json of the same `model_type` has experts already."""
+        return False
+
+    def read_sizes(self, config: Mapping[str, Any], file: Path) -> Sizes:
+        """The sizes that a config.json of the family gives."""
+        return read_sizes(config, file)
 
     def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
         """The rotary embedding that a config.json of the family describes."""

@@ -231,11 +231,11 @@ class MoeFamily:
             return f"{tensor.file.path}: tensor {tensor.name!r}"
 
         config, sizes = f"{base.path / 'config.json'}", base.sizes
-        if base.family.blocks != self.blocks:
+        if (self.blocks, base.family.blocks) != (None, None):
             kind = base.family.model_type
             if base.family.blocks is None:
-                yield f"{config}: model_type {kind} has no {self.blocks}; {self.title} has"
-            else:
+                yield f"{config}: model_type {kind} has no {self.blocks}, {self.title} has"
+            elif base.family.blocks != self.blocks:
                 yield f"{config}: {self.title} has no place for {kind}'s {base.family.blocks}"
             return
         if base.family.norms != self.norms:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values, read_sizes
+from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values
 from moe_fast.families.dense import DenseFamily, DenseModel, read_multipliers, read_windows
 from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint, read_config
@@ -30,7 +30,7 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     config = read_config(folder)
     model_type = config.get("model_type")
     family = dense_families().get(model_type) if isinstance(model_type, str) else None
-    if family is None:
+    if family is None or family.is_moe(config):
         if any(key in config for key in NUM_EXPERTS_KEYS):
             raise CheckpointError(
                 f"the model ({model_type}) is a Mixture of Experts already; experts "
@@ -48,7 +48,7 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
         )
     config = family.with_defaults(config)
     check_values(config, config_file)
-    sizes = read_sizes(config, config_file)
+    sizes = family.read_sizes(config, config_file)
     rope = family.read_rope(config, sizes, config_file)
     if family.interleaved and int(sizes.head_dim * rope.partial) % 2:
         raise CheckpointError(

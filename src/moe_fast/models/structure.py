@@ -29,8 +29,11 @@ def structure_problems(model: MoeModel) -> list[Problem]:
     config = family.effective_config(model.config)
     twin = dense_families()[family.twin_name(config)]
     config = {**twin.defaults, **config}  # of what a twin alone has, none is read
+    if "moe_intermediate_size" in config:  # some families have no other width
+        config.setdefault("intermediate_size", config["moe_intermediate_size"])
     sizes = read_sizes(config, file)
-    read_rope(config, file, partial=family.partial_rotary)
+    if family.blocks is None:
+        read_rope(config, file, partial=family.partial_rotary)
     ahead = prediction_tensors(model, sizes.num_hidden_layers)
     present = {
         name.split(".")[2]
