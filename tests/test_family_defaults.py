@@ -138,7 +138,9 @@ INTEGERS = {
     *("mamba_d_state", "mamba_expand", "mamba_n_groups", "mamba_n_heads", "moe_topk"),
     *("eod_token_id", "conv_L_cache", "num_dense_layers", "linear_conv_kernel_dim"),
     *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads"),
-    *("linear_num_value_heads", "num_shared_experts"),
+    *("linear_num_value_heads", "num_shared_experts", "prefix_dense_intermediate_size"),
+    *("top_k_experts", "hidden_size_per_layer_input", "num_kv_shared_layers"),
+    *("per_layer_config.2.head_dim", "vocab_size_per_layer_input"),
     "rope_scaling.original_max_position_embeddings",
     "rope_parameters.original_max_position_embeddings",
 }

@@ -33,6 +33,7 @@ FAMILIES = {
     "deepseek": "llama",
     "cohere2_moe": "cohere2",
     "deepseek_v3": "youtu",
+    "gemma4_text": "gemma4_text",
     "granitemoehybrid": "granitemoehybrid",
     "hunyuan_v1_moe": "hunyuan_v1_dense",
     "lfm2_moe": "lfm2",

@@ -24,6 +24,7 @@ TARGETS = {
     "cwm": "mixtral",
     "ernie4_5": "mixtral",
     "exaone": "mixtral",
+    "gemma4_text": "gemma4_text",
     "glm": "glm4_moe",
     "granite_swa": "granitemoe_swa",
     "granitemoehybrid": "granitemoehybrid",

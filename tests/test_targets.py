@@ -70,7 +70,7 @@ SOURCES = {
 }
 TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo", "glm4_moe", "deepseek", *GRANITE_LIKE)
 TWINS = ("cohere2_moe", "deepseek_v3", "granitemoehybrid", "hunyuan_v1_moe", "lfm2_moe")
-TARGETS += (*TWINS, "qwen3_5_moe_text")
+TARGETS += (*TWINS, "gemma4_text", "qwen3_5_moe_text")
 
 
 @pytest.fixture(scope="module", params=SOURCES)

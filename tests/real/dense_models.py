@@ -23,6 +23,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cwm": HEADS,
     "ernie4_5": HEADS,
     "exaone": {},
+    "gemma4_text": {
+        "head_dim": 12,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "tie_word_embeddings": True,
+    },
     "glm": HEADS,
     "granite_swa": {},
     "granitemoehybrid": {

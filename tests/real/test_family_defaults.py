@@ -102,7 +102,7 @@ def test_transformers_5_refuses_what_is_said_to_be_refused(tmp_path, name):
     original = (tmp_path / "moe" / "config.json").read_text()
     outcomes = set()
     for key, kind in moe_families()[name].key_types().items():
-        if key in ("layer_types", "head_dim", *REQUIRED):
+        if key in ("layer_types", "head_dim", "use_bidirectional_attention", *REQUIRED):
             continue  # whose values are looked at as well
         for value in (None, True, 1, 1.0, "silu", [1], ["full_attention"], []):
             (tmp_path / "moe" / "config.json").write_text(original)

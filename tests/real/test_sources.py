@@ -47,6 +47,15 @@ MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_state": 8,
 }
+GEMMA = {
+    "head_dim": 12,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 7,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+    "tie_word_embeddings": True,
+}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
@@ -157,6 +166,25 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         "youtu",
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False},
         ("deepseek_v3",),
+    ),
+    "gemma4": ("gemma4_text", GEMMA, ("gemma4_text",)),
+    "gemma4, no embedding of layers": (
+        "gemma4_text",
+        {**GEMMA, "hidden_size_per_layer_input": 0},
+        ("gemma4_text",),
+    ),
+    "gemma4, keys are values, shared, untied": (
+        "gemma4_text",
+        {
+            **GEMMA,
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
+        },
+        ("gemma4_text",),
     ),
     "granite_swa": (
         "granite_swa",

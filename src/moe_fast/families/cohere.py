@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_fast.errors import CheckpointError
 from moe_fast.families.config import Sizes, is_count
 from moe_fast.families.experts import ExpertAxis
-from moe_fast.families.moe import Parts
+from moe_fast.families.moe import Parts, as_count, ffn_shapes
+from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
+from moe_fast.storage.strict_json import brief
 
 PARALLEL = "attention and FFN side by side"
 KINDS = ("sliding_attention", "full_attention")
@@ -89,13 +92,41 @@ class Cohere2Moe(Twin):
     own_expert_width = False
     dropped = ("sliding_window_pattern",)
 
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
+        kinds = ["dense" if layer in layers else "sparse" for layer in range(num_layers)]
+        return {"mlp_layer_types": kinds}
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        kinds = config.get("mlp_layer_types")
+        if kinds is None:
+            return frozenset()
+        if not isinstance(kinds, list):
+            raise CheckpointError(
+                f"mlp_layer_types is {brief(kinds)}; it must list kinds", file="config.json"
+            )
+        return frozenset(n for n, kind in enumerate(kinds[:num_layers]) if kind == "dense")
+
+    def dense_width(self, config: Mapping[str, Any]) -> int:
+        own = config.get("prefix_dense_intermediate_size")
+        return (
+            super().dense_width(config)
+            if own is None
+            else as_count(config, "prefix_dense_intermediate_size", minimum=1)
+        )
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> MoeShapes:
+        number = as_count(config, "num_shared_experts", 0)
+        width = number * as_count(config, "intermediate_size")
+        return ffn_shapes("mlp.shared_experts", width, hidden) if number else {}
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base
         return {
             "head_dim": base.sizes.head_dim,
             "intermediate_size": parts.expert_width,
             "layer_types": kinds_of(base.config, base.sizes),
-            "mlp_layer_types": ["sparse"] * parts.num_layers,
+            **self.dense_keys(frozenset(parts.dense_layers), parts.num_layers),
+            "prefix_dense_intermediate_size": base.sizes.intermediate_size,
             "num_experts": parts.num_experts,
             "num_experts_per_tok": parts.config.num_experts_per_tok,
             "num_shared_experts": 0,

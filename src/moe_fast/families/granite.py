@@ -258,6 +258,11 @@ DEFAULTS_OF_HYBRID: dict[str, Any] = {
 }
 
 
+def kinds_of(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
+    """Which layers attend; by default none."""
+    return read_kinds(config, sizes, ["mamba"] * sizes.num_hidden_layers, KINDS)
+
+
 class GraniteHybrid(OwnBlocks):
     """Granite 4 (IBM 2025): Mamba-2 (Dao and Gu 2024) in most layers, its FFN the shared one.
 
@@ -273,9 +278,8 @@ class GraniteHybrid(OwnBlocks):
 
     def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> Shapes:
         hidden = sizes.hidden_size
-        default = ["mamba"] * sizes.num_hidden_layers
         norms: Shapes = {f"{norm}.weight": (hidden,) for norm in NORMS_BEFORE}
-        if read_kinds(config, sizes, default, KINDS)[layer] == "full_attention":
+        if kinds_of(config, sizes)[layer] == "full_attention":
             return attention_shapes(sizes, bias=config["attention_bias"]) | norms
         heads, groups, state, reach, factor = (
             as_count(config, f"mamba_{name}", minimum=1)
@@ -350,7 +354,10 @@ class GraniteMoeHybrid(Twin):
         yield "shared_mlp.output_linear.weight", down
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
+        base = parts.base
+        kinds = kinds_of(base.config, base.sizes)
         return {
+            "layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in kinds],
             "intermediate_size": parts.expert_width,
             "shared_intermediate_size": self.shared_width(parts),
             "num_local_experts": parts.num_experts,

@@ -182,6 +182,8 @@ class MoeFamily:
     """What its layers are made of, as a dense family names it, if not of plain attention."""
     names: tuple[tuple[str, str], ...] = ()
     """Parts of names, each with what it is in the family's files."""
+    also_read: tuple[str, ...] = ()
+    """Keys of config.json without a default that say what blocks are like."""
     own_expert_width = True
     """Whether the width of experts has a key beside `intermediate_size`."""
     scaling_key: str | None = None
@@ -311,7 +313,7 @@ class MoeFamily:
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of `config` that the family reads, and its defaults for missing ones."""
-        keys = (*REQUIRED, *ROPE, *self.defaults, *self.count_keys)
+        keys = (*REQUIRED, *ROPE, *self.defaults, *self.count_keys, *self.also_read)
         read = {key: config[key] for key in keys if key in config}
         return {"rope_theta": self.rules.default_theta, **self.defaults, **read}
 
@@ -336,6 +338,10 @@ class MoeFamily:
             Where a key of it has a value of another kind.
         """
         return frozenset()
+
+    def dense_width(self, config: Mapping[str, Any]) -> int:
+        """The width of the FFN in layers without experts."""
+        return as_count(config, "intermediate_size", minimum=1)
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         """The tensors that hold a layer's experts, in order."""

@@ -280,6 +280,7 @@ class Qwen35Moe(GatedSharedExpert, Twin):
     }
     types: Mapping[str, str] = {"head_dim": "int"}
     dense_twin = "qwen3_5_text"
+    also_read = ("full_attention_interval",)
     blocks = DELTA
     dropped = ("intermediate_size",)
 

@@ -40,7 +40,7 @@ class Rules:
     """
 
     count_key: str
-    default_count: int
+    default_count: int | None
     default_theta: float
     llama_cpp_normalises: bool | None = None
     llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")

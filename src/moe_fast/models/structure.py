@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe_fast.config import Layout
@@ -125,7 +126,8 @@ def expected_shapes(
     for layer in range(sizes.num_hidden_layers):
         shapes = dict(twin.layer_shapes(sizes, config, layer))
         if layer in dense_layers:
-            shapes |= twin.ffn_shapes(sizes, config)
+            width = family.dense_width(config)
+            shapes |= twin.ffn_shapes(replace(sizes, intermediate_size=width), config)
         else:
             shapes |= family.shared_shapes(config, hidden)
             expected |= expert_shapes(family, model, config, layer, hidden)
