@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -228,3 +230,92 @@ def test_pairs_to_halves(rotated, columns):
     chunks = [bytes(chunk) for chunk in piece.chunks()]
     assert b"".join(chunks) == halves(rows, 12, rotated).tobytes()
     assert max(map(len, chunks)) <= 12 * columns
+
+
+def wrap(folder, model_type, prefix="model.language_model.", head="lm_head.weight"):
+    """Make a model the language model of a multimodal one; return what else that has."""
+    text = config_of(folder)
+    rest = {
+        "model.visual.patch.weight": np.ones((3, 5), np.float32),
+        "mtp.norm.weight": np.ones(4, np.float32),
+    }
+
+    def renamed(tensors):
+        named = {f"{prefix}{name.removeprefix('model.')}": t for name, t in tensors.items()}
+        if f"{prefix}lm_head.weight" in named:
+            named[head] = named.pop(f"{prefix}lm_head.weight")
+        return named | rest
+
+    rewrite(folder, renamed)
+    outer = {"model_type": model_type, "architectures": ["X"], "vision_config": {"depth": 1}}
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    text["tie_word_embeddings"] = not tied["tie_word_embeddings"]  # the whole's counts
+    (folder / "config.json").write_text(json.dumps({**outer, **tied, "text_config": text}))
+    return rest
+
+
+@pytest.mark.parametrize(
+    ("family", "outer", "moe", "architecture"),
+    [
+        ("qwen3_5_text", "qwen3_5", "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+        ("gemma4_text", "gemma4", "gemma4", "Gemma4ForConditionalGeneration"),
+    ],
+)
+def test_what_surrounds_a_language_model_travels(tmp_path, family, outer, moe, architecture):
+    write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "alone", CONFIG)
+    alone, text = built(tmp_path / "alone"), config_of(tmp_path / "alone")
+    rest = wrap(tmp_path / "dense", outer)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    found, config = built(tmp_path / "moe"), config_of(tmp_path / "moe")
+    expected = {
+        name.replace("model.", "model.language_model.", 1): array for name, array in alone.items()
+    }
+    if family == "qwen3_5_text":
+        (warning,) = report.warnings
+        assert "1 tensor of layers that predict ahead, mtp.norm.weight first" in warning
+        del rest["mtp.norm.weight"]
+    assert found.keys() == (expected | rest).keys()
+    assert all(np.array_equal(found[name], array) for name, array in (expected | rest).items())
+    assert config["model_type"] == moe
+    assert config["architectures"] == [architecture]
+    assert config["vision_config"] == {"depth": 1}
+    assert config["text_config"] == {k: v for k, v in text.items() if k != "architectures"}
+    failed = [f for f in check_moe(tmp_path / "moe").findings if f.status == "failed"]
+    assert failed == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+    ],
+)
+def test_what_has_no_place_is_left_out_with_a_word(tmp_path, prefix, head):
+    make_model(tmp_path / "dense", "mistral")
+    build_moe(tmp_path / "dense", tmp_path / "alone", CONFIG)
+    wrap(tmp_path / "dense", "mistral3", prefix, head)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert report.target == "mixtral"
+    (warning,) = report.warnings
+    assert "mistral3 is more than its language model; Mixtral has no place for the rest" in warning
+    assert "2 tensors are left out" in warning
+    assert config_of(tmp_path / "moe") == config_of(tmp_path / "alone")
+    assert built(tmp_path / "moe").keys() == built(tmp_path / "alone").keys()
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_a_language_model_that_is_not_found(tmp_path):
+    make_model(tmp_path / "dense", "mistral")
+    wrap(tmp_path / "dense", "mistral3", "somewhere.")
+    with pytest.raises(CheckpointError, match=r"language_model\.embed_tokens\.weight, of"):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+def test_layers_that_predict_ahead_are_left_out_with_a_word(tmp_path):
+    write_dense(tmp_path / "dense", "qwen3_5_text")
+    rewrite(tmp_path / "dense", lambda t: t | {"mtp.norm.weight": np.ones(4, np.float32)})
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert "1 tensor of layers that predict ahead" in report.warnings[0]
+    assert check_moe(tmp_path / "moe").passed

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dense_families import FAMILIES
 from dense_models import written
 from families import LLAMA3, YARN
-from logits import assert_same, compute_logits
+from folders import config_of
+from logits import PROBLEMS, assert_same, compute_logits
 from moe_fast import MoeConfig, build_moe, check_moe
-from random_models import save_random_model
+from random_models import SIZES, save_random_model
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
@@ -240,3 +243,62 @@ def test_it_loads_whole_and_computes_the_same(dense, tmp_path, source, target):
 def test_names_shapes_and_keys_are_those_that_transformers_writes(family):
     """The golden file of the ordinary tests, as the installed version would make it."""
     assert written(family) == FAMILIES[family]
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 40}
+HEADS_OF_VISION = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "qwen3_5": (
+        {**DELTA, "head_dim": 16},
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 48, "num_position_embeddings": 16},
+        "qwen3_5_moe",
+    ),
+    "gemma4": (
+        {**GEMMA, "pad_token_id": 0},
+        {**HEADS_OF_VISION, "num_hidden_layers": 1, "position_embedding_size": 16},
+        "gemma4",
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "head_dim": 12, "sliding_window": None},
+        {
+            "model_type": "pixtral",
+            **HEADS_OF_VISION,
+            "num_hidden_layers": 1,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mixtral",
+    ),
+}
+
+
+def likely(folder: Path) -> np.ndarray:
+    """The logits of a multimodal model for a text alone; every tensor is there and used."""
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in PROBLEMS)
+    with torch.no_grad():
+        return model.eval()(torch.tensor([TOKENS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("outer", WRAPPERS)
+def test_language_models_inside_of_others(tmp_path, outer):
+    text, vision, model_type = WRAPPERS[outer]
+    torch.manual_seed(0)
+    keys = {**SIZES, "initializer_range": 0.2, **text}
+    config = AutoConfig.for_model(outer, text_config=keys, vision_config={**VISION, **vision})
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "dense")
+    expected = likely(tmp_path / "dense")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert config_of(tmp_path / "moe")["model_type"] == model_type
+    if model_type == "mixtral":
+        logits, problems = compute_logits(tmp_path / "moe", TOKENS)
+        assert not problems
+    else:
+        logits = likely(tmp_path / "moe")
+    assert_same(logits, expected, 2e-4)

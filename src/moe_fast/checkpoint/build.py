@@ -39,6 +39,7 @@ from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
+from moe_fast.families.wrappers import warn_of_rest, wrapped_config, wrapped_weights
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
@@ -547,7 +548,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         granularity=request.granularity,
     )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
+    base = construction.base
     weights = dict(family.tensors(construction, layout))
+    weights = wrapped_weights(family, base, weights, construction.convert)
+    config = wrapped_config(family, base, config)
     contents = contents_of(
         config,
         weights,
@@ -560,7 +564,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         weights=weights,
         config=config,
         companions=find_companions(construction.base.path),
-        sources=[model.tensors for model in construction.opened_models()],
+        sources=[model.every_tensor for model in construction.opened_models()],
         family=family.name,
         num_experts=len(construction.moe_layers) * plan.num_experts,
         manifest=Manifest(
@@ -581,6 +585,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
             *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
+            *warn_of_rest(family, base),
             *warn_of_readers(config, contents, construction.base.path),
             *warn_of_unused_models(request.models, plan_report),
         ),

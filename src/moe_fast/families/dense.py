@@ -56,7 +56,8 @@ class DenseFamily:
     `interleaved` says whether the rotary embedding turns neighbours, 0 with 1, rather than halves;
     `partial_rotary`, whether it may turn a part of each head. `sinks` says whether each head of
     attention has one. `blocks` names what its layers are made of if that is something else than all
-    this; it fits MoE families of the same blocks alone.
+    this; it fits MoE families of the same blocks alone. `unread` are the beginnings of names of
+    tensors that no reader makes anything of, such as those of layers that predict ahead.
     """
 
     model_type: str
@@ -79,6 +80,7 @@ class DenseFamily:
     partial_rotary: bool = False
     sinks: bool = False
     blocks: str | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -202,6 +204,20 @@ DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """The model that a language model is a part of, as multimodal checkpoints have it.
+
+    `prefix` is what its files have in place of `model.`, `head` the name of the head there; `rest`
+    are the tensors of everything but the language model.
+    """
+
+    config: Mapping[str, Any]
+    prefix: str
+    head: str
+    rest: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class DenseModel:
     """A dense model folder, its headers read and every tensor accounted for.
 
@@ -218,7 +234,10 @@ class DenseModel:
     tensors: Mapping[str, Tensor]
     """Every tensor by its name here; parts of one tensor of a file are tensors of their own."""
     stored: Mapping[str, Tensor]
-    """Every tensor of the files by its name in the family."""
+    """Every tensor of the language model in the files, by its name in the family."""
+    wrapper: Wrapper | None = None
+    unread: tuple[str, ...] = ()
+    """Tensors of the files that no part of the model is made of."""
 
     def ffn(self, layer: int, role: str) -> Tensor:
         """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
@@ -258,6 +277,11 @@ class DenseModel:
 
     def named(self, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name, self.tensors[name]
+
+    @property
+    def every_tensor(self) -> dict[str, Tensor]:
+        """Every tensor of the files that an output may have something of."""
+        return {**self.stored, **({} if self.wrapper is None else self.wrapper.rest)}
 
     @property
     def expert_dtype(self) -> str:

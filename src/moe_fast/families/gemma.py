@@ -163,6 +163,9 @@ class Gemma4Moe(Twin):
     }
     dense_twin = "gemma4_text"
     also_read = ("per_layer_config", "global_head_dim", "num_global_key_value_heads")
+    wrappers: Mapping[str, tuple[str, str]] = {
+        "gemma4": ("gemma4", "Gemma4ForConditionalGeneration")
+    }
     blocks = BLOCKS
     layouts = (Layout.FUSED,)
 

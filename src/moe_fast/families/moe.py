@@ -182,6 +182,8 @@ class MoeFamily:
     """What its layers are made of, as a dense family names it, if not of plain attention."""
     names: tuple[tuple[str, str], ...] = ()
     """Parts of names, each with what it is in the family's files."""
+    wrappers: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    """Multimodal models of dense ones, each with `model_type` and class of that with experts."""
     also_read: tuple[str, ...] = ()
     """Keys of config.json without a default that say what blocks are like."""
     own_expert_width = True

@@ -281,8 +281,11 @@ class Qwen35Moe(GatedSharedExpert, Twin):
     types: Mapping[str, str] = {"head_dim": "int"}
     dense_twin = "qwen3_5_text"
     also_read = ("full_attention_interval",)
+    wrappers: Mapping[str, tuple[str, str]] = {
+        "qwen3_5": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")
+    }
     blocks = DELTA
-    dropped = ("intermediate_size",)
+    dropped = ("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
@@ -315,6 +318,7 @@ DENSE = (
         DEFAULTS_OF_QWEN35,
         class_name="Qwen3_5ForCausalLM",
         biases=(),
+        unread=("mtp.",),
         blocks=DELTA,
     ),
 )

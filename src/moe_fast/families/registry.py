@@ -60,5 +60,5 @@ def lineages() -> Iterator[ModuleType]:
 # The files of this package that are not about one lineage.
 BASES = (
     *("choice", "config", "dense", "experts", "key_types", "moe", "readers", "registry", "rules"),
-    "twins",
+    *("twins", "wrappers"),
 )

@@ -10,7 +10,13 @@ from typing import Any
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values
-from moe_fast.families.dense import DenseFamily, DenseModel, read_multipliers, read_windows
+from moe_fast.families.dense import (
+    DenseFamily,
+    DenseModel,
+    Wrapper,
+    read_multipliers,
+    read_windows,
+)
 from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.storage.safetensors_header import Tensor
@@ -27,7 +33,8 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     """
     folder = Path(path)
     config_file = folder / "config.json"
-    config = read_config(folder)
+    whole = read_config(folder)
+    config = language_config(whole)
     model_type = config.get("model_type")
     family = dense_families().get(model_type) if isinstance(model_type, str) else None
     if family is None or family.is_moe(config):
@@ -57,10 +64,69 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             file=config_file,
         )
     stored = read_checkpoint(folder)
+    wrapper = None
+    if config_is_inner(whole):
+        wrapper, stored = take_out(whole, stored, folder)
+    unread = tuple(name for name in stored if name.startswith(family.unread))
+    stored = {name: tensor for name, tensor in stored.items() if name not in unread}
     tensors = check_tensors(folder, family, config, sizes, stored)
     windows = read_windows(family, config, sizes, config_file)
     multipliers = read_multipliers(family, config, sizes)
-    return DenseModel(folder, family, config, sizes, rope, windows, multipliers, tensors, stored)
+    return DenseModel(
+        folder,
+        family,
+        config,
+        sizes,
+        rope,
+        windows,
+        multipliers,
+        tensors,
+        stored,
+        wrapper,
+        unread,
+    )
+
+
+def config_is_inner(config: Mapping[str, Any]) -> bool:
+    """Whether the language model is a part of a multimodal one."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict) or config.get("model_type") in dense_families():
+        return False
+    return isinstance(inner.get("model_type"), str)
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model, with what the whole says of it."""
+    if not config_is_inner(config):
+        return config
+    of_both = ("tie_word_embeddings", "quantization_config")
+    return {**config["text_config"], **{key: config[key] for key in of_both if key in config}}
+
+
+def take_out(
+    config: Mapping[str, Any], stored: Mapping[str, Tensor], folder: Path
+) -> tuple[Wrapper, dict[str, Tensor]]:
+    """The tensors of the language model, by the names that they have where it stands alone."""
+    ends = [name for name in stored if name.endswith("language_model.embed_tokens.weight")]
+    ends += [name for name in stored if name.endswith("language_model.model.embed_tokens.weight")]
+    if len(ends) != 1:
+        raise CheckpointError(
+            "has a text_config; its language model is looked for by the name of its embedding, "
+            f"language_model.embed_tokens.weight, of which there are {len(ends)}",
+            file=folder,
+        )
+    prefix = ends[0].removesuffix("embed_tokens.weight")
+    heads = ("lm_head.weight", f"{prefix.removesuffix('model.')}lm_head.weight")
+    head = next((name for name in heads if name in stored), heads[0])
+    found = {
+        f"model.{name.removeprefix(prefix)}": tensor
+        for name, tensor in stored.items()
+        if name.startswith(prefix)
+    }
+    if head in stored:
+        found["lm_head.weight"] = stored[head]
+    rest = {n: t for n, t in stored.items() if not n.startswith(prefix) and n != head}
+    return Wrapper(config, prefix, head, rest), found
 
 
 def check_tensors(
