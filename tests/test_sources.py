@@ -10,12 +10,13 @@ import pytest
 for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
+from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors.numpy import load_file
 
 from dense_families import FAMILIES, write_dense
 from families import make_model
 from folders import config_of, edit_config, rewrite
-from moe_fast import CheckpointError, MoeConfig, build_moe, check_moe, convert_moe
+from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe, convert_moe
 from moe_fast.families.registry import dense_families
 from moe_fast.storage.pieces import Given, PairsToHalves
 
@@ -319,3 +320,89 @@ def test_layers_that_predict_ahead_are_left_out_with_a_word(tmp_path):
     report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
     assert "1 tensor of layers that predict ahead" in report.warnings[0]
     assert check_moe(tmp_path / "moe").passed
+
+
+BLOCK = (16, 16)
+
+
+def quantise(folder, *, method="fp8", block=BLOCK, only="layers"):
+    """Put all matrices of the layers in FP8; return what they are then in float32."""
+    meant = {}
+
+    def change(tensors):
+        found = {}
+        generator = np.random.default_rng(0)
+        for name, array in tensors.items():
+            found[name] = meant[name] = array
+            if array.ndim == 2 and "layers" in name and only in name:
+                scales = generator.uniform(0.5, 2, [-(-n // 16) for n in array.shape])
+                scales = scales.astype(np.float32)
+                found[name] = array.astype(float8_e4m3fn)
+                found[f"{name}_scale_inv"] = scales
+                wide = scales.repeat(16, 0)[: array.shape[0]].repeat(16, 1)[:, : array.shape[1]]
+                meant[name] = (found[name].astype(np.float64) * wide).astype(np.float32)
+        return found
+
+    rewrite(folder, change)
+    edit_config(folder, quantization_config={"quant_method": method, "weight_block_size": block})
+    return meant
+
+
+@pytest.mark.parametrize("family", ["llama", "helium", "lfm2"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"granularity": 2}], ids=str)
+def test_weights_in_fp8_are_dequantised(tmp_path, family, options):
+    make_model(tmp_path / "dense", family)
+    make_model(tmp_path / "plain", family)
+    meant = quantise(tmp_path / "dense")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    config = MoeConfig(4, 2)
+    for name in ("dense", "plain"):
+        build_moe(tmp_path / name, tmp_path / f"moe-{name}", config, **options)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), name
+    assert check_moe(tmp_path / "moe-dense").passed
+    assert "quantization_config" not in config_of(tmp_path / "moe-dense")
+    assert (options == {"dtype": "bfloat16"}) == (array.dtype == bfloat16)
+
+
+def test_noise_is_added_to_what_fp8_means(tmp_path):
+    make_model(tmp_path / "dense", "llama")
+    make_model(tmp_path / "plain", "llama")
+    meant = quantise(tmp_path / "dense")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    for name in ("dense", "plain"):
+        build_moe(ExpertSource(tmp_path / name, noise_scale=0.1), tmp_path / f"moe-{name}", CONFIG)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+
+
+def test_what_shares_a_tensor_in_fp8_is_dequantised_where_blocks_end_with_it(tmp_path):
+    make_model(tmp_path / "dense", "phi3")
+    make_model(tmp_path / "plain", "phi3")
+    meant = quantise(tmp_path / "dense", only="gate_up")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    for name in ("dense", "plain"):
+        build_moe(tmp_path / name, tmp_path / f"moe-{name}", CONFIG)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+    make_model(tmp_path / "all", "phi3")
+    quantise(tmp_path / "all")
+    with pytest.raises(CheckpointError, match=r"v_proj\.weight begins in the middle of a block"):
+        build_moe(tmp_path / "all", tmp_path / "moe", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"method": "awq"}, "quantization_config: 'awq' cannot be dequantised; 'fp8' with scales"),
+        ({"method": "fp8", "block": None}, "'fp8' without weight_block_size cannot be"),
+        ({"block": [8, 16]}, r"scale_inv' is F32 of shape .* scales of blocks of \[8, 16\] are"),
+    ],
+)
+def test_other_quantised_models_are_refused_by_name(tmp_path, changes, match):
+    make_model(tmp_path / "dense", "llama")
+    quantise(tmp_path / "dense", **changes)
+    with pytest.raises(CheckpointError, match=match):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)

@@ -78,11 +78,10 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
             name=error.name,
         ) from None
 
-    if model.wrapper is not None or model.family.blocks is not None:
+    if model.wrapper is not None or model.family.blocks is not None or model.block is not None:
         raise CheckpointError(
-            "routers='hidden' runs models of plain attention alone, "
-            f"no {model.wrapper.config['model_type'] if model.wrapper else model.family.model_type}"
-            "; take another way for routers to start",
+            "routers='hidden' runs models of plain attention alone, neither quantised nor inside "
+            "of others; take another way for routers to start",
             file=model.path / "config.json",
         )
     config = AutoConfig.from_pretrained(str(model.path), local_files_only=True)

@@ -674,6 +674,8 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
     """
     if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
         return rounded
+    if base.block is not None:
+        return "weights in FP8 were dequantised, and readers round otherwise"
     if request.backbone != "base" and len({source.model for source in request.models}) > 1:
         return "everything but the experts is the mean of the models"
     if request.shared_experts:

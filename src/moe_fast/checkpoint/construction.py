@@ -30,7 +30,6 @@ from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
-from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
@@ -100,10 +99,10 @@ class Construction:
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
-        kept = self.base.weight(name)
+        kept = self.base.weight(name, self.converted_to)
         if not self.backbone:
             return self.convert(kept)
-        weights = [model.weight(name) for model, _ in self.backbone]
+        weights = [model.weight(name, self.converted_to) for model, _ in self.backbone]
         mean = Averaged(
             tuple(weight.pieces[0] for weight in weights),
             tuple(weight.dtype for weight in weights),
@@ -115,13 +114,11 @@ class Construction:
     def convert(self, weight: Weight) -> Weight:
         return weight if self.converted_to is None else weight.converted(self.converted_to)
 
-    def perturb(self, tensor: Tensor, model: ExpertSource, name: str) -> Weight:
-        """A source's tensor with its expert's noise and scale; `name` tells noise from noise."""
-        weight = Weight.of(tensor)
+    def perturb(self, weight: Weight, model: ExpertSource, name: str) -> Weight:
+        """A source's weight with its expert's noise and scale; `name` tells noise from noise."""
         scale = model.residual_scale if name.endswith("down_proj") else 1.0
         if model.noise_scale != 0 or scale != 1:
             (source,) = weight.pieces
-            assert isinstance(source, FileRange)
             stream = choose_stream(self.seed, name)
             piece = Perturbed(source, weight.dtype, model.noise_scale, scale, stream)
             weight = Weight(weight.dtype, weight.shape, (piece,))
@@ -145,9 +142,10 @@ class Construction:
     def expert(self, layer: int, expert: int, role: str) -> Weight:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
-        tensor = self.sources[model].ffn(int(self.plan.source_layer[layer, expert]), role)
+        source_layer = int(self.plan.source_layer[layer, expert])
+        whole = self.sources[model].ffn_weight(source_layer, role, self.converted_to)
         copy, shard = divmod(expert, self.granularity)
-        weight = self.perturb(tensor, self.models[model], f"{layer} {copy} {role}")
+        weight = self.perturb(whole, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
         if self.granularity > 1 or self.shuffled:
             width = self.expert_width
@@ -191,8 +189,8 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
-        tensor = self.shared_sources[index].ffn(source_layer, role)
-        return self.convert(self.perturb(tensor, model, f"{layer} shared {index} {role}"))
+        weight = self.shared_sources[index].ffn_weight(source_layer, role, self.converted_to)
+        return self.convert(self.perturb(weight, model, f"{layer} shared {index} {role}"))
 
     def shared_ffn(self, layer: int, role: str) -> Weight:
         """All shared experts of a layer side by side, which is one FFN that adds up theirs."""
@@ -213,7 +211,9 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.convert(Weight.of(self.base.ffn(layer, role).rows(0, width)))
+        whole = self.base.ffn_weight(layer, role, self.converted_to)
+        neurons = Neurons(self.base.sizes.intermediate_size, 0, width)
+        return self.convert(take_neurons(whole, neurons, columns=False))
 
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
@@ -394,7 +394,7 @@ def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
     """The FFN weights of `source` that have another dtype than the experts are to have."""
     layers = range(source.sizes.num_hidden_layers)
     tensors = [source.ffn(layer, role) for layer in layers for role in FFN]
-    foreign = [tensor for tensor in tensors if tensor.dtype != dtype]
+    foreign = [tensor for tensor in tensors if source.dtype_of(tensor) != dtype]
     if foreign:
         first, others = foreign[0], len(foreign) - 1
         more = f", as are {others} others" if others else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from moe_fast.checkpoint.arrangement import is_weight, range_of
+from moe_fast.checkpoint.arrangement import is_weight
 from moe_fast.checkpoint.card import CARD, updated_card
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
@@ -20,7 +20,7 @@ from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
-from moe_fast.families.config import is_count, read_rope
+from moe_fast.families.config import read_rope
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
 from moe_fast.families.readers import find_readers
@@ -34,12 +34,11 @@ from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
-from moe_fast.storage.arithmetic import Dequantised
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
+from moe_fast.storage.fp8 import dequantised, find_scales, read_block
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
-from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
@@ -273,15 +272,18 @@ def converted_tensors(
     """The model's tensors in their order, each layer's experts where its first one stood."""
     to = None if dtype is None else DTYPE_CODES[dtype]
     before = Layout(model.layout)
-    scales = {} if dtype is None else find_scales(model)
+    block = None
+    if dtype is not None:
+        block = read_block(quantisation_of(model), str(model.path / "config.json"))
+    scales = find_scales(model.tensors, block)
     if dtype is not None:
         refuse_other_dtypes(model, scales)
 
     def keep(tensor: Tensor) -> Weight:
         if to is None:
             return Weight.of(tensor)
-        if tensor.name in scales:
-            return dequantised(tensor, scales[tensor.name], block_of(model), to)
+        if block is not None and tensor.name in scales:
+            return dequantised(tensor, scales[tensor.name], block, to)
         return Weight.of(tensor).converted(to)
 
     dropped = {scale.name for scale in scales.values()}
@@ -369,65 +371,12 @@ def refuse_extras(layer: MoeLayer, dropped: set[str]) -> None:
             )
 
 
-def find_scales(model: MoeModel) -> dict[str, Tensor]:
-    """The scales of each tensor in FP8, by its name.
-
-    Raises
-    ------
-    CheckpointError
-        For a model that is quantised in another way.
-    """
-    file = model.path / "config.json"
-    quantised = quantisation_of(model)
-    if quantised is None:
-        return {}
-    method, block = quantised.get("quant_method"), quantised.get("weight_block_size")
-    if method != "fp8" or not isinstance(block, list) or not is_block(block):
-        kind = brief(method) if method != "fp8" else "'fp8' without weight_block_size"
-        raise CheckpointError(
-            f"{file}: quantization_config: {kind} cannot be dequantised; 'fp8' with scales for "
-            "blocks (weight_block_size) can"
-        )
-    found = {}
-    for name, tensor in model.tensors.items():
-        scale = model.tensors.get(f"{name}_scale_inv")
-        if tensor.dtype != "F8_E4M3" or scale is None or len(tensor.shape) != 2:
-            continue
-        expected = tuple(-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
-        if scale.shape != expected or scale.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{scale.file.path}: tensor {scale.name!r} is {scale.dtype} of shape "
-                f"{list(scale.shape)}; scales of blocks of {brief(block)} are {list(expected)}, "
-                f"in {', '.join(WEIGHT_DTYPES)}"
-            )
-        found[name] = scale
-    return found
-
-
 def quantisation_of(model: MoeModel) -> Mapping[str, Any] | None:
     for config in (model.config, model.language_config):
         if isinstance(config.get("quantization_config"), dict):
             found: Mapping[str, Any] = config["quantization_config"]
             return found
     return None
-
-
-def is_block(value: list[Any]) -> bool:
-    return len(value) == 2 and all(map(is_count, value))
-
-
-def block_of(model: MoeModel) -> tuple[int, int]:
-    """The rows and columns that share a scale."""
-    quantised = quantisation_of(model)
-    assert quantised is not None
-    rows, columns = quantised["weight_block_size"]
-    return rows, columns
-
-
-def dequantised(tensor: Tensor, scale: Tensor, block: tuple[int, int], to: str) -> Weight:
-    rows, columns = tensor.shape
-    piece = Dequantised(range_of(tensor), (rows, columns), range_of(scale), scale.dtype, block, to)
-    return Weight(to, tensor.shape, (piece,))
 
 
 def check_dtypes(parts: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from moe_fast.config import RouterInit
 from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
 from moe_fast.routing.weights import draw_router_bits
 from moe_fast.storage.floats import decode, encode
-from moe_fast.storage.pieces import FileRange
+from moe_fast.storage.pieces import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Perturbed:
     noise, drawn for each weight from its own place in `stream`.
     """
 
-    source: FileRange
+    source: Piece
     dtype: str
     noise_scale: float
     scale: float

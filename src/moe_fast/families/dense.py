@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import (
     Multipliers,
@@ -22,6 +23,7 @@ from moe_fast.families.config import (
     read_rope,
     read_sizes,
 )
+from moe_fast.storage.fp8 import Block, dequantised
 from moe_fast.storage.pieces import PairsToHalves
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
@@ -236,17 +238,36 @@ class DenseModel:
     stored: Mapping[str, Tensor]
     """Every tensor of the language model in the files, by its name in the family."""
     wrapper: Wrapper | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    """Of each tensor in FP8, by its name here, what its blocks are multiplied with."""
+    block: Block | None = None
+    """The rows and columns that share a scale."""
     unread: tuple[str, ...] = ()
     """Tensors of the files that no part of the model is made of."""
+
+    def dtype_of(self, tensor: Tensor) -> str:
+        """The dtype of a tensor, of one in FP8 that which it is dequantised to."""
+        quantised = self.block is not None and tensor.dtype not in WEIGHT_DTYPES
+        return self.tensors[LAST_NORM].dtype if quantised else tensor.dtype
+
+    def ffn_weight(self, layer: int, role: str, dtype: str | None = None) -> Weight:
+        """The same as `weight`, of a matrix of a layer's FFN."""
+        return self.weight(f"model.layers.{layer}.mlp.{role}.weight", dtype)
 
     def ffn(self, layer: int, role: str) -> Tensor:
         """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
         return self.tensors[f"model.layers.{layer}.mlp.{role}.weight"]
 
-    def weight(self, name: str) -> Weight:
-        """A tensor as others have it: the rows of queries and keys in Llama's order."""
+    def weight(self, name: str, dtype: str | None = None) -> Weight:
+        """A tensor as others have it: the rows of queries and keys in Llama's order.
+
+        What is in FP8 is dequantised to `dtype`, or that of the norms; others keep theirs.
+        """
         tensor = self.tensors[name]
         weight = Weight.of(tensor)
+        if self.block is not None and name in self.scales:
+            to = dtype or self.dtype_of(tensor)
+            weight = dequantised(tensor, self.scales[name], self.block, to)
         part = name.rpartition("self_attn.")[2].partition(".")[0]
         if self.family.interleaved and part in (*QK, "q_norm", "k_norm"):
             size = self.sizes.head_dim
@@ -286,7 +307,7 @@ class DenseModel:
     @property
     def expert_dtype(self) -> str:
         """The dtype of the FFN weights, as safetensors spells it."""
-        return self.ffn(0, "gate_proj").dtype
+        return self.dtype_of(self.ffn(0, "gate_proj"))
 
     @property
     def attention_biases(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from moe_fast.families.dense import (
 )
 from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint, read_config
+from moe_fast.storage.fp8 import SCALE, Block, find_scales, read_block
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
 
@@ -49,10 +50,13 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             f"supported are {', '.join(dense_families())}",
             file=config_file,
         )
-    if config.get("quantization_config") is not None:
+    quantised = config.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
         raise CheckpointError(
-            "the model is quantised; dequantise it before it becomes experts", file=config_file
+            f"quantization_config is {brief(quantised)}; it must be an object or null",
+            file=config_file,
         )
+    block = read_block(quantised, str(config_file))
     config = family.with_defaults(config)
     check_values(config, config_file)
     sizes = family.read_sizes(config, config_file)
@@ -69,7 +73,10 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
         wrapper, stored = take_out(whole, stored, folder)
     unread = tuple(name for name in stored if name.startswith(family.unread))
     stored = {name: tensor for name, tensor in stored.items() if name not in unread}
-    tensors = check_tensors(folder, family, config, sizes, stored)
+    scales = find_scales(stored, block)
+    of_scales = {f"{name}{SCALE}" for name in scales}
+    stored = {name: tensor for name, tensor in stored.items() if name not in of_scales}
+    tensors = check_tensors(folder, family, config, sizes, stored, scales)
     windows = read_windows(family, config, sizes, config_file)
     multipliers = read_multipliers(family, config, sizes)
     return DenseModel(
@@ -83,8 +90,39 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
         tensors,
         stored,
         wrapper,
+        split_scales(family, tensors, stored, scales, block),
+        block,
         unread,
     )
+
+
+def split_scales(
+    family: DenseFamily,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    block: Block | None,
+) -> dict[str, Tensor]:
+    """The scales of each tensor by its name here; those of a fused one are split as it is."""
+    found: dict[str, Tensor] = {}
+    if block is None or not scales:
+        return found
+    by_file = {(stored[name].file, stored[name].name): name for name in scales}
+    for name, part in tensors.items():
+        origin = by_file.get((part.file, part.name))
+        if origin is None:
+            continue
+        start = (part.offset - stored[origin].offset) // part.shape[1]  # of one byte each
+        if start % block[0]:
+            raise CheckpointError(
+                f"is in FP8, and its part for {name} begins in the middle of a block of "
+                f"{block[0]} rows; that cannot be dequantised",
+                file=part.file.path,
+                tensor=part.name,
+            )
+        rows = -(-part.shape[0] // block[0])
+        found[name] = scales[origin].rows(start // block[0], rows)
+    return found
 
 
 def config_is_inner(config: Mapping[str, Any]) -> bool:
@@ -135,10 +173,12 @@ def check_tensors(
     config: Mapping[str, Any],
     sizes: Sizes,
     stored: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Every expected tensor is there with its shape, and no other is; raise all problems.
 
-    Returns the tensors by the names that they have here, each part of a fused one by itself.
+    Those that have `scales` may be in FP8. Returns the tensors by the names that they have here,
+    each part of a fused one by itself.
     """
     present = {family.name_here(name): tensor for name, tensor in stored.items()}
     numbers = {name.split(".")[2] for name in present if name.startswith("model.layers.")}
@@ -168,9 +208,10 @@ def check_tensors(
         Problem("is missing", file=folder, tensor=family.name_in_files(name))
         for name in whole.keys() - present.keys()
     ]
+    quantised = {family.name_here(name) for name in scales}
     for name, tensor in present.items():
         shape = whole.get(name, optional.get(name))
-        if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
+        if tensor.shape == shape and (tensor.dtype in WEIGHT_DTYPES or name in quantised):
             continue
         if shape is None:
             if name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it
