@@ -13,11 +13,13 @@ for extra in ("ml_dtypes", "safetensors"):
 from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors.numpy import load_file
 
+from command import run
 from dense_families import FAMILIES, write_dense
 from families import make_model
 from folders import config_of, edit_config, rewrite
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe, convert_moe
-from moe_fast.families.registry import dense_families
+from moe_fast.families.choice import targets_of
+from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.storage.pieces import Given, PairsToHalves
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
@@ -406,3 +408,40 @@ def test_other_quantised_models_are_refused_by_name(tmp_path, changes, match):
     quantise(tmp_path / "dense", **changes)
     with pytest.raises(CheckpointError, match=match):
         build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("gemma2", "caps logits"), ("exaone4", "normalises each head"), ("olmo", "no weights")],
+)
+def test_what_fits_nothing_says_why(tmp_path, model_type, why):
+    make_model(tmp_path / "dense", "llama")
+    edit_config(tmp_path / "dense", model_type=model_type)
+    with pytest.raises(CheckpointError, match=f"{model_type}' fits no MoE: .*{why}"):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+def test_the_command_lists_what_becomes_what():
+    done = run("families", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert listed["becomes"].keys() == dense_families().keys()
+    assert listed["readers"].keys() == moe_families().keys()
+    for family, target in TARGETS.items():
+        assert target in listed["becomes"][family]
+    assert listed["becomes"]["qwen3"] == ["qwen3_moe", "glm4_moe"]
+    assert listed["becomes"]["olmo2"] == ["flex_olmo"]
+    assert not listed["fit_nothing"].keys() & listed["becomes"].keys()
+    text = run("families").stdout
+    assert "mixtral" in text
+    assert "gemma2" in text
+
+
+def test_what_is_said_to_fit_does_and_the_rest_does_not(tmp_path):
+    """By the models in the golden file, which have nothing special."""
+    for family in FAMILIES:
+        write_dense(tmp_path / family, family)
+        report = build_moe(tmp_path / family, tmp_path / "moe", CONFIG, dry_run=True)
+        listed = {target.name for target in targets_of(dense_families()[family])}
+        fitting = moe_families().keys() - report.rejected_targets.keys()
+        assert fitting <= listed, family

@@ -10,7 +10,7 @@ from moe_fast.config import Layout, MoeConfig, RoutingMethod
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import ORIGINAL, ROPE_TYPES
-from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseModel
+from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseFamily, DenseModel
 from moe_fast.families.key_types import TYPES
 from moe_fast.families.rules import Rules
 from moe_fast.request import ExpertSource
@@ -226,6 +226,17 @@ class MoeFamily:
         if self.dense_keys(layers, parts.num_layers) is None:
             listed = ", ".join(map(str, sorted(layers)))
             yield f"dense_layers {listed}: {self.title} {self.dense_places}"
+
+    def may_take(self, family: DenseFamily) -> bool:
+        """Whether some models of a dense family fit, whatever their configurations say."""
+        if (self.blocks, family.blocks) != (None, None):
+            return self.blocks == family.blocks
+        biases = family.biases is None or family.biases in self.attention_biases
+        norms = family.norms == self.norms and family.qk_norm in self.qk_norms
+        multipliers = self.multipliers or not family.multipliers
+        whole = self.partial_rotary or family.defaults.get("partial_rotary_factor", 1) == 1
+        sinks = self.sinks or not family.sinks
+        return biases and norms and multipliers and whole and sinks
 
     def block_problems(self, base: DenseModel) -> Iterator[str]:
         """What the base's blocks have or lack."""

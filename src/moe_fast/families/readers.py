@@ -76,6 +76,16 @@ class Contents:
     other_names: tuple[tuple[str, str], ...] = ()
 
 
+def readers_of(rules: Rules) -> tuple[str, ...]:
+    """The readers that were asked and load some checkpoints of a family."""
+    able = {*rules.per_expert, *rules.fused}
+    return tuple(
+        reader
+        for reader in READERS
+        if reader in rules.natively and reader in able and reader not in rules.unasked
+    )
+
+
 def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader, ...]:
     """Each reader, and why it does not load a checkpoint of this `config.json`.
 

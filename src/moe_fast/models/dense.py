@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
+from moe_fast.families.choice import UNFIT
 from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values
 from moe_fast.families.dense import (
     DenseFamily,
@@ -43,6 +44,11 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             raise CheckpointError(
                 f"the model ({model_type}) is a Mixture of Experts already; experts "
                 "are made from dense models",
+                file=config_file,
+            )
+        if model_type in UNFIT:
+            raise CheckpointError(
+                f"model_type {brief(model_type)} fits no MoE: {UNFIT[model_type]}",
                 file=config_file,
             )
         raise CheckpointError(
