@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi' -o -name '*.h')
 
-.PHONY: help build demo test lint types format docs bench sanitize emulate coverage dist clean
+.PHONY: help build demo test lint types format docs bench sanitize emulate emulate-arm count-arm coverage dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
@@ -18,6 +18,7 @@ help:
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make emulate   run the AVX-512 kernels on a processor without AVX-512'
+	@echo 'make emulate-arm  run the tests on 64-bit Arm, emulated; count-arm: count its instructions'
 	@echo 'make coverage  which lines of Python and of the kernels the tests run'
 	@echo 'make dist      sdist, and from it a wheel, into dist/'
 	@echo 'make clean     remove everything the above made'
@@ -70,6 +71,12 @@ sanitize: $(VENV)/ready
 
 emulate: $(VENV)/ready
 	bash tests/emulated/run.sh $(RUN)
+
+emulate-arm: $(VENV)/ready
+	bash tests/emulated/arm.sh $(RUN) all
+
+count-arm: build
+	bash tests/emulated/arm.sh $(RUN) count
 
 coverage: $(VENV)/ready
 	$(RUN) -m pip install --quiet --group coverage

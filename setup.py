@@ -1,8 +1,10 @@
 """The extension modules: one build of the kernels per SIMD level, and the processor check."""
 
 import os
+import re
 import struct
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,6 +13,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
+if sys.byteorder != "little":
+    raise SystemExit(
+        "error: moe_fast needs a little-endian processor: this one would write wrong bytes"
+    )
+
+KERNELS = Path("src/moe_fast/kernels")
 # The platform names the architecture of the kernel, on which a 32-bit Python may run.
 platform = sysconfig.get_platform()
 HAS_LEVELS = (
@@ -48,16 +56,31 @@ To see whether there is a wheel: pip install --only-binary moe-fast moe-fast"""
 # address, by over a tenth: with alignment, a change elsewhere does not change it.
 WHERE_ACCEPTED = ["-fno-ipa-cp-clone", "-falign-functions=64", "-falign-loops=32"]
 
+if struct.calcsize("P") == 4:  # on x86, for arithmetic that rounds as everywhere else
+    WHERE_ACCEPTED += ["-msse2", "-mfpmath=sse"]
+
 
 class BuildKernels(build_ext):
     """Chooses the flags, as only here the compiler is known."""
 
     def accepts(self, flag):
-        command = [*self.compiler.compiler_so, flag, "-fsyntax-only", "-xc", os.devnull]
         try:
-            return subprocess.run(command, capture_output=True).returncode == 0
+            return self.try_compiling(os.devnull, flag).returncode == 0
         except FileNotFoundError:  # no compiler: compiling will say so
             return False
+
+    def try_compiling(self, file, *flags):
+        command = [*self.compiler.compiler_so, *flags, "-fsyntax-only", "-xc", str(file)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def refuse_other_platforms(self, flags):
+        """Say in one line what platform.h says, not once for each file and among advice."""
+        try:
+            said = self.try_compiling(KERNELS / "c" / "platform.h", *flags).stderr
+        except FileNotFoundError:
+            return
+        if refusal := re.search(r'#error "(.+)"', said):
+            raise SystemExit(f"error: {refusal[1]}")
 
     def build_extensions(self):
         for extension in self.extensions:
@@ -71,6 +94,7 @@ class BuildKernels(build_ext):
                 # which nobody reads, might be raised in another order.
                 extension.extra_compile_args = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
                 extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
+                self.refuse_other_platforms(extension.extra_compile_args)
                 if SANITIZE:
                     sanitizers = [
                         "-fsanitize=address,undefined",
@@ -93,7 +117,6 @@ class BuildKernels(build_ext):
             raise SystemExit(f"error: {error}\n\n{ADVICE}") from None
 
 
-KERNELS = Path("src/moe_fast/kernels")
 DEFINITIONS = sorted(str(file) for end in ("pxi", "h") for file in KERNELS.rglob(f"*.{end}"))
 # The code that Cython adds to every module that takes buffers, compiled once, not for each level.
 SHARED = "moe_fast.kernels._shared"

@@ -402,7 +402,7 @@ def test_command(two_models, tmp_path):
     done = run("build", *two_models, "-o", tmp_path / "moe", "--experts", 4)
     assert done.returncode == 0
     assert done.stderr == ""  # silence in a pipe
-    for expected in ("4 per layer, 2 per token", "load balance", "bytes", "seconds"):
+    for expected in ("4 per layer, 2 per token", "use of models", "bytes", "seconds"):
         assert expected in done.stdout
     done = run("check", tmp_path / "moe")
     assert done.returncode == 0

@@ -226,6 +226,18 @@ def test_another_dtype_is_told(moe):
     assert "is F16 of shape [4, 64] where F32 of shape [4, 64] was asked for" in problem
 
 
+def test_a_model_that_was_trained_since(moe, models):
+    """One failure that says so, not one for every expert and norm."""
+    (moe / "moe_fast.json").unlink()
+    rewrite(moe, lambda tensors: {name: array + 1 for name, array in tensors.items()})
+    report = check_moe(moe, against=models)
+    assert failed(report) == ["experts"]
+    (problem,) = report["experts"].problems
+    assert "no expert equals an FFN of the sources: the model was trained or changed" in problem
+    assert report["other weights"].status is Status.NOT_POSSIBLE
+    assert check_moe(moe).passed
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -269,7 +281,7 @@ def test_predicted_load_is_told(moe):
     health = [r.coefficient_of_variation for r in inspect_model(moe).routers]
     low, high = f"{min(health):.3f}", f"{max(health):.3f}"
     summary = check_moe(moe)["routing"].summary
-    assert f"load cv {low} to {high} (0 is even), entropy 1.386 (undecided is 1.386)" in summary
+    assert f"load cv {low} to {high} (0 is even), entropy 1.386 (at most ln 4 = 1.386)" in summary
 
 
 # Routers that took a run of a model are known by their digests

@@ -6,13 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-for extra in ("safetensors", "typer"):
+for extra in ("ml_dtypes", "safetensors", "typer"):
     pytest.importorskip(extra)
 
+import ml_dtypes
 from safetensors.numpy import load_file, save_file
 
 from command import run

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-pytest.importorskip("safetensors")
+for extra in ("ml_dtypes", "safetensors"):
+    pytest.importorskip(extra)
 
+import ml_dtypes
 from safetensors.numpy import load_file
 
 from moe_families import FAMILIES, NUM_EXPERTS, OPERATED_ON, write_model, write_moe

@@ -68,7 +68,7 @@ def test_what_is_not_exact_is_said(tmp_path):
     scores = {"layers": {key: {"reap": [1, 5, 2, 9, 8, 7]} for key in "012"}}
     cases = {
         "a token still goes to 2 experts": (12, {"keep_k": True}),
-        "8 experts are no multiple of 6": (8, {"scores": scores}),
+        "8 experts are not a multiple of 6": (8, {"scores": scores}),
     }
     for warning, (number, options) in cases.items():
         report = expand_moe(tmp_path / "moe", tmp_path / warning, number, **options)
@@ -84,9 +84,9 @@ def test_wrong_numbers_are_refused(tmp_path):
     write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(MoeConfigError, match="num_experts must be at least 6, got 5"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 5)
-    with pytest.raises(MoeConfigError, match="8 is no multiple of 6: scores say which"):
+    with pytest.raises(MoeConfigError, match="8 is not a multiple of 6: scores say which"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 8)
-    with pytest.raises(MoeConfigError, match="scores are for a num_experts that is no multiple"):
+    with pytest.raises(MoeConfigError, match="scores are for a num_experts that is not a multiple"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 12, scores={"layers": {}})
     with pytest.raises(CheckpointError, match="layer 0 is missing"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 8, scores={"layers": {}})

@@ -169,7 +169,7 @@ def an_moe(folder):
 @pytest.mark.parametrize(("change", "message"), [
     (shutil.rmtree, "dense: is not a folder with a model; there is nothing of that name"),
     (a_file, "dense: is not a folder with a model; it is a file, and a model is the folder with"),
-    (without_config, "dense: is no model folder, it has no config.json$"),
+    (without_config, "dense: is not a model folder: it has no config.json$"),
     (with_gguf, "holds model.gguf, and GGUF is not read: load it with transformers .*gguf_file="),
     (with_a_pickle, "pytorch_model.bin, a pickle file.*save the model as safetensors"),
     (of_another_kind, "model_type 'gpt2' is not supported; supported are granite, llama, mistral"),

@@ -19,6 +19,7 @@ from moe_fast import (
     MoeConfigError,
     MoeReport,
     build_moe,
+    build_recipe,
     check_moe,
     convert_moe,
     plan_moe_construction,
@@ -233,6 +234,51 @@ def test_by_default_a_token_takes_one_copy(tmp_path):
     assert (report.num_experts, report.num_experts_per_tok) == (32, 4)
 
 
+@pytest.mark.parametrize("shards", [2, 4, 5])
+def test_a_config_without_k_takes_one_copy(tmp_path, shards):
+    make_model(tmp_path / "dense", "llama")
+    config = MoeConfig(num_experts=4 * shards)
+    assert config.num_experts_per_tok == 2
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", config, granularity=shards)
+    assert report.num_experts_per_tok == shards
+    assert_same_function(tmp_path / "dense", tmp_path / "moe")
+    said = build_moe(
+        tmp_path / "dense", tmp_path / "said", MoeConfig(4 * shards, 2), granularity=shards
+    )
+    assert said.num_experts_per_tok == 2
+
+
+def test_recipes_say_it_all(tmp_path, monkeypatch):
+    pytest.importorskip("yaml")
+    for seed, name in enumerate("ab"):
+        make_model(tmp_path / name, "llama", seed=seed)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yml").write_text(
+        "models: [a, b]\ngranularity: 4\nmix_copies: true\nshuffle: True\nreinit: 0.5\n"
+        "reinit_sets: separate\nbackbone: [2, 1]\nseed: 3\ntarget: glm4_moe\n"
+    )
+    build_recipe("recipe.yml", "recipe")
+    build_moe(
+        ["a", "b"], "python", granularity=4, mix_copies=True, shuffle=True, reinit=0.5, seed=3,
+        reinit_sets="separate", backbone=(2, 1), target="glm4_moe",
+    )  # fmt: skip
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("recipe", "python"))
+    assert one.keys() == two.keys()
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    assert check_moe(tmp_path / "recipe").passed
+    card = (tmp_path / "recipe" / "README.md").read_text()
+    assert "shard e % 4 of copy e // 4" in card
+    assert "50 % were drawn anew (others in gate, up and down projection)" in card
+    assert (
+        "Everything else is their weighted mean; tokenizer and config.json are those of a" in card
+    )
+    _, recipe, _ = card.split("```", 2)  # the card's own recipe makes the same again
+    (tmp_path / "again.yml").write_text(recipe.removeprefix("yaml\n"))
+    build_recipe("again.yml", "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(one[name].tobytes() == again[name].tobytes() for name in one)
+
+
 def test_plan_and_report():
     plan = plan_moe_construction(3, 2, MoeConfig(12, 2), granularity=2)
     assert plan.source_model.tolist() == [[0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]] * 2
@@ -246,7 +292,7 @@ def test_what_is_lost_is_said(tmp_path):
     make_model(tmp_path / "dense", "llama")
     report = build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(8, 3), granularity=4)
     assert any(
-        "num_experts_per_tok 3 is no multiple of granularity 4" in w for w in report.warnings
+        "num_experts_per_tok 3 is not a multiple of granularity 4" in w for w in report.warnings
     )
     assert any(
         "experts are 20 wide, no multiple of 8 (transformers 5" in w for w in report.warnings
@@ -267,7 +313,7 @@ def test_what_is_lost_is_said(tmp_path):
             {"granularity": 8, "config": MoeConfig(16, 8), "width": 84},
             CheckpointError,
             r"model\.safetensors: tensor 'model\.layers\.0\.mlp\.gate_proj\.weight' \[84, 48\]: "
-            r"intermediate_size 84 is no multiple of granularity 8",
+            r"intermediate_size 84 is not a multiple of granularity 8",
         ),
     ],
 )

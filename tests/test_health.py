@@ -255,6 +255,7 @@ def test_uniform_routers_tie(dense, tmp_path):
 
 
 def test_prompts_in_turn_tie(dense, tmp_path):
+    pytest.importorskip("tokenizers")
     models = [ExpertSource(dense, positive_prompts=[text]) for text in ("Hello", "print(x)")]
     assert warnings_of(dense, tmp_path, models, routers="cheap_embed") == (
         "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
@@ -263,6 +264,7 @@ def test_prompts_in_turn_tie(dense, tmp_path):
 
 
 def test_an_expert_between_two_others_starves(dense, tmp_path):
+    pytest.importorskip("tokenizers")
     one, other = "same text a", "same text b"
     prompts = ([one], [other], [one, other])
     models = [ExpertSource(dense, positive_prompts=texts) for texts in prompts]

@@ -81,7 +81,7 @@ def test_a_path_is_a_name_where_backslashes_separate(hub, monkeypatch):
 def test_a_revision_is_asked_for_by_its_name(hub):
     snapshot = cache(hub, "some/model", seed=0, revision="v2")
     assert find_model("some/model@v2") == str(snapshot)
-    with pytest.raises(CheckpointError, match=r"^'some/model' is no folder here, and no model"):
+    with pytest.raises(CheckpointError, match=r"^'some/model' is not a local folder, and not a"):
         find_model("some/model")
 
 
@@ -119,7 +119,7 @@ def test_the_command(hub):
     command[4] = "some/other"
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: 'some/other' is no folder here, and no model that the ")
+    assert done.stderr.startswith("error: 'some/other' is not a local folder, and not a model")
 
 
 def test_recipes(hub):
@@ -167,7 +167,9 @@ def test_nothing_is_looked_for_while_a_recipe_is_wrong(monkeypatch):
 
 
 def test_all_that_are_missing_are_named():
-    message = r"(?s)^3 problems:.*'a/one' is no folder here, and.*LocalEntryNotFound.*'a/b'.*'a/c'"
+    message = (
+        r"(?s)^3 problems:.*'a/one' is not a local folder, and.*LocalEntryNotFound.*'a/b'.*'a/c'"
+    )
     with pytest.raises(CheckpointError, match=message):
         build_moe(["a/one", "a/b"], "moe", CONFIG, base="a/c")
     assert not Path("moe").exists()
@@ -175,7 +177,7 @@ def test_all_that_are_missing_are_named():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = r"^'a/b' is no folder here; to take it for a model on .*'moe-fast\[hub\]'$"
+    message = r"^'a/b' is not a local folder; to take it for a model on .*'moe-fast\[hub\]'$"
     with pytest.raises(CheckpointError, match=message):
         build_moe("a/b", "moe", CONFIG)
 

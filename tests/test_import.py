@@ -103,3 +103,12 @@ def test_the_version_is_the_distributions():
 def test_unknown_names():
     with pytest.raises(AttributeError, match="module 'moe_fast' has no attribute 'build_mow'"):
         moe_fast.build_mow  # noqa: B018
+
+
+def test_a_big_endian_processor_is_refused_before_anything_is_loaded():
+    code = "import sys; sys.byteorder = 'big'; import moe_fast"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: moe_fast needs a little-endian processor: this one would write wrong bytes"
+    )

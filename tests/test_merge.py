@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-for extra in ("safetensors", "typer"):
+for extra in ("ml_dtypes", "safetensors", "typer"):
     pytest.importorskip(extra)
 
+import ml_dtypes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file

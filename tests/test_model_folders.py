@@ -177,7 +177,12 @@ def test_an_adapter(tmp_path):
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    says(folder, "has no config.json; it holds adapter_config.json: an adapter .*merge_and_unload")
+    words = "has no config.json; it holds adapter_config.json: an adapter .*merge_and_unload"
+    for refuse in (lambda: convert_moe(folder, tmp_path / "out"), lambda: inspect_model(folder)):
+        with pytest.raises(CheckpointError, match=words):
+            refuse()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: names no base_model_name"):
+        build_moe(folder, tmp_path / "out", CONFIG)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     says(folder, "lora: holds adapter_config.json: an adapter", needs_weights=True)
 

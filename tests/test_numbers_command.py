@@ -59,10 +59,29 @@ def test_gates_in_a_safetensors_file(tmp_path):
     tensors = load_file(tmp_path / "g.safetensors")
     assert sorted(tensors) == ["layers.0.gate.weight", "layers.1.gate.weight"]
     for layer in range(2):
-        expected = compute_gate_weights(64, 8, dtype="bfloat16", layer=layer, transpose=True)
+        expected = compute_gate_weights(
+            64, 8, dtype="bfloat16", layer=layer, transpose=True, remove_base=True
+        )
         found = tensors[f"layers.{layer}.gate.weight"]
         assert found.dtype == ml_dtypes.bfloat16
         assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--dtype", "float16"), {"dtype": "float16", "remove_base": True}),
+        (("--dtype", "float16", "--keep-base"), {"dtype": "float16"}),
+        (("--dtype", "float16", "--init", "uniform"), {"dtype": "float16", "init": "uniform"}),
+        (("--remove-base",), {"dtype": "float32", "remove_base": True}),
+        (("--full-range",), {"dtype": "float32", "full_range": True}),
+    ],
+    ids=str,
+)
+def test_the_base_and_the_range_of_gates(tmp_path, options, expected):
+    assert run("gates", 2048, 8, "-o", tmp_path / "g.npy", *options).returncode == 0
+    weights = compute_router_weights(1, 2048, 8, transpose=True, **expected)
+    assert np.load(tmp_path / "g.npy").tobytes() == weights.tobytes()
 
 
 def test_what_is_refused(tmp_path):

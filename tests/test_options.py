@@ -15,9 +15,11 @@ for extra in ("ml_dtypes", "safetensors", "typer", "rich", "yaml"):
 
 import numpy as np
 import typer
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from command import run
+from moe_fast import design_moe
 from moe_fast.command.cli import app
 from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.demo import make_dense_model
@@ -68,6 +70,18 @@ def folder(tmp_path_factory):
     ("build dense -o out --routers x", 2, "error: --routers must be one of 'balanced', 'random'"),
     ("build dense -o out --layout x", 2, "--layout"),
     ("build dense -o out --dtype int8", 2, "error: --dtype must be one of 'float32', 'bfloat16'"),
+    ("build dense -o out --granularity 0", 2, "error: --granularity must be at least 1, got 0"),
+    ("build dense -o out --granularity 3 --experts 8", 2,
+     "error: --experts (8) must be a multiple of granularity (3)"),
+    ("build dense -o out --granularity 3", 1, "intermediate_size 128 is not a multiple of gr"),
+    ("build dense -o out --reinit 1.5", 2, "error: --reinit must be from 0 to 1, got 1.5"),
+    ("build dense -o out --reinit-sets x", 2, "error: --reinit-sets must be one of 'shared', 's"),
+    ("build dense -o out --backbone x", 2, "'x' is not base, mean or a list of numbers"),
+    ("build dense -o out --backbone 1,2", 2, "error: --backbone must be 'base', 'mean' or a we"),
+    ("build dense -o out --seed -1", 2, "error: --seed must be at least 0, got -1"),
+    ("build recipe.yml -o out --granularity 2", 2, "--granularity is for models; write it into"),
+    ("build recipe.yml -o out --shuffle", 2, "--shuffle is for models; write it into the"),
+    ("plan 2 2 --granularity 3 --experts 8", 2, "error: --experts (8) must be a multiple of gr"),
     ("build recipe.yml -o out --target mixtral", 2, "--target is for models; write it into the"),
     ("build recipe.yml dense -o out", 2, "give a recipe alone"),
     ("build recipe.yml -o out", 1, "error: dense_layers lists layer 7; the base model has 2,"),
@@ -96,6 +110,26 @@ def test_what_a_wrong_value_is_told(folder, monkeypatch, arguments, code, messag
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert not (folder / "out").exists()
+
+
+def test_options_of_fine_experts_are_those_of_the_function(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = "--granularity 4 --shuffle --reinit 0.5 --seed 3 --reinit-sets separate"
+    more = "--backbone 3,1 --target glm4_moe --mix-copies"
+    done = run("build", "dense", "dense", "-o", "fine", *options.split(), *more.split())
+    assert done.returncode == 0, done.stderr
+    assert "32 per layer (8 copies split in 4), 4 per token" in done.stdout
+    design = design_moe(
+        ["dense", "dense"], granularity=4, shuffle=True, reinit=0.5, seed=3, target="glm4_moe",
+        reinit_sets="separate", backbone=(3, 1), mix_copies=True,
+    )  # fmt: skip
+    written = load_file("fine/model.safetensors")
+    assert set(design.weights) == set(written)
+    assert all(design.read_bytes(name) == written[name].tobytes() for name in written)
+    sizes = "--granularity 4 --hidden-size 8 --intermediate-size 16"
+    done = run("plan", 2, 3, *sizes.split())
+    assert "32 per layer" in done.stdout
+    assert f"{3 * 32 * (3 * 8 * 4 + 8):,} in experts and routers" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["recipe.txt", "recipe.YAML", "recipe.yaml", "recipe"])
@@ -138,7 +172,7 @@ def test_an_address_is_looked_for_on_the_hub(folder, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(folder / "cache"))
     done = run("build", "https://huggingface.co/org/name", "-o", "out")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: 'org/name' is no folder here, and no model that")
+    assert done.stderr.startswith("error: 'org/name' is not a local folder, and not a model that")
 
 
 def test_paths_in_the_home_folder(folder, monkeypatch):

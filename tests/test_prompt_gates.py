@@ -115,7 +115,7 @@ def edit(name: str, text: str):
     ("break_it", "message"),
     [
         (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json: is missing, and"),
-        (edit("tokenizer.json", "{}"), r"dense.tokenizer\.json: is no tokenizer: "),
+        (edit("tokenizer.json", "{}"), r"dense.tokenizer\.json: is not a tokenizer: "),
         (edit("tokenizer_config.json", '{"bos_token": 3}'), r"bos_token is 3; it must be a string"),
         (edit("tokenizer_config.json", "[1"), r"dense.tokenizer_config\.json: not valid JSON"),
     ],

@@ -69,6 +69,13 @@ def dense(tmp_path):
     return tmp_path / "dense"
 
 
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    """Reports are written here."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
 @pytest.fixture
 def moe(dense):
     make_dense_model(dense.parent / "other", seed=1)
@@ -77,9 +84,10 @@ def moe(dense):
     return dense.parent / "moe"
 
 
-def test_it_lies_beside_the_model_and_tells_of_it(moe, monkeypatch):
+def test_it_lies_in_the_working_directory_and_tells_of_the_model(moe, monkeypatch):
     file = write_report(moe)
-    assert file == moe.parent / "moe-report.html"
+    assert file == Path("moe-report.html")
+    assert not (moe.parent / "moe-report.html").exists()
     text = Page(file).text
     assert "MixtralForCausalLM: 4 experts per layer, 2 per token, from 2 dense models." in text
     assert "1: other\n0, 2\n4\nnone" not in text
@@ -186,7 +194,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else_is(moe, tmp_path):
     other = tmp_path / "thesis.html"
     other.write_text("years of work")
     for there in (other, moe, moe / "config.json"):
-        with pytest.raises(CheckpointError, match="exists and is no report; choose another"):
+        with pytest.raises(CheckpointError, match="exists and is not a report; choose another"):
             write_report(moe, there)
     assert other.read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".moe-report")) == []
@@ -206,7 +214,7 @@ def test_a_manifest_that_does_not_hold(moe, change, message):
     file.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=message):
         write_report(moe)
-    assert not (moe.parent / "moe-report.html").exists()
+    assert not Path("moe-report.html").exists()
 
 
 def test_the_command(moe):

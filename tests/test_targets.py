@@ -200,9 +200,9 @@ def test_fused_layout_stacks_gate_over_up(tmp_path):
 
 def test_layouts_that_a_family_does_not_have(tmp_path):
     dense = make_model(tmp_path / "dense", "llama")
-    with pytest.raises(CheckpointError, match="'per-expert': GraniteMoE has fused alone"):
+    with pytest.raises(MoeConfigError, match="layout must be 'fused' for GraniteMoE, got 'per"):
         build_moe(dense, tmp_path / "moe", CONFIG, target="granitemoe", layout="per-expert")
-    with pytest.raises(CheckpointError, match="'fused': DeepSeek-MoE has per-expert alone"):
+    with pytest.raises(MoeConfigError, match="layout must be 'per-expert' for DeepSeek-MoE"):
         build_moe(dense, tmp_path / "moe", CONFIG, target="deepseek", layout="fused")
     with pytest.raises(MoeConfigError, match="layout must be one of 'per-expert', 'fused'"):
         build_moe(dense, tmp_path / "moe", CONFIG, layout="stacked")

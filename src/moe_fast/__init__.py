@@ -3,10 +3,17 @@
 See the README for what the package does and docs/architecture.md for how its data flows.
 """
 
+import sys
+
+if sys.byteorder != "little":
+    raise ImportError("moe_fast needs a little-endian processor: this one would write wrong bytes")
+
 TYPE_CHECKING = False  # type checkers take it for typing's, which takes time to import
 if TYPE_CHECKING:
     from typing import Any
 
+    from moe_fast.calibration.score import ScoreReport as ScoreReport
+    from moe_fast.calibration.score import score_experts as score_experts
     from moe_fast.checkpoint.build import BuildReport as BuildReport
     from moe_fast.checkpoint.build import build_moe as build_moe
     from moe_fast.checkpoint.build import design_moe as design_moe
@@ -80,6 +87,7 @@ if TYPE_CHECKING:
 # Where each public name stands. It is fetched when it is first used, so that `import moe_fast`
 # takes no time and needs no NumPy. Nothing runs before that: Ctrl-C would end in a traceback.
 HOMES = {
+    "calibration.score": ("ScoreReport", "score_experts"),
     "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
     "checkpoint.compare": ("CompareReport", "WeightDifference", "compare_moe"),

@@ -60,7 +60,7 @@ def unknown_choice(value: object, choices: Sequence[str], name: str) -> MoeConfi
 
 
 def as_index(value: Any, name: str, *, minimum: int | None = 0, maximum: int | None = None) -> int:
-    """`value` as a Python int from `minimum` to `maximum`; `None` is no limit.
+    """`value` as a Python int from `minimum` to `maximum`; `None` means no limit.
 
     NumPy integers pass; bools, floats and strings do not.
 
@@ -123,7 +123,7 @@ def as_size(value: Any, name: str) -> int:
     ArgumentTypeError
         Neither a number nor a string.
     MoeConfigError
-        A string that is no size, or less than a megabyte without a unit.
+        A string that is not a size, or less than a megabyte without a unit.
     """
     number, unit = value, ""
     if isinstance(value, str):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 from moe_fast.checks import as_index, as_member
 from moe_fast.errors import MoeConfigError
@@ -84,8 +84,9 @@ class MoeConfig:
     ----------
     num_experts : int
         Experts per layer, at least 1.
-    num_experts_per_tok : int
-        Experts that each token is sent to, from 1 to `num_experts`.
+    num_experts_per_tok : int, optional
+        Experts that each token is sent to, from 1 to `num_experts`. By default 2, or in builds with
+        a `granularity` the experts of one whole copy.
     routing_method : RoutingMethod or str
         `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     gate_hidden_dim : int, optional
@@ -116,16 +117,22 @@ class MoeConfig:
     routing_method: RoutingMethod = RoutingMethod.TOP_K
     gate_hidden_dim: int | None = None
 
+    says_experts_per_tok: ClassVar[bool]
+    """Whether `num_experts_per_tok` was given; no part of the configuration's value."""
+
     # Written out because it takes more than the fields hold: NumPy integers, a method's string.
     def __init__(
         self,
         num_experts: SupportsIndex = 8,
-        num_experts_per_tok: SupportsIndex = 2,
+        num_experts_per_tok: SupportsIndex | None = None,
         routing_method: RoutingMethod | RoutingMethodName = RoutingMethod.TOP_K,
         gate_hidden_dim: SupportsIndex | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "num_experts", as_index(num_experts, "num_experts", minimum=None))
+        put(self, "says_experts_per_tok", num_experts_per_tok is not None)
+        if num_experts_per_tok is None:
+            num_experts_per_tok = type(self).num_experts_per_tok
         put(
             self,
             "num_experts_per_tok",
@@ -138,7 +145,8 @@ class MoeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in plain values, as JSON has them."""
-        return {**vars(self), "routing_method": str(self.routing_method)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**values, "routing_method": str(self.routing_method)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeConfig:
@@ -158,6 +166,12 @@ class MoeConfig:
         config: MoeConfig = typed(dict(values), cls, cls.__name__)
         return config
 
+    def with_granularity(self, granularity: int) -> MoeConfig:
+        """The same for experts split in so many: a token takes one whole copy, if nobody said."""
+        if self.says_experts_per_tok or granularity == 1:
+            return self
+        return replace(self, num_experts_per_tok=granularity)
+
     def validate(self) -> None:
         """Raise `MoeConfigError` for the first number that is out of range."""
         as_index(self.num_experts, "num_experts", minimum=1)
@@ -170,3 +184,12 @@ class MoeConfig:
             )
         if self.gate_hidden_dim is not None:
             as_index(self.gate_hidden_dim, "gate_hidden_dim", minimum=1)
+
+
+def choose_config(
+    num_experts: int | None, num_experts_per_tok: int | None, granularity: int = 1
+) -> MoeConfig:
+    """The configuration of a build that says these numbers, or does not: 8 copies, split."""
+    if num_experts is None:
+        num_experts = MoeConfig.num_experts * max(1, granularity)
+    return MoeConfig(num_experts, num_experts_per_tok).with_granularity(max(1, granularity))

@@ -555,7 +555,7 @@ def plan_moe_construction(
     Raises
     ------
     TypeError
-        A number that is not an integer, or a `config` that is no `MoeConfig`.
+        A number that is not an integer, or a `config` that is not a `MoeConfig`.
     MoeConfigError
         A number below 1, a configuration that does not validate, a number of experts that
         `granularity` does not divide, or more layers, or more experts in a layer, than a table of
@@ -578,6 +578,7 @@ def plan_moe_construction(
         raise ArgumentTypeError(
             f"must be a MoeConfig, got {reprlib.repr(config)}", argument="config"
         )
+    config = config.with_granularity(as_index(granularity, "granularity", minimum=1))
     config.validate()
     granularity = as_granularity(granularity, config.num_experts)
     models = counting_up(config.num_experts, "num_experts")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, get_args
 
 from moe_fast.checks import as_choice, as_index, as_number, as_path_text
@@ -60,23 +60,43 @@ class RouterStart:
         `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
         of their tokens, or from what the router will read of them, which takes a run of the base
         model.
+    logit_std : float, optional
+        How sharp they start: the standard deviation over the experts of a token's logits, before
+        any are chosen, root mean square over tokens. The tokens are those of the prompts for
+        `"hidden"`, and else standard normal, one number for each of the hidden size. Rows are then
+        multiplied by one factor a layer, after what they all share is taken out of them, which no
+        choice depends on. By default rows keep the scale of their method.
 
     Raises
     ------
     TypeError, MoeConfigError
-        A method that is no string or is unknown.
+        A method that is not a string or is unknown; a `logit_std` that is no number above 0, or
+        stands beside `"uniform"`, whose rows are all alike.
 
     Examples
     --------
     >>> from moe_fast import RouterStart
-    >>> RouterStart("normal").from_prompts
+    >>> RouterStart("normal", logit_std=3).from_prompts
     False
     """
 
     method: RouterMethod = "balanced"
+    logit_std: float | None = None
 
     def __post_init__(self) -> None:
         as_choice(self.method, ROUTER_METHODS, "routers")
+        if self.logit_std is None:
+            return
+        number = as_number(self.logit_std, "logit_std")
+        if not 0 < number < math.inf:
+            raise MoeConfigError(f"must be above 0 and finite, got {number}", argument="logit_std")
+        if self.method == "uniform":
+            raise MoeConfigError(
+                "cannot be given to uniform routers, whose rows are all alike; balanced ones "
+                "differ",
+                argument="logit_std",
+            )
+        object.__setattr__(self, "logit_std", number)
 
     @property
     def from_prompts(self) -> bool:
@@ -91,7 +111,10 @@ class ExpertSource:
     Parameters
     ----------
     model : path or str
-        The folder of a dense model, or the name of a repository on the Hugging Face Hub.
+        The folder of a dense model, or the name of a repository on the Hugging Face Hub. Where it
+        is that of a LoRA adapter, as PEFT saves them, the model is the adapter's base.
+    lora : path or str, optional
+        The folder of a LoRA adapter of this model, whose changes are folded in.
     noise_scale : float
         Standard deviation of the normal noise that is added to each weight; every expert gets noise
         of its own.
@@ -120,9 +143,12 @@ class ExpertSource:
     source_layers: tuple[int, ...] | None = None
     positive_prompts: tuple[str, ...] = ()
     negative_prompts: tuple[str, ...] = ()
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_path_text(self.model, "model"))
+        if self.lora is not None:
+            object.__setattr__(self, "lora", as_path_text(self.lora, "lora"))
         for name in ("noise_scale", "residual_scale"):
             number = as_number(getattr(self, name), name)
             if not math.isfinite(number):
@@ -144,3 +170,19 @@ class ExpertSource:
             if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
                 raise ArgumentTypeError(f"must list strings, got {prompts!r}", argument=name)
             object.__setattr__(self, name, tuple(prompts))
+
+    @property
+    def origin(self) -> str:
+        """The model, with its adapter as `MODEL+ADAPTER`."""
+        return self.model if self.lora is None else f"{self.model}+{self.lora}"
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that it names."""
+        return (self.model,) if self.lora is None else (self.model, self.lora)
+
+    def moved(self, now: Mapping[str, str]) -> ExpertSource:
+        """The same for folders that are elsewhere `now`."""
+        return replace(
+            self, model=now[self.model], lora=None if self.lora is None else now[self.lora]
+        )

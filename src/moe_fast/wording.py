@@ -57,3 +57,8 @@ def format_runs(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def name_layer(layer: int, num_layers: int) -> str:
+    """A layer's number; `mtp.0`, ... for those for multi-token prediction, which come last."""
+    return f"{layer}" if layer < num_layers else f"mtp.{layer - num_layers}"

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from families import OWN, make_model
 from mergekit_moe import build_with_mergekit
-from moe_fast import ExpertSource, MoeConfig, build_moe, check_moe
+from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe
 from moe_fast.calibration import activations
 from moe_fast.calibration.activations import visit_router_inputs
+from moe_fast.calibration.parity import compare_logits
 from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.models.dense import open_dense_model
 
@@ -164,3 +165,60 @@ def test_the_picture_of_the_readme(smollm2, tmp_path):
     shares = re.findall(r"^(\w+): (\S+) % of the choices", done.stdout, re.M)
     assert [kind for kind, _ in shares] == list(PROMPTS)
     assert min(float(share) for _, share in shares) > 90
+
+
+def edited(folder: Path, **changes) -> Path:
+    """A model whose config.json has some changes."""
+    make_model(folder, "llama")
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: v for key, v in config.items() if v is not ...}))
+    return folder
+
+
+def visited(folder: Path) -> list[np.ndarray]:
+    found = []
+    tokens = [TOKENS[0]]
+    visit_router_inputs(open_dense_model(folder), tokens, lambda *given: found.append(given[2]))
+    return found
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "flex_attention", "kernels-community/x"])
+def test_attention_that_only_some_processors_have_is_not_asked_for(tmp_path, key, value):
+    expected = visited(edited(tmp_path / "plain"))
+    found = visited(edited(tmp_path / "flash", **{key: value}))
+    for theirs, ours in zip(expected, found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    # And the same when a checkpoint is run whole.
+    compare_logits(tmp_path / "plain", tmp_path / "flash", TOKENS[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"torch_dtype": "auto"}, "auto"),
+        ({"hidden_act": "swiglu"}, "swiglu"),
+        ({"use_cache": "false"}, "use_cache"),
+        ({"pad_token_id": 300}, "[Pp]adding_idx"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_what_transformers_raises_is_one_line_about_config_json(tmp_path, changes, reason):
+    folder = edited(tmp_path / "model", **changes)
+    with pytest.raises(CheckpointError, match=rf"config\.json: transformers .*({reason})") as info:
+        visited(folder)
+    assert len(str(info.value).splitlines()) == 1
+    assert len(str(info.value)) < 600
+    with pytest.raises(CheckpointError, match=rf"model: transformers .*({reason})") as info:
+        compare_logits(folder, folder, TOKENS[0])
+    assert len(str(info.value).splitlines()) == 1
+
+
+def test_errors_of_our_own_pass_through(tmp_path):
+    def refuse(*_) -> None:
+        raise CheckpointError("our own")
+
+    model = open_dense_model(edited(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=r"^our own$"):
+        visit_router_inputs(model, [TOKENS[0]], refuse)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.running import read_settings, running
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DenseModel
@@ -64,13 +65,13 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
     Raises
     ------
     CheckpointError
-        A text that is too long for the model.
+        A text that is too long for the model, or a config.json that transformers does not take.
     ModuleNotFoundError
         Without transformers or torch.
     """
     try:
         import torch
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"routers='hidden' runs the base model, which needs {error.name}: "
@@ -84,7 +85,10 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
             "of others; take another way for routers to start",
             file=model.path / "config.json",
         )
-    config = AutoConfig.from_pretrained(str(model.path), local_files_only=True)
+    config_file = model.path / "config.json"
+    failing = "transformers does not run the model of this configuration"
+    with running(config_file, failing):
+        config = read_settings(model.path, model.config)
     longest = max(len(text) for text in texts)
     if longest > config.max_position_embeddings:
         raise CheckpointError(
@@ -92,11 +96,12 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
             f"the model reads at most {config.max_position_embeddings}",
             file=model.path,
         )
-    with torch.device("meta"):
-        network: Any = AutoModel.from_config(config, dtype=torch.float32)
-        network.eval()
-    network.rotary_emb = type(network.rotary_emb)(config=config)
-    network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
+    with running(config_file, failing):
+        with torch.device("meta"):
+            network: Any = AutoModel.from_config(config, dtype=torch.float32)
+            network.eval()
+        network.rotary_emb = type(network.rotary_emb)(config=config)
+        network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
 
     def find(name: str) -> Tensor:
         return model.stored[name] if name in model.stored else model.tensors[name]
@@ -124,7 +129,7 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
         padded = np.zeros((len(batch), longest, model.sizes.hidden_size), np.float32)
         for row, i in enumerate(batch):
             padded[row, : len(texts[i])] = embeddings(model, texts[i])
-        with torch.inference_mode():
+        with running(config_file, failing), torch.inference_mode():
             network(inputs_embeds=torch.from_numpy(padded), use_cache=False)
 
 

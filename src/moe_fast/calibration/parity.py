@@ -6,9 +6,8 @@ would hide small mistakes. That takes memory for 4 bytes a parameter.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.running import read_settings, running
 from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.errors import CheckpointError
+from moe_fast.models.folder import read_config
 
 MOST_TOKENS = 512
 MOST_NAMES = 3
@@ -110,21 +111,16 @@ def compute_logits(folder: Path, tokens: Sequence[int]) -> npt.NDArray[np.float3
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        with quiet_transformers():
-            model, info = load(
-                str(folder),
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # models raise what they like
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"transformers does not load it: {reason[0] if reason else error!r}", file=folder
-        ) from None
+    with running(folder, "transformers does not load it"):
+        model, info = load(
+            str(folder),
+            config=read_settings(folder, read_config(folder)),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     problems = [f"{kind.partition('_')[0]} {name}" for kind in NOT_FITTING for name in info[kind]]
     if problems:
         more = f" and {len(problems) - MOST_NAMES} more" if len(problems) > MOST_NAMES else ""
@@ -133,29 +129,10 @@ def compute_logits(folder: Path, tokens: Sequence[int]) -> npt.NDArray[np.float3
             f"{', '.join(sorted(problems)[:MOST_NAMES])}{more}",
             file=folder,
         )
-    try:
-        with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = (
-                model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
-            )
-    except Exception as error:
-        raise CheckpointError(f"transformers does not run it: {error}", file=folder) from None
+    with running(folder, "transformers does not run it"), torch.inference_mode():
+        logits: npt.NDArray[np.float32] = (
+            model.eval()(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        )
     del model
     gc.collect()  # before the next one is loaded
     return logits
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings: what did not fit is asked for."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -12,7 +12,7 @@ LONGEST_TOKENIZER = 200_000_000  # bytes; it is read whole. The largest known ha
 
 
 class PromptTokenizer:
-    """The tokenizer of a model folder, which neither cuts nor pads a prompt.
+    """The tokenizer of a model folder, which neither cuts nor pads; `what` it is needed for.
 
     Raises
     ------
@@ -22,17 +22,17 @@ class PromptTokenizer:
         Without the tokenizers library.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "prompts") -> None:
         try:
             from tokenizers import Tokenizer
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                "prompts need tokenizers: pip install 'moe-fast[recipes]'", name="tokenizers"
+                f"{what} need tokenizers: pip install 'moe-fast[recipes]'", name="tokenizers"
             ) from None
         self.file = folder / "tokenizer.json"
         if not self.file.is_file():
             raise CheckpointError(
-                "is missing, and prompts need it "
+                f"is missing, and {what} need it "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)",
                 file=self.file,
             )
@@ -44,7 +44,7 @@ class PromptTokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(self.file))
         except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"is no tokenizer: {error}", file=self.file) from None
+            raise CheckpointError(f"is not a tokenizer: {error}", file=self.file) from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.start = beginning_of_text(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.card import file_metadata, model_card
-from moe_fast.checkpoint.construction import Construction, open_sources, plan_experts
+from moe_fast.checkpoint.card import file_metadata, model_card, model_name
+from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
+from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checkpoint.random_pieces import choose_stream
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
 from moe_fast.checks import (
     as_choice,
@@ -32,15 +34,16 @@ from moe_fast.checks import (
     as_size,
     collect,
 )
-from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig
+from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig, choose_config
 from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
-from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError, Problem
 from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
 from moe_fast.families.wrappers import warn_of_rest, wrapped_config, wrapped_weights
-from moe_fast.models.folder import find_second_weights
+from moe_fast.models.adapters import ADAPTER_CONFIG, is_adapter, named_base
+from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
@@ -55,6 +58,7 @@ from moe_fast.request import (
 )
 from moe_fast.routing.health import RouterHealth, as_hidden_states, router_health
 from moe_fast.storage.companions import find_companions, find_missing_code
+from moe_fast.storage.files import is_absent
 from moe_fast.storage.floats import decode
 from moe_fast.storage.hub import find_missing_tokenizer, find_model
 from moe_fast.storage.writer import FileRecord
@@ -96,6 +100,7 @@ class BuildRequest(Request):
     shuffle: bool = False
     reinit: float = 0.0
     reinit_sets: ReinitSets = "shared"
+    split: Split | None = None
     backbone: Backbone = "base"
     backbone_weights: tuple[float, ...] = ()
     """Of the models in their mean, one each; none: all count the same."""
@@ -107,20 +112,37 @@ class BuildRequest(Request):
 
     def folders(self) -> list[str]:
         experts = (*self.models, *self.shared_experts)
-        return list(dict.fromkeys([*(expert.model for expert in experts), self.base]))
+        return list(dict.fromkeys([*(f for expert in experts for f in expert.folders), self.base]))
 
     def moved(self, now: Mapping[str, str]) -> BuildRequest:
         return replace(
             self,
-            models=tuple(replace(e, model=now[e.model]) for e in self.models),
-            shared_experts=tuple(replace(e, model=now[e.model]) for e in self.shared_experts),
+            models=tuple(expert.moved(now) for expert in self.models),
+            shared_experts=tuple(expert.moved(now) for expert in self.shared_experts),
             base=now[self.base],
         )
+
+    @property
+    def shards(self) -> int:
+        """In how many experts each FFN is split."""
+        return self.config.num_experts if self.split else self.granularity
+
+    @property
+    def row_repeats(self) -> int:
+        """How many experts start with the same row of the router.
+
+        The shards of a copy do, to be chosen together. So do the parts of one FFN where a token
+        goes through all: equal weights are what makes their sum the whole.
+        """
+        if self.split and self.config.num_experts_per_tok < self.config.num_experts:
+            return 1
+        return self.shards
 
     def validate(self) -> None:
         self.config.validate()
         as_granularity(self.granularity, self.config.num_experts)
         as_fraction(self.reinit, "reinit")
+        check_split(self)
 
 
 @dataclass(frozen=True)
@@ -143,12 +165,12 @@ class BuildDesign(Design):
             states = as_hidden_states(hidden_states, len(layers), hidden_size)
             source = "given tokens"
         # The shards of a copy share a row: who is chosen is decided among copies.
-        shards, shape = construction.granularity, construction.routers.context.shape
+        repeats, shape = construction.row_repeats, construction.routers.context.shape
         pieces = (construction.routers.router(layer) for layer in layers)
         return router_health(
             (decode(b"".join(p.chunks()), construction.dtype).reshape(shape) for p in pieces),
             states,
-            max(1, construction.config.num_experts_per_tok // shards),
+            max(1, construction.config.num_experts_per_tok // repeats),
             layers=layers,
             source=source,
             remedy=construction.routers.remedy,
@@ -182,6 +204,8 @@ class BuildReport(Report):
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
+    granularity: int = 1
+    """In how many experts each feed-forward network was split."""
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def to_frame(self) -> DataFrame:
@@ -207,12 +231,14 @@ def build_moe(
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
+    logit_std: float | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    split: Split | None = None,
     backbone: Backbone | Sequence[float] = "base",
     hidden_states: npt.ArrayLike | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -236,7 +262,7 @@ def build_moe(
     models : path, ExpertSource, or sequence of them
         Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
         safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. What is no folder and reads `"organisation/name"`, or with a revision
+        the way. A string that is not a folder and reads `"organisation/name"`, or with a revision
         `"organisation/name@revision"`, is a repository on the Hugging Face Hub: it is taken from
         the Hub's cache, and fetched into it first unless `HF_HUB_OFFLINE=1`.
     output : path
@@ -273,6 +299,9 @@ def build_moe(
         from the embeddings of their tokens, or from what the routers will read of them, which takes
         a run of the base model. In a 16-bit dtype the balanced start leaves out its constant base,
         which rounding would merge with the noise; a softmax router does not see the difference.
+    logit_std : float, optional
+        How sharp the routers start: the standard deviation over the experts of a token's logits, as
+        `RouterStart` has it. By default their rows keep the scale of their method.
     seed : int
         Of these draws, of the noise that an `ExpertSource` asks for, of `shuffle` and `reinit`.
     granularity : int
@@ -291,6 +320,13 @@ def build_moe(
         The part of each expert's neurons that is drawn anew, 0 to 1, as in Drop-Upcycling (Nakamura
         et al. 2025, arXiv 2502.19261): from the normal distribution that has the mean and the
         standard deviation of the weights replaced. 0.5 was the best of the paper.
+    split : str, optional
+        One model's FFNs as all experts, without copies (LLaMA-MoE, Zhu et al. 2024, arXiv
+        2406.16554): expert `e` is part `e` of `num_experts` equal ones. `"contiguous"` cuts neurons
+        in their order, `"random"` in a random one, `"clustered"` puts neurons together whose gates
+        read alike (balanced k-means; the manifest keeps the clusters). Exact with
+        `num_experts_per_tok` equal to `num_experts`, where all parts start with the same row of the
+        router, and an approximation with less.
     backbone : str or sequence of float
         Where everything but the experts comes from: `"base"`, or `"mean"`, the mean over `models`
         in float32, rounded once, as in Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816).
@@ -334,7 +370,7 @@ def build_moe(
         has been written then.
     OSError
         The disk is full, a file cannot be read or written. As after any other end of the process,
-        the files that were finished stay beside `output`, hidden; the same call goes on with them,
+        the files that were finished stay beside `output`, hidden; the same call resumes with them,
         another one removes them.
     TypeError, MoeConfigError
         An argument of the wrong kind or out of range; `hidden_states` of another shape than the
@@ -352,13 +388,13 @@ def build_moe(
     (4, 2, 0.0)
     """
     request = as_request(
-        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        models, config, target, layout, dtype, base, shared_experts, dense_layers,
+        as_router_start(routers, logit_std), seed,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    request = request.moved(collect(find_model, request.folders()))
-    return build(request, output, writing, hidden_states=hidden_states)
+    return build(located(request), output, writing, hidden_states=hidden_states)
 
 
 def design_moe(
@@ -372,12 +408,14 @@ def design_moe(
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
+    logit_std: float | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
     shuffle: bool = False,
     reinit: float = 0.0,
     reinit_sets: ReinitSets = "shared",
+    split: Split | None = None,
     backbone: Backbone | Sequence[float] = "base",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Design:
@@ -403,11 +441,12 @@ def design_moe(
     (4, 64)
     """
     request = as_request(
-        models, config, target, layout, dtype, base, shared_experts, dense_layers, routers, seed,
-        granularity, mix_copies, shuffle, reinit, reinit_sets, backbone,
+        models, config, target, layout, dtype, base, shared_experts, dense_layers,
+        as_router_start(routers, logit_std), seed,
+        granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
-    return design_of(request.moved(collect(find_model, request.folders())))
+    return design_of(located(request))
 
 
 def as_request(
@@ -419,28 +458,30 @@ def as_request(
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
-    routers: RouterMethod | RouterStart,
+    routers: RouterStart,
     seed: int,
     granularity: int,
     mix_copies: bool,
     shuffle: bool,
     reinit: float,
     reinit_sets: ReinitSets,
+    split: Split | None,
     backbone: Backbone | Sequence[float],
     max_shard_size: int | str,
 ) -> BuildRequest:
     """The arguments of a build, each checked."""
     granularity = as_index(granularity, "granularity", minimum=1)
     if config is None:
-        config = MoeConfig() if granularity == 1 else MoeConfig(8 * granularity, granularity)
+        config = choose_config(None, None, granularity)
     if not isinstance(config, MoeConfig):
         raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
+    config = config.with_granularity(granularity)
     config.validate()
     experts = as_expert_sources(models, "models")
     if not experts:
         raise MoeConfigError("must name at least one model", argument="models")
     backbone, backbone_weights = as_backbone(backbone, len(experts))
-    return BuildRequest(
+    request = BuildRequest(
         models=experts,
         base=experts[0].model if base is None else as_path_text(base, "base"),
         config=config,
@@ -449,17 +490,41 @@ def as_request(
         dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
-        routers=routers if isinstance(routers, RouterStart) else RouterStart(routers),
+        routers=routers,
         seed=as_index(seed, "seed"),
         granularity=as_granularity(granularity, config.num_experts),
         mix_copies=as_flag(mix_copies, "mix_copies"),
         shuffle=as_flag(shuffle, "shuffle"),
         reinit=as_fraction(reinit, "reinit"),
         reinit_sets=cast(ReinitSets, as_choice(reinit_sets, get_args(ReinitSets), "reinit_sets")),
+        split=None if split is None else cast(Split, as_choice(split, get_args(Split), "split")),
         backbone=backbone,
         backbone_weights=backbone_weights,
         max_shard_size=as_size(max_shard_size, "max_shard_size"),
     )
+    check_split(request)
+    return request
+
+
+def check_split(request: BuildRequest) -> None:
+    """Raise `MoeConfigError` for what does not go with `split`."""
+    if request.split is None:
+        return
+    problems = []
+    if request.granularity > 1:
+        what = f"splits one FFN into all experts; leave out granularity {request.granularity}"
+        problems.append(Problem(what, argument="split"))
+    if request.shuffle:
+        what = "says by itself which neurons go where; leave out shuffle"
+        problems.append(Problem(what, argument="split"))
+    if len(request.models) != 1:
+        what = f"splits the FFNs of one model, got {len(request.models)} models"
+        problems.append(Problem(what, argument="split"))
+    if request.routers.from_prompts:
+        what = f"{request.routers.method!r} makes one row of a model's prompts, and split has one"
+        problems.append(Problem(f"{what} model for all experts", argument="routers"))
+    if problems:
+        raise MoeConfigError(*problems)
 
 
 def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
@@ -471,9 +536,98 @@ def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
             f"must be a model or a list of models, got {models!r}", argument=name
         )
     return tuple(
-        model if isinstance(model, ExpertSource) else ExpertSource(as_path_text(model, name))
+        model if isinstance(model, ExpertSource) else as_expert_source(as_path_text(model, name))
         for model in models
     )
+
+
+def as_expert_source(text: str) -> ExpertSource:
+    """A model, or what mergekit writes as `MODEL+ADAPTER`; a folder of that name wins."""
+    model, plus, lora = text.rpartition("+")
+    if plus and model and is_absent(Path(text)) and Path(lora).is_dir():
+        return ExpertSource(model, lora=lora)
+    return ExpertSource(text)
+
+
+def located(request: BuildRequest) -> BuildRequest:
+    """The request for the folders of its models, fetched where need be, adapters with theirs.
+
+    Raises
+    ------
+    CheckpointError
+        For every model that is nowhere, and every adapter that is for another base.
+    """
+    request = request.moved(collect(find_model, request.folders()))
+    base = request.base
+    if is_adapter(Path(base)):
+        base = collect(find_named_base, [base])[base]
+    problems: list[str] = []
+
+    def with_base(source: ExpertSource) -> ExpertSource:
+        if source.lora is not None:
+            problems.extend(foreign_adapter(source.lora, source.model))
+        elif is_adapter(Path(source.model)):
+            problems.extend(foreign_adapter(source.model, base, by_name=True))
+            return replace(source, model=base, lora=source.model)
+        return source
+
+    models, shared = (
+        tuple(map(with_base, sources)) for sources in (request.models, request.shared_experts)
+    )
+    if problems:
+        raise CheckpointError(*dict.fromkeys(problems))
+    return replace(request, models=models, shared_experts=shared, base=base)
+
+
+def find_named_base(adapter: str) -> str:
+    """The folder of the model that an adapter says it was trained on."""
+    name = named_base(Path(adapter))
+    file = Path(adapter) / ADAPTER_CONFIG
+    advice = "name the base, or write BASE+ADAPTER"
+    if not name:
+        raise CheckpointError(f"names no base_model_name_or_path; {advice}", file=file)
+    try:
+        folder = find_model(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"its base is not here: {error}; {advice}", file=file) from None
+    if is_absent(Path(folder)):
+        raise CheckpointError(f"its base {name!r} is not here; {advice}", file=file)
+    return folder
+
+
+def foreign_adapter(adapter: str, base: str, by_name: bool = False) -> Iterator[Problem]:
+    """That an adapter was trained on another model than `base`, if it says so.
+
+    What it names may have been a folder of another machine: `by_name`, the last part must then be
+    that of `base`.
+    """
+    name = named_base(Path(adapter))
+    if Path(name).is_dir():
+        same = Path(base).exists() and Path(name).samefile(base)
+    else:
+        ends = {Path(each).name.casefold() for each in (base, model_name(base), stated_name(base))}
+        same = not by_name or not name or Path(name).name.casefold() in ends
+    if not same:
+        advice = f"; if that is the same model, write {base}+{adapter}" if by_name else ""
+        what = f"is an adapter for {name!r}, not for {base}{advice}"
+        yield Problem(what, file=Path(adapter) / ADAPTER_CONFIG)
+
+
+def stated_name(model: str) -> str:
+    """What a model's config.json says that it is called; empty where it says nothing."""
+    try:
+        name = read_config(Path(model)).get("_name_or_path")
+    except CheckpointError:  # whoever opens it says so
+        return ""
+    return name if isinstance(name, str) else ""
+
+
+def as_router_start(
+    routers: RouterMethod | RouterStart, logit_std: float | None = None
+) -> RouterStart:
+    """The argument `routers`, with what other arguments say of the start."""
+    start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
+    return start if logit_std is None else replace(start, logit_std=logit_std)
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -529,7 +683,7 @@ def build(
 @design_of.register
 def design_build(request: BuildRequest, decisions: Facts | None = None) -> BuildDesign:
     """From headers alone, unless routers are to be made from prompts, or a head is tied."""
-    construction = construct(request, (decisions or {}).get("router_sha256", ()))
+    construction = construct(request, decisions or {})
     problems = construction.problems()
     try:
         family, rejected = choose(request.target, construction, request.layout)
@@ -545,7 +699,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         sizes.hidden_size,
         sizes.intermediate_size,
         plan.num_experts,
-        granularity=request.granularity,
+        granularity=request.shards,
     )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
     base = construction.base
@@ -564,7 +718,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         weights=weights,
         config=config,
         companions=find_companions(construction.base.path),
-        sources=[model.every_tensor for model in construction.opened_models()],
+        sources=[each for model in construction.opened_models() for each in model.sources()],
         family=family.name,
         num_experts=len(construction.moe_layers) * plan.num_experts,
         manifest=Manifest(
@@ -574,7 +728,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
                 "source_model": plan.source_model.tolist(),
                 "source_layer": plan.source_layer.tolist(),
             },
-            decisions=digest_routers(construction.routers),
+            decisions={
+                **digest_routers(construction.routers),
+                **({"clusters": written_clusters(construction)} if construction.clusters else {}),
+            },
         ),
         reference=construction.base.path,
         reason_to_differ=find_reason_to_differ(request, construction.base),
@@ -597,10 +754,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     )
 
 
-def construct(request: BuildRequest, digests: Any) -> Construction:
+def construct(request: BuildRequest, decisions: Facts) -> Construction:
     """Open the sources of a request, and say where everything comes from."""
     asked = (*request.models, *request.shared_experts)
-    sources, base = open_sources([source.model for source in asked], request.base)
+    sources, base = open_sources(asked, request.base)
     num_layers = base.sizes.num_hidden_layers
     plan = plan_experts(
         request.models,
@@ -608,37 +765,66 @@ def construct(request: BuildRequest, digests: Any) -> Construction:
         request.dense_layers,
         request.config,
         num_layers,
-        request.granularity,
+        request.shards,
     )
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
     dense = frozenset(request.dense_layers)
     context = RouterContext(
         base=base,
-        experts=[request.models[model] for model in plan.source_model[0][:: request.granularity]],
+        experts=[request.models[model] for model in plan.source_model[0][:: request.row_repeats]],
         shared_experts=request.shared_experts,
         layers=[layer for layer in range(num_layers) if layer not in dense],
         dtype=dtype or base.expert_dtype,
         seed=request.seed,
     )
-    return Construction(
+    construction = Construction(
         base=base,
         sources=sources[: len(request.models)],
         models=request.models,
         plan=plan,
         config=request.config,
-        routers=make_routers(request.routers, context, as_digests(digests)),
+        routers=make_routers(
+            request.routers, context, as_digests(decisions.get("router_sha256", ()))
+        ),
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
         dense_layers=request.dense_layers,
         converted_to=dtype,
-        granularity=request.granularity,
+        granularity=request.shards,
+        row_repeats=request.row_repeats,
+        split=request.split,
         mix_copies=request.mix_copies,
         shuffled=request.shuffle,
         reinit=request.reinit,
         separate_sets=request.reinit_sets == "separate",
         backbone=weigh_models(request, sources),
     )
+    if request.split != "clustered" or construction.problems():
+        return construction
+    return replace(construction, clusters=find_clusters(construction, decisions.get("clusters")))
+
+
+def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
+    """The cluster of each neuron in each layer with experts: those `kept` by a manifest, or new."""
+    width, parts = construction.base.sizes.intermediate_size, construction.granularity
+    layers = construction.moe_layers
+    if kept is not None:
+        if not isinstance(kept, Mapping) or {*kept} != {str(layer) for layer in layers}:
+            raise CheckpointError("clusters must be given for each layer with experts")
+        return {layer: read_labels(kept[str(layer)], width, parts) for layer in layers}
+    found = {}
+    for layer in layers:
+        source_layer = int(construction.plan.source_layer[layer, 0])
+        gate = construction.sources[0].ffn_weight(source_layer, "gate_proj")
+        stream = choose_stream(construction.seed, f"{layer} clusters")
+        found[layer] = cluster_neurons(gate, parts, stream)
+    return found
+
+
+def written_clusters(construction: Construction) -> dict[str, str]:
+    """The same as a manifest keeps them."""
+    return {str(layer): write_labels(labels) for layer, labels in construction.clusters.items()}
 
 
 def weigh_models(
@@ -648,12 +834,12 @@ def weigh_models(
     if request.backbone == "base":
         return []
     weights = request.backbone_weights or (1.0,) * len(request.models)
-    found: dict[Path, tuple[DenseModel, float]] = {}
+    found: dict[str, tuple[DenseModel, float]] = {}
     for model, weight in zip(sources, weights, strict=False):
-        if model.path not in found:
-            found[model.path] = model, weight
+        if model.identity not in found:
+            found[model.identity] = model, weight
         elif request.backbone_weights:
-            found[model.path] = model, found[model.path][1] + weight
+            found[model.identity] = model, found[model.identity][1] + weight
     return list(found.values())
 
 
@@ -676,7 +862,7 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
         return rounded
     if base.block is not None:
         return "weights in FP8 were dequantised, and readers round otherwise"
-    if request.backbone != "base" and len({source.model for source in request.models}) > 1:
+    if request.backbone != "base" and len({source.origin for source in request.models}) > 1:
         return "everything but the experts is the mean of the models"
     if request.shared_experts:
         return "shared experts add their output"
@@ -684,11 +870,13 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
         same_layers = source.source_layers in (None, tuple(range(len(source.source_layers or ()))))
         if source.model != request.base or not same_layers:
             return "experts come from elsewhere than the base's own layers"
+        if source.lora is not None:
+            return "experts have adapters folded in"
         if source.noise_scale != 0 or source.residual_scale != 1:
             return "experts have noise or a scale"
     if request.reinit:
         return "neurons of the experts were drawn anew"
-    if request.config.num_experts_per_tok % request.granularity:
+    if request.config.num_experts_per_tok % request.shards:
         return "tokens take some shards of a copy and not the others"
     return None
 
@@ -701,8 +889,10 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "shuffle": request.shuffle,
         "reinit": request.reinit,
         "reinit_sets": request.reinit_sets,
+        "split": request.split,
         "backbone": list(request.backbone_weights) or request.backbone,
     }
+    start = {"logit_std": request.routers.logit_std}
     return {
         "base_model": request.base,
         "models": request.models,
@@ -714,6 +904,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "layout": request.layout,
         "dtype": request.dtype,
         "routers": request.routers.method,
+        **{name: value for name, value in start.items() if value is not None},
         "seed": request.seed,
         **{name: value for name, value in special.items() if value != getattr(BuildRequest, name)},
     }
@@ -721,7 +912,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
 
 def warn_of_unused_models(models: Sequence[ExpertSource], report: MoeReport) -> list[str]:
     return [
-        f"{models[model].model}: gives no expert; there are more models than experts"
+        f"{models[model].origin}: gives no expert; there are more models than experts"
         for model in report.unused_models
     ]
 
@@ -743,6 +934,7 @@ def describe_build(
         num_experts_per_tok=construction.config.num_experts_per_tok,
         num_layers=plan.num_layers,
         dense_layers=tuple(construction.dense_layers),
+        granularity=construction.granularity,
         num_parameters=design.num_parameters,
         load_balance=report.load_balance,
         unused_models=report.unused_models,
@@ -762,6 +954,6 @@ def models_of_experts(
     models: Sequence[ExpertSource], plan: MoeConstructionPlan
 ) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        tuple(models[model].model for model in sorted({*plan.source_model[:, expert].tolist()}))
+        tuple(models[model].origin for model in sorted({*plan.source_model[:, expert].tolist()}))
         for expert in range(plan.num_experts)
     )

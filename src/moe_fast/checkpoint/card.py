@@ -61,22 +61,24 @@ def origins(construction: Construction) -> list[Origin]:
                 tuple(experts),
                 ", ".join(dict.fromkeys(names[source.model] for source in used)),
                 "the same" if list(layers) == rows else format_runs(layers),
-                ", ".join(dict.fromkeys(changes(source) for source in used)),
+                ", ".join(dict.fromkeys(changes(source, names) for source in used)),
             )
         )
     return found
 
 
-def changes(source: ExpertSource) -> str:
+def changes(source: ExpertSource, names: Mapping[str, str]) -> str:
     """What happened to the weights of a source on their way."""
+    lora = "" if source.lora is None else f"LoRA {names[source.lora]} folded in"
     noise = f"noise of {source.noise_scale:g}" if source.noise_scale else ""
     scale = f"output times {source.residual_scale:g}" if source.residual_scale != 1 else ""
-    return " and ".join(filter(None, (noise, scale))) or "none"
+    return " and ".join(filter(None, (lora, noise, scale))) or "none"
 
 
 def names_of(construction: Construction) -> dict[str, str]:
     """A name for each source folder."""
-    sources = [source.model for source in (*construction.models, *construction.shared_experts)]
+    experts = (*construction.models, *construction.shared_experts)
+    sources = [folder for source in experts for folder in source.folders]
     return distinct_names([*sources, str(construction.base.path)])
 
 
@@ -140,9 +142,13 @@ def model_card(
         "|---|---|---|---|",
     ]
     for origin in origins(construction):
-        cells = (format_runs(origin.experts), escaped(origin.models), origin.layers, origin.changes)
+        changed = escaped(origin.changes)
+        cells = (format_runs(origin.experts), escaped(origin.models), origin.layers, changed)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Everything else comes from {escaped(base)}."]
+    said = describe_experts(recipe)
+    if said:
+        lines += ["", " ".join(said)]
+    lines += ["", f"Everything else {describe_backbone(recipe, escaped(base))}."]
     if construction.dense_layers:
         listed = format_runs(construction.dense_layers)
         lines[-1] += f" So do the FFNs of the layers that have no experts: {listed}."
@@ -165,6 +171,43 @@ def model_card(
         "",
     ]
     return "\n".join(lines) + reader_lines(readers)
+
+
+def describe_experts(recipe: Mapping[str, Any]) -> list[str]:
+    """What a build did to all experts, in sentences, by the recipe that asks for the same."""
+    said = []
+    if recipe.get("split"):
+        ways = {"contiguous": "in their order", "random": "in a random order"}
+        way = ways.get(recipe["split"], "by clusters of what their gates read")
+        said.append(
+            f"The experts of a layer are the {recipe['num_experts']} equal parts of one FFN, whose "
+            f"neurons were divided {way}."
+        )
+    shards = recipe.get("granularity", 1)
+    if shards > 1:
+        said.append(
+            f"Each FFN is split into {shards} experts: expert e is shard e % {shards} of copy "
+            f"e // {shards}, and the shards of a copy start with the same row of the router."
+        )
+    if recipe.get("shuffle"):
+        said.append("The neurons of each copy were put into an order of their own before.")
+    if recipe.get("reinit"):
+        separate = recipe.get("reinit_sets") == "separate"
+        whose = "others in gate, up and down projection" if separate else "the same in all matrices"
+        said.append(
+            f"Of each expert's neurons {100 * recipe['reinit']:g} % were drawn anew ({whose}), "
+            "from the normal distribution of the weights replaced, as in Drop-Upcycling."
+        )
+    return said
+
+
+def describe_backbone(recipe: Mapping[str, Any], base: str) -> str:
+    """Where everything but the experts comes from, as the end of a sentence."""
+    backbone = recipe.get("backbone", "base")
+    if backbone == "base":
+        return f"comes from {base}"
+    mean = "the mean of the models" if isinstance(backbone, str) else "their weighted mean"
+    return f"is {mean}; tokenizer and config.json are those of {base}"
 
 
 def recipe_lines(recipe: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
@@ -192,9 +235,11 @@ def recipe_lines(recipe: Mapping[str, Any], names: Mapping[str, str]) -> Iterato
 def source_keys(source: ExpertSource, names: Mapping[str, str]) -> dict[str, Any]:
     """An entry of a recipe's models: what is not the default."""
     given = {"source_model": names[source.model]}
+    if source.lora is not None:
+        given["lora"] = names[source.lora]
     for each in fields(source):
         value = getattr(source, each.name)
-        if each.name != "model" and value != each.default:
+        if each.name not in ("model", "lora") and value != each.default:
             given[each.name] = value
     return given
 

@@ -26,7 +26,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
-from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of
+from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of, require_layers
 from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
@@ -190,7 +190,7 @@ def check_moe(
         unreadable = finding("headers", "", error.problems, "the checkpoint cannot be read")
         return CheckReport(folder, False, (unreadable,))
     if not model.layers and not (folder / MANIFEST).exists():
-        raise CheckpointError("holds no experts; it is not an MoE", file=folder)
+        require_layers(model)
     files = len({tensor.file for tensor in model.tensors.values()})
     where = "one file" if files == 1 else f"{files} files"
     summary = f"{len(model.tensors)} tensors in {where}, without holes"
@@ -256,7 +256,7 @@ def file_problems(file: Path, record: FileRecord, header_sha256: str | None) -> 
 def repeat_design(
     model: MoeModel, manifest: Manifest | None, against: Sequence[ModelPath]
 ) -> Design | Finding | None:
-    """What would be written today for the request of a manifest, or why nobody can tell.
+    """What would be written today for the request of a manifest, or why that cannot be known.
 
     `None` without a manifest.
 
@@ -462,11 +462,19 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
         if index not in known
     ]
     summary = f"{len(known)} of {len(experts)} experts equal an FFN of the sources, byte for byte"
+    others = check_other_weights(model, sources)
+    if experts and not known:
+        problems = [
+            f"{model.path}: no expert equals an FFN of the sources: the model was trained or "
+            "changed since, or was grown from others; without --against, the rest is checked"
+        ]
+        if others.problems:
+            others = not_possible("other weights", "no expert equals the sources'")
     reason = "a checkpoint without a manifest does not say how its {} were made"
     return [
         finding("experts", summary, problems, summary),
         not_possible("routers", reason.format("routers")),
-        check_other_weights(model, sources),
+        others,
         not_possible("configuration", reason.format("keys")),
         compare_companions(model, find_companions(sources[0].path)),
     ]
@@ -547,7 +555,8 @@ def check_routing(model: MoeModel) -> Finding:
     if variations:
         summary += (
             f"; predicted on random tokens: load cv {format_range(variations)} (0 is even), "
-            f"entropy {format_range(entropies)} (undecided is {math.log(model.num_experts):.3f})"
+            f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
+            f"{math.log(model.num_experts):.3f})"
         )
     if tied:
         summary += (

@@ -130,7 +130,7 @@ def compare_moe(
     CheckpointError
         For a folder that holds no model, and for headers that do not hold.
     TypeError, MoeConfigError
-        A tolerance that is no number of at least 0.
+        A tolerance that is not a number of at least 0.
 
     Examples
     --------

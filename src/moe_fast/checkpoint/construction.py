@@ -5,12 +5,15 @@ Whatever happens to a weight on its way happens here, so that a target only give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moe_fast.checkpoint.averages import Averaged
+from moe_fast.checkpoint.clusters import Labels
 from moe_fast.checkpoint.neurons import (
     NeuronColumns,
     NeuronRows,
@@ -26,12 +29,16 @@ from moe_fast.config import MoeConfig
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
+from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange, Piece, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
+
+Split = Literal["contiguous", "random", "clustered"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,12 @@ class Construction:
 
     granularity: int = 1
     """In how many experts each FFN is split."""
+    row_repeats: int = 1
+    """How many experts, one after the other, start with the same row of the router."""
+    split: Split | None = None
+    """How one FFN is split into all experts; none: it is copied, and the copies may be split."""
+    clusters: Mapping[int, Labels] = field(default_factory=dict)
+    """Of each layer's neurons, where these say how the FFN is split."""
     mix_copies: bool = False
     shuffled: bool = False
     """Whether the neurons of each copy are put into another order before they are split."""
@@ -93,9 +106,9 @@ class Construction:
         return tuple(layer for layer in range(self.plan.num_layers) if layer not in dense)
 
     def opened_models(self) -> list[DenseModel]:
-        """The base and the sources, each folder once."""
+        """The base and the sources, each once."""
         models = (self.base, *self.sources, *self.shared_sources)
-        return list({model.path: model for model in models}.values())
+        return list({model.identity: model for model in models}.values())
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
@@ -143,22 +156,30 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
         source_layer = int(self.plan.source_layer[layer, expert])
-        whole = self.sources[model].ffn_weight(source_layer, role, self.converted_to)
+        weight = self.sources[model].ffn_weight(source_layer, role, self.converted_to)
         copy, shard = divmod(expert, self.granularity)
-        weight = self.perturb(whole, self.models[model], f"{layer} {copy} {role}")
+        weight = self.perturb(weight, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
         if self.granularity > 1 or self.shuffled:
-            width = self.expert_width
-            stream = choose_stream(self.seed, f"{layer} {copy} neurons") if self.shuffled else None
-            start, whole = shard * width, self.base.sizes.intermediate_size
-            neurons = Neurons(whole, start, start + width, stream)
-            weight = take_neurons(weight, neurons, columns)
+            weight = take_neurons(weight, self.neurons(layer, copy, shard), columns)
         if self.reinit:
             number = int(self.reinit * self.expert_width)
             weight = self.redraw(weight, number, layer, expert, role)
         if self.granularity > 1 and self.scale_shards:
             weight = scale_weight(weight, shard_factor(self.granularity, role))
         return self.convert(weight)
+
+    def neurons(self, layer: int, copy: int, shard: int) -> Neurons:
+        """Those that an expert takes of its FFN."""
+        width, whole = self.expert_width, self.base.sizes.intermediate_size
+        start, stop = shard * width, (shard + 1) * width
+        if layer in self.clusters:
+            chosen = tuple(np.flatnonzero(self.clusters[layer] == shard).tolist())
+            return Neurons(whole, start, stop, chosen=chosen)
+        if self.shuffled or self.split == "random":
+            stream = choose_stream(self.seed, f"{layer} {copy} neurons")
+            return Neurons(whole, start, stop, stream)
+        return Neurons(whole, start, stop)
 
     def redraw(self, weight: Weight, number: int, layer: int, expert: int, role: str) -> Weight:
         """An expert's matrix with `number` of its neurons drawn anew."""
@@ -177,8 +198,8 @@ class Construction:
         """The router of a layer, `(num_experts, hidden_size)`."""
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
-        if self.granularity > 1:  # the shards of a copy are chosen together
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.granularity)
+        if self.row_repeats > 1:
+            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.row_repeats)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
@@ -223,6 +244,9 @@ class Construction:
     def problems(self) -> list[str]:
         """Why the sources do not fit the base; empty where they do."""
         problems: list[str] = [*self.width_problems(), *self.backbone_problems()]
+        if not self.backbone:
+            problems += beside_ffn_problems(self.sources)
+        problems += beside_ffn_problems(self.shared_sources)
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
             if self.converted_to is None:
@@ -240,8 +264,9 @@ class Construction:
         width = self.base.sizes.intermediate_size
         if width % self.granularity:
             tensor = self.base.ffn(0, "gate_proj")
+            parts = "the number of experts," if self.split else "granularity"
             yield Problem(
-                f"{list(tensor.shape)}: intermediate_size {width} is no multiple of granularity "
+                f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of {parts} "
                 f"{self.granularity}",
                 file=tensor.file.path,
                 tensor=tensor.name,
@@ -276,9 +301,14 @@ class Construction:
         if self.granularity == 1:
             return
         chosen, shards = self.config.num_experts_per_tok, self.granularity
-        if chosen % shards:
+        if self.split and chosen != shards:
             yield (
-                f"num_experts_per_tok {chosen} is no multiple of granularity {shards}: a token "
+                f"num_experts_per_tok {chosen} of {shards} parts of one FFN: an approximation of "
+                f"what the dense model computes, until it is trained; {shards} per token are exact"
+            )
+        elif chosen % shards:
+            yield (
+                f"num_experts_per_tok {chosen} is not a multiple of granularity {shards}: a token "
                 "takes some shards of a copy and not the others, so that the output does not "
                 "compute what the dense model computes"
             )
@@ -301,16 +331,35 @@ def take_neurons(weight: Weight, neurons: Neurons, columns: bool) -> Weight:
     """Some neurons of a matrix: of its rows, or of its `columns`."""
     (source,) = weight.pieces
     rows, width = weight.shape
+    if isinstance(source, LowRankSum):
+        return take_neurons_of_sum(source, weight.shape, neurons, columns)
     if columns:
         piece: Piece = NeuronColumns(source, weight.dtype, neurons)
         return Weight(weight.dtype, (rows, neurons.count), (piece,))
-    if neurons.stream is None and isinstance(source, FileRange):
+    if neurons.in_place and isinstance(source, FileRange):
         size = width * ITEM_SIZES[weight.dtype]
         start = source.offset + neurons.start * size
         piece = FileRange(source.file, start, neurons.count * size)
     else:
         piece = NeuronRows(source, neurons)
     return Weight(weight.dtype, (neurons.count, width), (piece,))
+
+
+def take_neurons_of_sum(
+    total: LowRankSum, shape: tuple[int, ...], neurons: Neurons, columns: bool
+) -> Weight:
+    """The same of a sum, of which each neuron needs its own rows or columns alone."""
+    rows, width = shape
+    w = take_neurons(Weight(total.dtype, shape, (total.w,)), neurons, columns)
+    if columns:
+        a = Weight(total.a_dtype, (total.rank, width), (total.a,))
+        (piece,) = take_neurons(a, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], a=piece, columns=neurons.count)
+    else:
+        b = Weight(total.b_dtype, (rows, total.rank), (total.b,))
+        (piece,) = take_neurons(b, neurons, columns).pieces
+        total = replace(total, w=w.pieces[0], b=piece)
+    return Weight(w.dtype, w.shape, (total,))
 
 
 def scale_weight(weight: Weight, factor: float) -> Weight:
@@ -410,7 +459,7 @@ def find_drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
     """What `source` was trained with otherwise, and the output takes from the base.
 
     None of it is seen by an FFN, and fine-tuning changes it (rope to read longer texts, the
-    vocabulary for chats), so that it is no reason to refuse an expert.
+    vocabulary for chats), so it is not a reason to refuse an expert.
     """
     if source.sizes.vocab_size != base.sizes.vocab_size:
         yield (
@@ -480,7 +529,13 @@ def plan_experts(
     )
 
 
-def open_sources(models: Sequence[str], base: str) -> tuple[list[DenseModel], DenseModel]:
+def open_sources(sources: Sequence[ExpertSource], base: str) -> tuple[list[DenseModel], DenseModel]:
     """The source models and the base, each folder opened once; all their problems at once."""
-    opened = collect(open_dense_model, (*models, base))
-    return [opened[model] for model in models], opened[base]
+    opened = collect(open_dense_model, (*(source.model for source in sources), base))
+
+    def open_with_adapter(pair: tuple[str, str | None]) -> DenseModel:
+        model, lora = pair
+        return opened[model] if lora is None else open_adapted_model(Path(lora), opened[model])
+
+    adapted = collect(open_with_adapter, [(source.model, source.lora) for source in sources])
+    return [adapted[source.model, source.lora] for source in sources], opened[base]

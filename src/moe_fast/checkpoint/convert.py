@@ -28,7 +28,8 @@ from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
-from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model
+from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_layers
+from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
@@ -37,7 +38,7 @@ from moe_fast.routing.health import complaint_on_random_tokens
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
-from moe_fast.storage.fp8 import dequantised, find_scales, read_block
+from moe_fast.storage.fp8 import dequantised
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
@@ -202,8 +203,7 @@ def convert_moe(
 def design_conversion(request: ConvertRequest, decisions: Facts | None = None) -> ConvertDesign:
     """From headers and routers, and from the head if it should be the embedding."""
     model = open_moe_model(request.model)
-    if not model.layers:
-        raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
+    require_layers(model)
     family = None if model.assumed else moe_families().get(model.model_type)
     problems = model.surgery_problems()
     if family is not None:
@@ -272,18 +272,15 @@ def converted_tensors(
     """The model's tensors in their order, each layer's experts where its first one stood."""
     to = None if dtype is None else DTYPE_CODES[dtype]
     before = Layout(model.layout)
-    block = None
-    if dtype is not None:
-        block = read_block(quantisation_of(model), str(model.path / "config.json"))
-    scales = find_scales(model.tensors, block)
+    scales = {} if dtype is None else find_scales(model)
     if dtype is not None:
         refuse_other_dtypes(model, scales)
 
     def keep(tensor: Tensor) -> Weight:
         if to is None:
             return Weight.of(tensor)
-        if block is not None and tensor.name in scales:
-            return dequantised(tensor, scales[tensor.name], block, to)
+        if tensor.name in scales:
+            return dequantised(tensor, scales[tensor.name], block_of(model), to)
         return Weight.of(tensor).converted(to)
 
     dropped = {scale.name for scale in scales.values()}
@@ -369,14 +366,6 @@ def refuse_extras(layer: MoeLayer, dropped: set[str]) -> None:
             raise CheckpointError(
                 f"{tensor.file.path}: tensor {tensor.name!r} has no place in the other layout"
             )
-
-
-def quantisation_of(model: MoeModel) -> Mapping[str, Any] | None:
-    for config in (model.config, model.language_config):
-        if isinstance(config.get("quantization_config"), dict):
-            found: Mapping[str, Any] = config["quantization_config"]
-            return found
-    return None
 
 
 def check_dtypes(parts: Sequence[Tensor]) -> None:

@@ -120,7 +120,7 @@ class Design:
         Raises
         ------
         MoeConfigError
-            No such tensor, or rows that are no slice of its first axis.
+            No such tensor, or rows that are not a slice of its first axis.
         CheckpointError
             A source that has changed since.
         ImportError

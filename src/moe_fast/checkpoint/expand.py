@@ -90,7 +90,7 @@ def expand_moe(
         Whether a token still goes to as many experts as before. The output then computes something
         else, and the report warns of it.
     scores : path or mapping, optional
-        Where `num_experts` is no multiple: the best by these get one copy more than the others.
+        Where `num_experts` is not a multiple: the best by these get one copy more than the others.
         As in `prune_moe`.
     by : str
         Which of the scores.
@@ -160,13 +160,13 @@ def choose_copies(
     if rest:
         if scores is None:
             raise MoeConfigError(
-                f"num_experts {number} is no multiple of {before}: scores say which experts get "
+                f"num_experts {number} is not a multiple of {before}: scores say which experts get "
                 "one copy more"
             )
         best = best_experts(read_scores(scores, by, model), rest, groups)
         extra, warnings = by_layer({"layers": best}, "scores", model)
     elif scores is not None:
-        raise MoeConfigError(f"scores are for a num_experts that is no multiple of {before}")
+        raise MoeConfigError(f"scores are for a num_experts that is not a multiple of {before}")
     size = before // groups
     copies: Keep = {}
     for key, more in extra.items():
@@ -230,7 +230,7 @@ def reason_to_differ(model: MoeModel, request: ExpandRequest) -> str | None:
     if number == before:
         return None
     if number % before:
-        return f"{number} experts are no multiple of {before}, so that some have more copies"
+        return f"{number} experts are not a multiple of {before}, so that some have more copies"
     if top_k is None or request.num_experts_per_tok != top_k * (number // before):
         return f"a token still goes to {top_k} experts, and copies of one take several places"
     if groups_of(model)[0] > 1:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from moe_fast.checkpoint.arrangement import Group
 from moe_fast.errors import CheckpointError
 from moe_fast.models.moe import MoeModel, is_mtp
+from moe_fast.models.scores import digest_routers
+from moe_fast.reports import Report
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, parse_json
 from moe_fast.wording import format_runs
@@ -268,13 +270,15 @@ def read_scores(scores: Any, by: str, model: MoeModel) -> Scores:
         With every problem of them: another model's, a NaN, an unknown measure.
     """
     value, where = value_of(scores, "scores")
+    if isinstance(value, Report):  # of score_experts
+        value = value.to_dict()
     if not isinstance(value, Mapping) or not isinstance(value.get("layers"), Mapping):
         raise CheckpointError(
             f"{where}: must have the key 'layers', such as "
             '{"layers": {"0": {"reap": [0.5, 0.1]}}}'
         )
     layers = {str(key): item for key, item in value["layers"].items()}
-    problems = list(unknown_layers(layers, model, where))
+    problems = [*other_model(value, model, where), *unknown_layers(layers, model, where)]
     read: Scores = {}
     for layer in model.layers:
         here, count = f"{where}: layer {layer.key}", len(layer.experts)
@@ -299,6 +303,16 @@ def read_scores(scores: Any, by: str, model: MoeModel) -> Scores:
     if problems:
         raise CheckpointError(*problems)
     return read
+
+
+def other_model(scores: Mapping[str, Any], model: MoeModel, where: str) -> Iterator[str]:
+    """That scores are of another model, where they tell which one they are of."""
+    digest = scores.get("routers_sha256")
+    if digest is not None and digest != digest_routers(model):
+        yield (
+            f"{where}: are the scores of another model, {brief(scores.get('model'))}: its routers "
+            f"are not those of {model.path}"
+        )
 
 
 def best_experts(scores: Scores, number: int, groups: int = 1) -> dict[str, list[int]]:

@@ -26,19 +26,30 @@ LANES = 64
 
 @dataclass(frozen=True, slots=True)
 class Neurons:
-    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into."""
+    """The neurons `start` to `stop` of `width`, in the order that `stream` shuffles all into.
+
+    Or those that are `chosen`, which are as many.
+    """
 
     width: int
     start: int
     stop: int
     stream: int | None = None
+    chosen: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
         return self.stop - self.start
 
+    @property
+    def in_place(self) -> bool:
+        """Whether they stand beside each other, in this order, in the whole network."""
+        return self.stream is None and self.chosen is None
+
     def indices(self) -> Indices:
         """Their numbers in the whole network."""
+        if self.chosen is not None:
+            return np.array(self.chosen, np.intp)
         if self.stream is None:
             return np.arange(self.start, self.stop)
         return shuffle(self.width, self.stream)[self.start : self.stop]
@@ -74,7 +85,7 @@ class NeuronRows:
 
     def chunks(self) -> Iterator[memoryview]:
         size = self.row_nbytes
-        if self.neurons.stream is None:
+        if self.neurons.in_place:
             start, stop = self.neurons.start * size, self.neurons.stop * size
             yield from read_range(self.source, start, stop)
             return
@@ -113,7 +124,7 @@ class NeuronColumns:
     def chunks(self) -> Iterator[memoryview]:
         neurons, size = self.neurons, ITEM_SIZES[self.dtype]
         in_order = slice(neurons.start, neurons.stop)
-        columns = in_order if neurons.stream is None else neurons.indices()
+        columns = in_order if neurons.in_place else neurons.indices()
         row = neurons.width * size
         for block in read_in_blocks((self.source,), max(1, CHUNK // row) * row):
             matrix = np.frombuffer(block, UNSIGNED[size]).reshape(-1, neurons.width)

@@ -74,7 +74,7 @@ def find_obstacles(
 ) -> Iterator[str]:
     """Why a checkpoint from `sources` cannot be written to `output`.
 
-    `also_read` are files that are no part of a model: a recipe, hidden states.
+    `also_read` are files that are not part of a model: a recipe, hidden states.
     """
     output = Path(os.path.realpath(output))
     models = sorted({Path(file.path).parent for file in sources})

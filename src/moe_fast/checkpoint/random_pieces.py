@@ -14,6 +14,7 @@ import numpy as np
 from moe_fast import kernels
 from moe_fast.config import RouterInit
 from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
+from moe_fast.routing.sharpness import sharpen
 from moe_fast.routing.weights import draw_router_bits
 from moe_fast.storage.floats import decode, encode
 from moe_fast.storage.pieces import Piece
@@ -118,6 +119,27 @@ class RandomRouter:
                 base=0.0, scale=self.bound, stream=False,
             )  # fmt: skip
         yield encode(values, self.dtype).data
+
+
+@dataclass(frozen=True, slots=True)
+class SharpenedRouter:
+    """A router of one layer, `(num_experts, hidden_size)` in float32, with logits of another size.
+
+    `sharpen` says what is done to it; then it is rounded to `dtype`.
+    """
+
+    source: Piece
+    num_experts: int
+    dtype: str
+    logit_std: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes // ITEM_SIZES["F32"] * ITEM_SIZES[self.dtype]
+
+    def chunks(self) -> Iterator[memoryview]:
+        rows = decode(b"".join(self.source.chunks()), "F32").reshape(self.num_experts, -1)
+        yield encode(sharpen(rows, self.logit_std), self.dtype).data
 
 
 def choose_stream(seed: int, weight: str) -> int:

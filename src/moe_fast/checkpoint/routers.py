@@ -13,13 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.calibration.routers import PromptRows, make_prompt_rows
-from moe_fast.checkpoint.random_pieces import RandomRouter, ReferenceRouter, choose_stream
+from moe_fast.checkpoint.random_pieces import (
+    RandomRouter,
+    ReferenceRouter,
+    SharpenedRouter,
+    choose_stream,
+)
 from moe_fast.config import RouterInit
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.errors import CheckpointError
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import DenseModel
 from moe_fast.request import ExpertSource, RouterMethod, RouterStart
-from moe_fast.storage.floats import encode
+from moe_fast.routing.sharpness import sharpen
+from moe_fast.storage.floats import decode, encode
 from moe_fast.storage.pieces import Given, Piece, Remembered
 
 
@@ -56,9 +62,9 @@ class Routers:
     """Base of the starts: the router of each layer, and what weighs its shared experts."""
 
     methods: ClassVar[tuple[RouterMethod, ...]] = ()
-    remedy: ClassVar[str] = "balancing in training helps"
+    remedy: str = "balancing in training helps"
     """What to do about experts that would starve."""
-    repeatable: ClassVar[bool] = True
+    repeatable: bool = True
     """Whether the same bytes can be made again with certainty; else their digests are kept."""
 
     def __init__(self, start: RouterStart, context: RouterContext) -> None:
@@ -83,9 +89,16 @@ class Routers:
         hidden_size, dtype = self.context.shape[1], self.context.dtype
         return ReferenceRouter(hidden_size, 1, layer, RouterInit.BALANCED, dtype, remove_base=True)
 
+    @property
+    def makes_gates(self) -> bool:
+        """Whether the start makes what weighs the shared experts too."""
+        return False
+
     def pieces(self) -> list[Piece]:
         """The router of each layer, then what weighs the shared experts where the start made it."""
-        return [self.router(layer) for layer in self.context.layers]
+        layers = self.context.layers
+        gates = [self.shared_gate(layer) for layer in layers] if self.makes_gates else []
+        return [*(self.router(layer) for layer in layers), *gates]
 
 
 class ReferenceRouters(Routers):
@@ -96,7 +109,10 @@ class ReferenceRouters(Routers):
     def router(self, layer: int) -> Piece:
         num_experts, hidden_size = self.context.shape
         init = RouterInit(self.start.method)
-        return ReferenceRouter(hidden_size, num_experts, layer, init, self.context.dtype)
+        alone = self.start.logit_std is not None  # the base would be rounded away from the noise
+        return ReferenceRouter(
+            hidden_size, num_experts, layer, init, self.context.dtype, remove_base=alone
+        )
 
 
 class UniformRouters(ReferenceRouters):
@@ -131,16 +147,15 @@ class PromptRouters(Routers):
     methods: ClassVar[tuple[RouterMethod, ...]] = ("cheap_embed",)
     remedy = "give experts prompts that differ more, and more of them"
 
-    @cached_property
-    def gates_from_prompts(self) -> bool:
-        """Whether prompts make what weighs the shared experts too."""
+    @property
+    def makes_gates(self) -> bool:
         return any(expert.positive_prompts for expert in self.context.shared_experts)
 
     @cached_property
     def rows(self) -> PromptRows:
         """Those of the experts, and after them that of the shared experts' gate."""
         context = self.context
-        shared = [combine_prompts(context.shared_experts)] if self.gates_from_prompts else []
+        shared = [combine_prompts(context.shared_experts)] if self.makes_gates else []
         return make_prompt_rows(self.start.method, context.base, context.experts, shared)
 
     @property
@@ -151,15 +166,9 @@ class PromptRouters(Routers):
         return self.context.encoded(self.rows.weights[layer, : len(self.context.experts)])
 
     def shared_gate(self, layer: int) -> Piece:
-        if not self.gates_from_prompts:
+        if not self.makes_gates:
             return super().shared_gate(layer)
         return self.context.encoded(self.rows.weights[layer, len(self.context.experts) :])
-
-    def pieces(self) -> list[Piece]:
-        routers = super().pieces()
-        if not self.gates_from_prompts:
-            return routers
-        return routers + [self.shared_gate(layer) for layer in self.context.layers]
 
 
 class HiddenRouters(PromptRouters):
@@ -167,6 +176,44 @@ class HiddenRouters(PromptRouters):
 
     methods = ("hidden",)
     repeatable = False
+
+
+class SharpenedRouters(Routers):
+    """Those of another start, scaled to the `logit_std` that is asked for."""
+
+    def __init__(self, start: RouterStart, context: RouterContext) -> None:
+        super().__init__(start, context)
+        if context.shape[0] < 2:
+            raise MoeConfigError(
+                "is a standard deviation over experts, of which there is only 1",
+                argument="logit_std",
+            )
+        kind = STARTS[start.method]
+        self.source = kind(start, replace(context, dtype="F32"))
+        self.remedy, self.repeatable = kind.remedy, kind.repeatable
+
+    @property
+    def hidden_states(self) -> npt.NDArray[np.float32] | None:
+        return self.source.hidden_states
+
+    def router(self, layer: int) -> Piece:
+        piece, logit_std = self.source.router(layer), self.start.logit_std
+        assert logit_std is not None
+        num_experts, dtype = self.context.shape[0], self.context.dtype
+        if self.hidden_states is None:
+            return SharpenedRouter(piece, num_experts, dtype, logit_std)
+        rows = decode(b"".join(piece.chunks()), "F32").reshape(num_experts, -1)
+        return self.context.encoded(sharpen(rows, logit_std, self.hidden_states[layer]))
+
+    @property
+    def makes_gates(self) -> bool:
+        return self.source.makes_gates
+
+    def shared_gate(self, layer: int) -> Piece:
+        if not self.makes_gates:
+            return super().shared_gate(layer)
+        gate = self.source.shared_gate(layer)
+        return self.context.encoded(decode(b"".join(gate.chunks()), "F32"))
 
 
 class RememberedRouters(Routers):
@@ -216,6 +263,8 @@ def make_routers(
     kind = STARTS[start.method]
     if digests and not kind.repeatable:
         return RememberedRouters(start, context, digests)
+    if start.logit_std is not None:
+        return SharpenedRouters(start, context)
     return kind(start, context)
 
 

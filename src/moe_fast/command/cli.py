@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import moe_fast
 from moe_fast.command.console import (
+    be_quiet,
     complain,
     progress_bar,
     say,
@@ -25,10 +27,11 @@ from moe_fast.command.console import (
     show_operation,
     show_plan,
     show_routing,
+    show_scores,
 )
 from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
-from moe_fast.config import Dtype, Layout, MoeConfig, RouterInit, RoutingMethod
+from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.choice import UNFIT, targets_of
@@ -42,8 +45,39 @@ from moe_fast.routing.weights import compute_router_weights
 from moe_fast.routing.weights_file import write_router_weights
 from moe_fast.storage.npy import map_npy
 
+
+class PlainFlags:
+    """Shows flags without the `<bool>` that reads as if a value were needed."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Group(PlainFlags, TyperGroup):
+    """All commands."""
+
+
+class Command(PlainFlags, TyperCommand):
+    """One command. If its output is missing, it may stand where mergekit has it: last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if getattr(error.param, "name", None) == "output" and len(given) > 1:
+                error.message = f"Did you mean -o {given[-1]}?"
+            raise
+
+
 app = typer.Typer(
     name="moe-fast",
+    cls=Group,
+    context_settings={"help_option_names": ["--help", "-h"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check "
@@ -60,6 +94,15 @@ OPTIONS_OF_MODELS = (
     "base",
     "dense_layers",
     "routers",
+    "seed",
+    "granularity",
+    "mix_copies",
+    "shuffle",
+    "reinit",
+    "reinit_sets",
+    "split",
+    "backbone",
+    "logit_std",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -73,17 +116,42 @@ Threads = Annotated[
     typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
 ]
 Checksum = Annotated[
-    bool, typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest.")
+    bool,
+    typer.Option(
+        "--checksum", metavar="", help="Record the SHA-256 of every file in the manifest."
+    ),
 ]
 Fsync = Annotated[
-    bool, typer.Option("--fsync", help="Wait until the output would last through a power cut.")
+    bool,
+    typer.Option(
+        "--fsync", metavar="", help="Wait until the output would last through a power cut."
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Find every problem, show the plan, write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Find every problem, show the plan, write nothing."),
+]
+Granularity = Annotated[
+    int, typer.Option(help="Experts that each FFN is split into; --experts counts the split ones.")
+]
+Experts = Annotated[
+    int | None, typer.Option(help="Experts per layer.", show_default="8, or 8 copies split")
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(help="Experts per token.", show_default="2, or those of one split copy"),
 ]
 RouterStart = Annotated[
     RouterInit,
     typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+]
+LogitStd = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="How sharp they start: the standard deviation over the experts of a token's logits.",
+        show_default="as the start draws them",
+    ),
 ]
 HiddenStates = Annotated[
     Path | None,
@@ -103,7 +171,35 @@ Scores = Annotated[
 ScoredBy = Annotated[
     str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
 ]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."
+    ),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
 AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+def ask_for_quiet(asked: bool) -> None:
+    if asked:
+        be_quiet()
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=ask_for_quiet,
+        expose_value=False,
+        help="Print warnings and errors alone.",
+    ),
+]
 
 
 def print_version(asked: bool) -> None:
@@ -117,7 +213,10 @@ def commands(
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+            "--version",
+            callback=print_version,
+            is_eager=True,
+            help="Show the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -125,7 +224,9 @@ def commands(
 
 
 @app.command(
-    help="Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for."
+    cls=Command,
+    help="Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for.",
+    epilog="Example: `moe-fast build Qwen/Qwen3-0.6B -o moe --experts 8`",
 )
 def build(
     context: typer.Context,
@@ -137,8 +238,8 @@ def build(
         ),
     ],
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
     target: Annotated[
         str,
         typer.Option(
@@ -178,6 +279,51 @@ def build(
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "balanced",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    granularity: Granularity = 1,
+    mix_copies: Annotated[
+        bool,
+        typer.Option(
+            "--mix-copies", help="Let tokens take parts of several copies, where groups keep apart."
+        ),
+    ] = False,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Put each copy's neurons in another order before a split."),
+    ] = False,
+    reinit: Annotated[
+        float,
+        typer.Option(
+            metavar="PART", help="Of each expert's neurons, draw so many anew: 0 to 1; 0.5 is good."
+        ),
+    ] = 0.0,
+    reinit_sets: Annotated[
+        str,
+        typer.Option(
+            metavar="SETS",
+            help="shared: the same neurons in gate, up and down; separate: others in each.",
+            autocompletion=lambda: ["shared", "separate"],
+        ),
+    ] = "shared",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="Make all experts from one FFN, without copies: contiguous, random or clustered.",
+            autocompletion=lambda: ["contiguous", "random", "clustered"],
+            show_default="copies",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="MEAN",
+            help="Where all but the experts comes from: base, mean of the models, or their weights "
+            "in it, such as 2,1,1.",
+            autocompletion=lambda: ["base", "mean"],
+        ),
+    ] = "base",
+    logit_std: LogitStd = None,
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -186,6 +332,7 @@ def build(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     from moe_fast.recipes.recipe import is_recipe  # loads the builder, as `make_demo` does
 
@@ -209,13 +356,22 @@ def build(
             report = moe_fast.build_moe(
                 models,
                 output,
-                MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token),
+                choose_config(experts, experts_per_token, granularity),
                 target=target,
                 layout=layout,
                 dtype=cast(Any, dtype),
                 base=base,
                 dense_layers=parse_layers(dense_layers),
                 routers=cast(RouterMethod, routers),
+                seed=seed,
+                granularity=granularity,
+                mix_copies=mix_copies,
+                shuffle=shuffle,
+                reinit=reinit,
+                reinit_sets=cast(Any, reinit_sets),
+                split=cast(Any, split),
+                backbone=parse_backbone(backbone),
+                logit_std=logit_std,
                 **how,
             )
     show(report, show_build, as_json)
@@ -233,7 +389,9 @@ def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
 
 
 @app.command(
-    help="Check an MoE: its files, each expert byte for byte, its configuration, who can load it."
+    cls=Command,
+    help="Check an MoE: its files, each expert byte for byte, its configuration, who can load it.",
+    epilog="Examples: `moe-fast check moe`; `moe-fast check moe --text letter.txt`",
 )
 def check(
     context: typer.Context,
@@ -243,7 +401,7 @@ def check(
     against: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A source model, once for each: where the manifest is missing or they have moved."
+            help="A source model; repeat for each. Needed if it moved or the manifest is gone."
         ),
     ] = None,
     text: Annotated[
@@ -254,6 +412,7 @@ def check(
         ),
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
@@ -264,13 +423,18 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command(help="Say whether two checkpoints hold the same model, however stored; exit 1 if not.")
+@app.command(
+    cls=Command,
+    help="Say whether two checkpoints hold the same model, however stored; exit 1 if not.",
+    epilog="Example: `moe-fast compare moe moe-fused`",
+)
 def compare(
     context: typer.Context,
     first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
     tolerance: Annotated[float, typer.Option(help="By how much numbers may differ.")] = 0.0,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar("comparing") as progress:
         report = moe_fast.compare_moe(first, second, tolerance=tolerance, progress=progress)
@@ -280,7 +444,9 @@ def compare(
 
 
 @app.command(
-    help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes."
+    cls=Command,
+    help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes.",
+    epilog="Example: `moe-fast convert moe -o moe-fused --layout fused`",
 )
 def convert(
     context: typer.Context,
@@ -308,6 +474,7 @@ def convert(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.convert_moe(
@@ -326,7 +493,57 @@ def convert(
     show(report, show_conversion, as_json)
 
 
-@app.command(help="Write an MoE with fewer experts: those of a list, or the best by their scores.")
+@app.command(
+    cls=Command,
+    help="Run an MoE over texts and write what each of its experts is worth.",
+    epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
+)
+def score(
+    context: typer.Context,
+    model: MoeFolder,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
+    ],
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
+    ] = None,
+    mean_outputs: Annotated[
+        bool, typer.Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
+    ] = False,
+    gate_similarity: Annotated[
+        bool,
+        typer.Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    with reported_errors(context), progress_bar("reading") as progress:
+        report = moe_fast.score_experts(
+            model,
+            output,
+            texts=text,
+            tokens=tokens,
+            length=length,
+            mean_outputs=mean_outputs,
+            gate_similarity=gate_similarity,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show(report, show_scores, as_json)
+
+
+@app.command(
+    cls=Command,
+    help="Write an MoE with fewer experts: those of a list, or the best by their scores.",
+    epilog="Example: `moe-fast prune moe -o pruned --experts 4 --scores scores.json`",
+)
 def prune(
     context: typer.Context,
     model: MoeFolder,
@@ -341,7 +558,10 @@ def prune(
     scores: Scores = None,
     by: ScoredBy = "reap",
     ungroup: Annotated[
-        bool, typer.Option("--ungroup", help="Make the groups of experts one; routing changes.")
+        bool,
+        typer.Option(
+            "--ungroup", metavar="", help="Make the groups of experts one; routing changes."
+        ),
     ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -350,6 +570,7 @@ def prune(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.prune_moe(
@@ -371,14 +592,19 @@ def prune(
     show(report, show_operation, as_json)
 
 
-@app.command(help="Write an MoE with copies of its experts; exact where all get as many.")
+@app.command(
+    cls=Command,
+    help="Write an MoE with copies of its experts; exact where all get as many.",
+    epilog="Example: `moe-fast expand moe -o wider --experts 16`",
+)
 def expand(
     context: typer.Context,
     model: MoeFolder,
     output: OutputFolder,
     experts: Annotated[int, typer.Option(help="Experts of each layer of the output.")],
     keep_k: Annotated[
-        bool, typer.Option("--keep-k", help="Leave a token's number of experts as it is.")
+        bool,
+        typer.Option("--keep-k", help="Leave a token's number of experts as it is."),
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
@@ -389,6 +615,7 @@ def expand(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.expand_moe(
@@ -409,7 +636,11 @@ def expand(
     show(report, show_operation, as_json)
 
 
-@app.command(help="Write the dense model that some experts of an MoE make.")
+@app.command(
+    cls=Command,
+    help="Write the dense model that some experts of an MoE make.",
+    epilog="Example: `moe-fast extract moe -o dense --expert 0`",
+)
 def extract(
     context: typer.Context,
     model: MoeFolder,
@@ -430,6 +661,7 @@ def extract(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.extract_dense(
@@ -451,7 +683,11 @@ def extract(
     show(report, show_operation, as_json)
 
 
-@app.command(help="Write an MoE in which each group of experts is one, their mean.")
+@app.command(
+    cls=Command,
+    help="Write an MoE in which each group of experts is one, their mean.",
+    epilog="Example: `moe-fast merge moe -o merged --groups groups.json`",
+)
 def merge(
     context: typer.Context,
     model: MoeFolder,
@@ -467,6 +703,7 @@ def merge(
     fsync: Fsync = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context), progress_bar() as progress:
         report = moe_fast.merge_experts(
@@ -484,7 +721,11 @@ def merge(
     show(report, show_operation, as_json)
 
 
-@app.command(help="Write one HTML page about a model: experts, sources, sizes, routers, readers.")
+@app.command(
+    cls=Command,
+    help="Write one HTML page about a model: experts, sources, sizes, routers, readers.",
+    epilog="Example: `moe-fast report moe -o moe.html`",
+)
 def report(
     context: typer.Context,
     model: Annotated[
@@ -495,8 +736,12 @@ def report(
         typer.Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
     ] = None,
     with_check: Annotated[
-        bool, typer.Option("--check", help="Check the model first; reads it and its sources.")
+        bool,
+        typer.Option(
+            "--check", metavar="", help="Check the model first; reads it and its sources."
+        ),
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
         checked = None
@@ -507,7 +752,11 @@ def report(
     say(f"{file}")
 
 
-@app.command(help="Show what is in a model: experts, sizes, dtypes, routers, copies.")
+@app.command(
+    cls=Command,
+    help="Show what is in a model: experts, sizes, dtypes, routers, copies.",
+    epilog="Example: `moe-fast inspect moe`",
+)
 def inspect(
     context: typer.Context,
     model: Annotated[
@@ -527,28 +776,39 @@ def inspect(
     show(report, show_model, as_json)
 
 
-@app.command(help="Show which model every expert would come from, by numbers alone.")
+@app.command(
+    cls=Command,
+    help="Show which model every expert would come from, by numbers alone.",
+    epilog="Example: `moe-fast plan 2 32 --experts 8`",
+)
 def plan(
     context: typer.Context,
     models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
     layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    experts: Experts = None,
+    experts_per_token: ExpertsPerToken = None,
+    granularity: Granularity = 1,
     hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
-        config = MoeConfig(num_experts=experts, num_experts_per_tok=experts_per_token)
-        made = plan_moe_construction(models, layers, config)
-        report = made.report(hidden_size, intermediate_size, experts)
+        config = choose_config(experts, experts_per_token, granularity)
+        made = plan_moe_construction(models, layers, config, granularity=granularity)
+        report = made.report(
+            hidden_size, intermediate_size, config.num_experts, granularity=granularity
+        )
     if as_json:
         print_json({"plan": made.to_dict(), "report": report.to_dict()})
     else:
         show_plan(made, report)
 
 
-@app.command(help="Write the weights of new routers to a file.")
+@app.command(
+    cls=Command,
+    help="Write the weights of new routers to a file.",
+    epilog="Example: `moe-fast gates 2048 8 -o gates.safetensors --layers 24`",
+)
 def gates(
     context: typer.Context,
     hidden_size: Annotated[
@@ -571,18 +831,43 @@ def gates(
     transpose: Annotated[
         bool, typer.Option(help="One row an expert, as checkpoints have it.")
     ] = True,
+    remove_base: Annotated[
+        bool | None,
+        typer.Option(
+            "--remove-base/--keep-base",
+            help="Leave out the 1 / EXPERTS that all experts share, which 16 bits leave no room "
+            "beside.",
+            show_default="removed from balanced rows of 16 bits",
+        ),
+    ] = None,
+    full_range: Annotated[
+        bool,
+        typer.Option("--full-range", help="Draw from [-s, s]; the reference fills [-s, 0]."),
+    ] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
         weights = compute_router_weights(
-            layers, hidden_size, experts, init, dtype=dtype, transpose=transpose
+            layers,
+            hidden_size,
+            experts,
+            init,
+            dtype=dtype,
+            transpose=transpose,
+            full_range=full_range,
+            remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
     with reported_errors(context, path="output"):
         nbytes = write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
-@app.command(help="Show what routers do with saved logits: load, losses, collapse, drops.")
+@app.command(
+    cls=Command,
+    help="Show what routers do with saved logits: load, losses, collapse, drops.",
+    epilog="Example: `moe-fast route logits.npy --experts-per-token 2 --plot load.png`",
+)
 def route(
     context: typer.Context,
     logits: Annotated[
@@ -672,7 +957,10 @@ def route(
         show_routing(stats)
 
 
-@app.command(help="Show which dense models become which MoEs, and which programs load those.")
+@app.command(
+    cls=Command,
+    help="Show which dense models become which MoEs, and which programs load those.",
+)
 def families(as_json: AsJson = False) -> None:
     becomes = {
         name: [target.name for target in targets_of(dense)]
@@ -685,7 +973,9 @@ def families(as_json: AsJson = False) -> None:
         show_families(becomes, readers, UNFIT)
 
 
-@app.command(help="Show what is installed, which kernels run, and what is missing for what.")
+@app.command(
+    cls=Command, help="Show what is installed, which kernels run, and what is missing for what."
+)
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     with reported_errors(context):
         diagnosis = diagnose()
@@ -693,7 +983,8 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
 
 
 @app.command(
-    help="Make two small dense models, dense-a and dense-b, build moe from them, check it."
+    cls=Command,
+    help="Make two small dense models, dense-a and dense-b, build moe from them, check it.",
 )
 def demo(
     context: typer.Context,
@@ -716,6 +1007,11 @@ def demo(
         show_check(checked)
     if not checked.passed:
         raise typer.Exit(1)
+
+
+def rounds_base(init: RouterInit, dtype: str) -> bool:
+    """Whether the noise of a start is lost beside its base: in 16 bits, as in builds."""
+    return init is RouterInit.BALANCED and dtype.endswith("16")
 
 
 def read_text(text: str | None) -> str | None:
@@ -791,6 +1087,18 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        ) from None
+
+
+def parse_backbone(text: str) -> Any:
+    """`base`, `mean`, or the weights between commas."""
+    if text in ("base", "mean"):
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", param_hint="--backbone"
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -12,9 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_fast.wording import format_count, format_quantity, format_range, format_runs
+from moe_fast.wording import (
+    brief,
+    format_count,
+    format_quantity,
+    format_range,
+    format_runs,
+    name_layer,
+)
 
 if TYPE_CHECKING:
+    from moe_fast.calibration.score import ScoreReport
     from moe_fast.checkpoint.build import BuildReport
     from moe_fast.checkpoint.check import CheckReport
     from moe_fast.checkpoint.compare import CompareReport
@@ -42,34 +52,65 @@ for console in (output_console, error_console):
 
 
 def say(text: str) -> None:
-    output_console.print(text, markup=False, highlight=False, soft_wrap=True)
+    print_lines(output_console, text)
 
 
 def warn(text: str) -> None:
-    tell(f"warning: {text}", "yellow")
+    print_lines(error_console, f"warning: {text}", style="yellow")
 
 
 def complain(text: str) -> None:
-    tell(text, "red")
+    print_lines(error_console, text, style="red")
 
 
-def tell(text: str, style: str) -> None:
-    error_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+def be_quiet() -> None:
+    """Print nothing but warnings, errors and JSON from here on."""
+    output_console.quiet = True
+
+
+def print_lines(
+    console: Console,
+    text: str,
+    *,
+    indent: int | None = None,
+    style: str = "",
+    label: tuple[int, str] = (0, ""),
+) -> None:
+    """Print text in lines that fit, broken between words.
+
+    What goes on in a second line stands `indent` columns to the right, by default two more than its
+    first line. `label` is a number of characters at the beginning and their style.
+    """
+    for line in text.split("\n"):
+        hanging = len(line) - len(line.lstrip()) + 2 if indent is None else indent
+        folded = textwrap.fill(
+            line,
+            # A terminal that is too narrow for the indent breaks lines itself.
+            max(console.width, hanging + 20),
+            subsequent_indent=" " * hanging,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        printed = Text(folded, style=style)
+        printed.stylize(label[1], 0, label[0])
+        console.print(printed, soft_wrap=True)
 
 
 def show_build(report: BuildReport) -> None:
-    show_pairs(
-        {
-            "output": f"{report.output} ({report.target})",
-            "experts": f"{report.num_experts} per layer, {report.num_experts_per_tok} per token",
-            "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
-            "parameters": f"{report.num_parameters:,}",
-            "load balance": f"{report.load_balance:.4f} (0 is even)",
-            "router load": f"{describe_prediction(report.routers)}",
-            "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
-            "seconds": f"{report.seconds:.2f}",
-        }
-    )
+    pairs = {
+        "output": f"{report.output} ({report.target})",
+        "experts": f"{report.num_experts} per layer{describe_split(report)}, "
+        f"{report.num_experts_per_tok} per token",
+        "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
+        "parameters": f"{report.num_parameters:,}",
+        "use of models": describe_use(report.load_balance),
+        "router load": describe_prediction(report.routers),
+        "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
+        "seconds": f"{report.seconds:.2f}",
+    }
+    if len({model for models in report.experts for model in models}) == 1:
+        del pairs["use of models"]
+    show_pairs(pairs)
     if report.dry_run:
         for target, reasons in report.rejected_targets.items():
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
@@ -78,6 +119,14 @@ def show_build(report: BuildReport) -> None:
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
+
+
+def describe_split(report: BuildReport) -> str:
+    if report.granularity == 1:
+        return ""
+    copies = report.num_experts // report.granularity
+    what = "1 copy" if copies == 1 else f"{copies} copies"
+    return f" ({what} split in {report.granularity})"
 
 
 def name_dense_layers(layers: Sequence[int]) -> str:
@@ -100,10 +149,17 @@ def show_layout(report: BuildReport) -> None:
         say(line)
 
 
+def describe_use(load_balance: float) -> str:
+    """How evenly the models give experts: the reference's load balance of a plan."""
+    evenly = "evenly, " if load_balance == 0 else ""
+    return f"{evenly}cv {load_balance:.4f} of the experts that each gives (0 is even)"
+
+
 def describe_prediction(health: RouterHealth) -> str:
     return (
-        f"{format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even), "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
+        f"{'; on real text it is less even' if health.hidden_states == 'random tokens' else ''}"
     )
 
 
@@ -113,14 +169,13 @@ def show_check(report: CheckReport) -> None:
     for (status, summary), same in groupby(report.findings, lambda f: (f.status, f.summary)):
         findings = list(same)
         names = ", ".join(finding.check for finding in findings)
-        line = Text.assemble(
-            Text(f"{status:<12}", style=STATUS_STYLES[status]),
-            f"  {names:<{width}}{': ' if len(findings) > 1 else '  '}{summary}",
+        line = f"{status:<12}  {names:<{width}}{': ' if len(findings) > 1 else '  '}{summary}"
+        print_lines(
+            output_console, line, indent=width + 16, label=(len(status), STATUS_STYLES[status])
         )
-        output_console.print(line, soft_wrap=True)
         problems = [problem for finding in findings for problem in finding.problems]
         for problem in problems[:MOST_PROBLEMS]:
-            output_console.print(Text(f"  {problem}", style="red"), soft_wrap=True)
+            print_lines(output_console, f"  {problem}", style="red")
         if len(problems) > MOST_PROBLEMS:
             say(f"  and {len(problems) - MOST_PROBLEMS} more, which --json lists")
     show_readers(reader for reader in report.readers if not reader.loads)
@@ -187,6 +242,27 @@ def show_operation(report: OperationReport) -> None:
         warn(warning)
 
 
+def show_scores(report: ScoreReport) -> None:
+    table = Table("layer", "tokens per expert", "reap", "mean norm", box=None)
+    for key, scores in list(report.layers.items())[:MOST_LINES]:
+        table.add_row(
+            key,
+            *(format_range(scores[name]) for name in ("frequency", "reap", "ean_mean")),
+        )
+    output_console.print(table)
+    pairs = {
+        "output": str(report.output),
+        "experts": f"{report.num_experts} per layer",
+        "tokens": f"{report.num_tokens:,}",
+        "seconds": f"{report.seconds:.2f}",
+    }
+    if report.arrays is not None:
+        pairs["matrices"] = str(report.arrays)
+    show_pairs(pairs)
+    for warning in report.warnings:
+        warn(warning)
+
+
 def show_readers(readers: Iterable[Reader]) -> None:
     for reader in readers:
         why = "" if reader.loads else f" does not load it: {'; '.join(reader.reasons)}"
@@ -198,7 +274,7 @@ def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
         "layers": f"{plan.num_layers:,}",
         "experts": f"{plan.num_experts:,} per layer",
         "models": f"{plan.num_models:,}",
-        "load balance": f"{report.load_balance:.4f} (0 is even)",
+        "use of models": describe_use(report.load_balance),
     }
     if report.total_params_estimate:
         pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
@@ -225,62 +301,91 @@ def show_model(report: ModelReport) -> None:
         "bytes": f"{report.num_bytes:,} in {format_count(report.num_files, 'file')}",
         "layers": f"{report.num_layers}",
     }
-    if report.num_moe_layers:
+    if report.num_mtp_layers:
+        pairs["prediction"] = (
+            f"{format_count(report.num_mtp_layers, 'layer')} for multi-token prediction besides, "
+            f"of {report.num_mtp_parameters:,} parameters"
+        )
+    per_token = report.num_experts_per_tok
+    chosen = f"{per_token if per_token is not None else 'an unknown number'} per token"
+    if report.layout == "dense":
+        pairs["experts"] = "none: a dense model"
+    else:
         active = report.active_parameters
-        per_token = report.num_experts_per_tok
         pairs |= {
             "active": "unknown" if active is None else f"{active:,} per token",
             "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
-            "experts": f"{report.num_experts} per layer, "
-            f"{per_token if per_token is not None else 'an unknown number'} per token, "
+        }
+    if report.unknown_experts is not None:
+        number = "an unknown number" if report.num_experts is None else report.num_experts
+        pairs |= {
+            "experts": f"{number} per layer, {chosen}",
+            "layout": f"not known here: {report.unknown_experts}",
+        }
+    elif report.layout != "dense":
+        pairs |= {
+            "experts": f"{report.num_experts} per layer, {chosen}, "
             f"{report.parameters_per_expert:,} parameters each",
             "layout": report.layout,
         }
-    else:
-        pairs["experts"] = "none: a dense model"
+    if report.quantization is not None:
+        pairs["quantised"] = (
+            f"{brief(report.quantization)}; how it packs numbers is not known here, and parameters "
+            "are counted as stored"
+        )
     show_pairs(pairs)
     if report.routers:
         show_routers(report)
     if report.copies is not None:
-        show_copies(report.copies)
+        show_copies(report.copies, report.num_layers)
     for problem in report.problems:
         complain(problem)
 
 
 def show_routers(report: ModelReport) -> None:
-    table = new_table(
-        "layer", "smallest row", "greatest row", "most alike", "tied experts", "load cv", "entropy"
-    )
-    for router in report.routers:
-        if router.finite:
-            values = (router.smallest_norm, router.greatest_norm, router.most_alike)
-            cells = ["-" if value is None else f"{value:.6g}" for value in values]
-        else:
-            cells = ["not finite"] * 3
-        predicted = [
-            "-" if value is None else f"{value:.4f}"
-            for value in (router.coefficient_of_variation, router.mean_entropy)
+    routers = report.routers
+
+    def of_rows(values: Sequence[float | None]) -> list[str]:
+        cells = align_numbers(values)
+        return [
+            cell if router.finite else "not finite"
+            for cell, router in zip(cells, routers, strict=True)
         ]
-        table.add_row(str(router.layer), *cells, str(router.tied_experts), *predicted)
-    say("\nrouters (norms of the experts' rows; the greatest cosine between two;")
-    say(f"load and entropy of a token's choice, predicted on {report.hidden_states})")
-    output_console.print(table)
+
+    columns = {
+        "layer": [name_layer(router.layer, report.num_layers) for router in routers],
+        "smallest row": of_rows([router.smallest_norm for router in routers]),
+        "greatest row": of_rows([router.greatest_norm for router in routers]),
+        "most alike": of_rows([router.most_alike for router in routers]),
+        "tied experts": [str(router.tied_experts) for router in routers],
+        "load cv": align_numbers([router.coefficient_of_variation for router in routers]),
+        "entropy": align_numbers([router.mean_entropy for router in routers]),
+    }
+    say(
+        "\nrouters (norms of the experts' rows; the greatest cosine between two; load and entropy "
+        f"of a token's choice, predicted on {report.hidden_states})"
+    )
+    show_columns(columns)
 
 
-def show_copies(copies: Iterable[tuple[Place, ...]]) -> None:
+def show_copies(copies: Iterable[tuple[Place, ...]], num_layers: int) -> None:
     """Groups of equal experts, those that look the same in every layer in one line."""
     lines: dict[str, list[int]] = {}
     for group in copies:
         layers = {layer for layer, _ in group}
         if len(layers) == 1:
-            experts = ", ".join(str(expert) for _, expert in group)
+            experts = format_runs(expert for _, expert in group)
             lines.setdefault(f"experts {experts}", []).append(layers.pop())
         else:
-            places = ", ".join(f"{expert} of layer {layer}" for layer, expert in group)
+            names = [(expert, name_layer(layer, num_layers)) for layer, expert in group]
+            places = ", ".join(f"{expert} of layer {layer}" for expert, layer in names)
             lines.setdefault(f"experts {places}", [])
     say("\ncopies (equal bytes)" if lines else "\ncopies: none, all experts differ")
     for experts, where in lines.items():
-        say(f"  {experts}" + (f" in layers {format_runs(where)}" if where else ""))
+        own = format_runs(layer for layer in where if layer < num_layers)
+        ahead = [name_layer(layer, num_layers) for layer in where if layer >= num_layers]
+        listed = ", ".join([*([own] if own else []), *ahead])
+        say(f"  {experts}" + (f" in layers {listed}" if listed else ""))
 
 
 def show_routing(stats: RoutingStats) -> None:
@@ -295,31 +400,31 @@ def show_routing(stats: RoutingStats) -> None:
             f"computes it ({config.num_experts_per_tok} is even)",
         }
     )
-    table = new_table(
-        "layer", "tokens", "load cv", "like experts", "entropy", "Switch loss", "z-loss",
-        "importance", "dropped", "no expert",
-        *(f"at {factor:g}" for factor in stats.capacity_factors),
-    )  # fmt: skip
     rows = stats.summary()
-    for row in rows:
-        table.add_row(
-            str(row["layer"]),
-            f"{row['num_tokens']:,}",
-            *(
-                "-" if row[name] is None else f"{row[name]:.4g}"
-                for name in (
-                    "coefficient_of_variation", "effective_num_experts", "mean_entropy",
-                    "load_balancing_loss", "z_loss", "importance_loss",
-                )
-            ),
-            *map(format_percent, (row["share_dropped"], row["share_unrouted"])),
-            *map(format_percent, row["share_dropped_by_capacity_factor"].values()),
-        )  # fmt: skip
+    columns = {
+        "layer": [str(row["layer"]) for row in rows],
+        "tokens": [f"{row['num_tokens']:,}" for row in rows],
+    }
+    for title, name in {
+        "load cv": "coefficient_of_variation",
+        "effective experts": "effective_num_experts",
+        "entropy": "mean_entropy",
+        "Switch loss": "load_balancing_loss",
+        "z-loss": "z_loss",
+        "importance": "importance_loss",
+    }.items():
+        columns[title] = align_numbers([row[name] for row in rows])
+    columns["dropped"] = [format_percent(row["share_dropped"]) for row in rows]
+    columns["no expert"] = [format_percent(row["share_unrouted"]) for row in rows]
+    for factor in stats.capacity_factors:
+        columns[f"at {factor:g}"] = [
+            format_percent(row["share_dropped_by_capacity_factor"][str(factor)]) for row in rows
+        ]
     say("\nlayers (load cv and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
     if stats.capacity_factors:
         factors = ", ".join(f"{factor:g}" for factor in stats.capacity_factors)
         say(f"dropped: of the choices, now and at a capacity factor of {factors}")
-    output_console.print(table)
+    show_columns(columns)
     say("")
     for row in rows:
         say(f"layer {row['layer']}: {row['description']}")
@@ -376,8 +481,37 @@ def show_families(
 def show_pairs(pairs: Mapping[str, str]) -> None:
     width = max(map(len, pairs))
     for name, value in pairs.items():
-        line = Text.assemble((f"{name:<{width}}", "bold"), "  ", value)
-        output_console.print(line, soft_wrap=True)
+        line = f"{name:<{width}}  {value}"
+        print_lines(output_console, line, indent=width + 2, label=(len(name), "bold"))
+
+
+def align_numbers(values: Sequence[float | None]) -> list[str]:
+    """Numbers with as many decimals as the greatest needs for four digits; `-` for `None`."""
+    finite = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    greatest = max(finite, default=0.0)
+    decimals = min(max(3 - math.floor(math.log10(greatest)), 0), 9) if greatest else 4
+    return ["-" if value is None else f"{value:.{decimals}f}" for value in values]
+
+
+def show_columns(columns: Mapping[str, Sequence[str]]) -> None:
+    """A table of numbers; columns that do not fit go below, beside the first one again."""
+    widths = {name: max(len(name), *map(len, cells), 0) for name, cells in columns.items()}
+    first, *rest = columns
+    blocks = [[first]]
+    for name in rest:
+        if sum(widths[each] + 2 for each in blocks[-1]) + widths[name] > output_console.width:
+            blocks.append([first])
+        blocks[-1].append(name)
+    for number, names in enumerate(blocks):
+        if number:
+            say("")
+        header = "  ".join(f"{name:>{widths[name]}}" for name in names)
+        output_console.print(Text(header, style="bold"), soft_wrap=True)
+        for cells in zip(*(columns[name] for name in names), strict=True):
+            line = "  ".join(
+                f"{cell:>{widths[name]}}" for cell, name in zip(cells, names, strict=True)
+            )
+            output_console.print(Text(line), soft_wrap=True)
 
 
 def new_table(*columns: str) -> Table:
@@ -390,7 +524,7 @@ def new_table(*columns: str) -> Table:
 @contextmanager
 def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on a terminal, nothing in a pipe."""
-    if not error_console.is_terminal:
+    if not error_console.is_terminal or output_console.quiet:
         yield lambda done, total: None
         return
     from rich.progress import (

@@ -19,6 +19,7 @@ CALLED = {
     "num_layers": "layers",
     "num_models": "models",
     "routing_method": "method",
+    "texts": "text",
     "topk_group": "groups_per_token",
 }
 

@@ -14,8 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from moe_fast.checkpoint.build import BuildRequest
-from moe_fast.checkpoint.card import changes, distinct_names
+from moe_fast.checkpoint.build import BuildRequest, request_values
+from moe_fast.checkpoint.card import (
+    changes,
+    describe_backbone,
+    describe_experts,
+    distinct_names,
+)
 from moe_fast.checkpoint.check import CheckReport, Status
 from moe_fast.checkpoint.convert import ConvertRequest
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -27,7 +32,7 @@ from moe_fast.models.inspection import ModelReport, inspect_model
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
-from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs
+from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs, name_layer
 
 __all__ = ["write_report"]
 MARK = b'<!doctype html>\n<html lang="en">\n<!-- moe_fast report -->\n'
@@ -76,8 +81,8 @@ def write_report(
     path : path
         The folder of the checkpoint.
     output : path, optional
-        The file to write. By default beside the folder and named after it: `moe-report.html`. An
-        earlier report is replaced, another file is not.
+        The file to write. By default in the working directory, named after the folder:
+        `moe-report.html`. An earlier report is replaced, another file is not.
     check : CheckReport, optional
         What `check_moe` found, to be part of the page.
 
@@ -99,14 +104,14 @@ def write_report(
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
     >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe")
-    >>> write_report(f"{folder}/moe").name
-    'moe-report.html'
+    >>> write_report(f"{folder}/moe", f"{folder}/report.html").name
+    'report.html'
     """
     folder = as_path(path, "path")
     file = choose_file(folder) if output is None else as_path(output, "output")
     page = make_page(folder, check).encode()
     if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is no report; choose another file", file=file)
+        raise CheckpointError("exists and is not a report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -121,8 +126,7 @@ def write_report(
 
 
 def choose_file(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}-report.html"
+    return Path(f"{folder.resolve().name}-report.html")
 
 
 def is_report(file: Path) -> bool:
@@ -168,7 +172,9 @@ def make_section(title: str, content: Iterable[str]) -> Iterator[str]:
 
 def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     family = found.architecture or found.model_type
-    if found.num_moe_layers:
+    if found.unknown_experts is not None:
+        text = f"{family}: experts in a layout that is not known here ({found.unknown_experts})"
+    elif found.num_moe_layers:
         per_token = f", {found.num_experts_per_tok} per token" if found.num_experts_per_tok else ""
         text = f"{family}: {found.num_experts} experts per layer{per_token}"
         if manifest and isinstance(manifest.request, BuildRequest):
@@ -186,9 +192,12 @@ def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]
         if found.active_parameters is None
         else format_quantity(found.active_parameters),
         "on disk": format_quantity(found.num_bytes, "B"),
-        "layers": str(found.num_layers)
-        if found.num_moe_layers in (0, found.num_layers)
-        else f"{found.num_layers}, {found.num_moe_layers} with experts",
+        "layers": (
+            str(found.num_layers)
+            if found.num_moe_layers in (0, found.num_layers)
+            else f"{found.num_layers}, {found.num_moe_layers} with experts"
+        )
+        + (f", and {found.num_mtp_layers} for multi-token prediction" * bool(found.num_mtp_layers)),
         "dtype": ", ".join(found.bytes_by_dtype),
         "layout": found.layout,
     }
@@ -219,7 +228,9 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         return
     request = manifest.request
     shared = [source.model for source in request.shared_experts]
-    names = distinct_names([*(source.model for source in request.models), *shared, request.base])
+    names = distinct_names(
+        [*(f for source in request.models for f in source.folders), *shared, request.base]
+    )
     labels = [names[source.model] for source in request.models]
     try:
         plan = MoeConstructionPlan(
@@ -244,13 +255,19 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
     for number, source in enumerate(request.models):
         layers, experts = (plan.source_model == number).nonzero()
         places = format_runs(sorted(set(experts.tolist()))) if len(experts) else "none"
-        rows.append((str(number), labels[number], places, f"{len(layers):,}", changes(source)))
-    yield table(("", "model", "experts", "in all", "changes on the way"), rows)
+        rows.append(
+            (str(number), labels[number], places, f"{len(layers):,}", changes(source, names))
+        )
+    yield table(("", "model", "experts", "total", "modifications"), rows)
     if shared:
         listed = ", ".join(dict.fromkeys(names[model] for model in shared))
         yield f"<p>Every token also goes through the FFN of {escape(listed)}.</p>"
+    asked = request_values(request)
+    if said := describe_experts(asked):
+        yield f"<p>{escape(' '.join(said))}</p>"
+    rest = escape(describe_backbone(asked, names[request.base]))
     yield (
-        f"<p>Everything else comes from {escape(names[request.base])}. The routers start by the "
+        f"<p>Everything else {rest}. The routers start by the "
         f"method <code>{escape(request.routers.method)}</code>.</p>"
     )
 
@@ -300,11 +317,11 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
     if variations:
         yield (
             "<p>Predicted on random tokens, the load’s coefficient of variation is "
-            f"{format_range(variations)}, where 0 is even. Training moves it.</p>"
+            f"{format_range(variations)}, where 0 is even. Training will change it.</p>"
         )
     rows = [
         (
-            str(router.layer),
+            name_layer(router.layer, found.num_layers),
             format_number(router.smallest_norm),
             format_number(router.greatest_norm),
             format_number(router.most_alike, 6),

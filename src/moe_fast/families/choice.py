@@ -66,7 +66,7 @@ def as_target_name(name: Any) -> str:
     Raises
     ------
     TypeError, MoeConfigError
-        A target that is no string, is unknown, or cannot be made from any dense model.
+        A target that is not a string, is unknown, or cannot be made from any dense model.
     """
     if not isinstance(name, str):
         raise ArgumentTypeError(f"must be the name of a target, got {name!r}", argument="target")
@@ -80,6 +80,15 @@ def as_target_name(name: Any) -> str:
     return key
 
 
+def check_layout(layout: Layout | None, family: MoeFamily) -> None:
+    """Raise `MoeConfigError` for a layout that the family does not have."""
+    if layout not in (None, *family.layouts):
+        raise MoeConfigError(
+            f"must be {str(family.layouts[0])!r} for {family.title}, got {str(layout)!r}",
+            argument="layout",
+        )
+
+
 def choose(
     name: str, parts: Parts, layout: Layout | None
 ) -> tuple[MoeFamily, dict[str, tuple[str, ...]]]:
@@ -87,11 +96,17 @@ def choose(
 
     Raises
     ------
+    MoeConfigError
+        A layout that the target does not have.
     CheckpointError
         With every reason why the target, or each of all, does not fit.
     """
     families = moe_families()
-    wanted = GROUPS[name](families) if name in GROUPS else [families[as_target_name(name)]]
+    if name in GROUPS:
+        wanted = GROUPS[name](families)
+    else:
+        wanted = [families[as_target_name(name)]]
+        check_layout(layout, wanted[0])
     problems = {family.name: tuple(family.problems(parts, layout)) for family in wanted}
     fitting = [family for family in wanted if not problems[family.name]]
     if fitting:

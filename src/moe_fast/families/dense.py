@@ -250,24 +250,37 @@ class DenseModel:
         quantised = self.block is not None and tensor.dtype not in WEIGHT_DTYPES
         return self.tensors[LAST_NORM].dtype if quantised else tensor.dtype
 
-    def ffn_weight(self, layer: int, role: str, dtype: str | None = None) -> Weight:
-        """The same as `weight`, of a matrix of a layer's FFN."""
-        return self.weight(f"model.layers.{layer}.mlp.{role}.weight", dtype)
+    @property
+    def identity(self) -> str:
+        """What tells it from other models."""
+        return str(self.path)
+
+    def changed(self, name: str, dtype: str | None = None) -> Weight:
+        """A tensor with whatever this model changes of it, in the order of its file."""
+        tensor = self.tensors[name]
+        if self.block is not None and name in self.scales:
+            to = dtype or self.dtype_of(tensor)
+            return dequantised(tensor, self.scales[name], self.block, to)
+        return Weight.of(tensor)
+
+    def sources(self) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors that it is made of, of each folder."""
+        yield self.every_tensor
 
     def ffn(self, layer: int, role: str) -> Tensor:
-        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer."""
-        return self.tensors[f"model.layers.{layer}.mlp.{role}.weight"]
+        """The `gate_proj`, `up_proj` or `down_proj` weight of a layer, as its file has it."""
+        return self.tensors[ffn_name(layer, role)]
+
+    def ffn_weight(self, layer: int, role: str, dtype: str | None = None) -> Weight:
+        """The same with whatever this model changes of it, as `weight` gives it."""
+        return self.weight(ffn_name(layer, role), dtype)
 
     def weight(self, name: str, dtype: str | None = None) -> Weight:
-        """A tensor as others have it: the rows of queries and keys in Llama's order.
+        """The same as others have it: the rows of queries and keys in Llama's order.
 
         What is in FP8 is dequantised to `dtype`, or that of the norms; others keep theirs.
         """
-        tensor = self.tensors[name]
-        weight = Weight.of(tensor)
-        if self.block is not None and name in self.scales:
-            to = dtype or self.dtype_of(tensor)
-            weight = dequantised(tensor, self.scales[name], self.block, to)
+        weight = self.changed(name, dtype)
         part = name.rpartition("self_attn.")[2].partition(".")[0]
         if self.family.interleaved and part in (*QK, "q_norm", "k_norm"):
             size = self.sizes.head_dim
@@ -318,6 +331,10 @@ class DenseModel:
     def ffn_biases(self) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
         return self.family.ffn_bias_names(self.config)
+
+
+def ffn_name(layer: int, role: str) -> str:
+    return f"model.layers.{layer}.mlp.{role}.weight"
 
 
 def read_windows(

@@ -147,7 +147,7 @@ def value_problems(reader: str, family: MoeFamily, config: Mapping[str, Any]) ->
 
 
 def is_beyond(token: Any, num_rows: Any) -> bool:
-    """Whether a token, counted from the end if it is negative, is no row of an embedding."""
+    """Whether a token, counted from the end if it is negative, is not a row of an embedding."""
     if type(token) is not int or type(num_rows) is not int:
         return False
     return not -num_rows <= token < num_rows

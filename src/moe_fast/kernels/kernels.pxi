@@ -14,6 +14,7 @@ include "generator.pxi"
 include "normal.pxi"
 include "counting.pxi"
 include "conversion.pxi"
+include "low_rank.pxi"
 
 include "routing/blocks.pxi"
 include "routing/lanes.pxi"

@@ -58,17 +58,19 @@ def fill_normal(
 
     The few values in the tails are computed separately: both formulas for all would take longer.
     """
+    cdef uint64_t draw[BLOCK]
     cdef double q[BLOCK]
     cdef Py_ssize_t far[BLOCK]
     cdef Py_ssize_t i, size, count
-    cdef uint64_t draw
     with nogil:
         while begin < end:
             size = min(<Py_ssize_t>BLOCK, end - begin)
+            # Apart, for where no vector multiplies 64 bits, this loop has none.
             for i in range(size):
-                draw = first + <uint64_t>(begin + i) + 1
-                draw = splitmix64(seed + draw * 0x9E3779B97F4A7C15ULL)
-                q[i] = (double_of_integer(draw >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
+                draw[i] = seed + (first + <uint64_t>(begin + i) + 1) * 0x9E3779B97F4A7C15ULL
+                draw[i] = splitmix64(draw[i])
+            for i in range(size):
+                q[i] = (double_of_integer(draw[i] >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
                 out[begin + i] = <float>(central_quantile(q[i]) * scale)
             count = 0
             for i in range(size):

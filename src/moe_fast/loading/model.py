@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from moe_fast.checkpoint.design import Design
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
-from moe_fast.loading.buffers import initialize_buffers
 from moe_fast.loading.names import match_weights
 from moe_fast.loading.shards import find_ranges, is_distributed
 from moe_fast.loading.tensors import fill
+from moe_fast.models.buffers import initialize_buffers
 from moe_fast.storage.files import OpenFiles, open_regular
 from moe_fast.wording import format_count
 

@@ -149,7 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        For what is no model folder, saying what it might be instead.
+        For what is not a model folder, saying what it might be instead.
     """
     check_is_folder(folder)
     path = folder / "config.json"
@@ -162,7 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         elif models:
             advice = f"; its folders with models are {', '.join(models[:MOST_NAMED])}"
             advice += ", ..." if len(models) > MOST_NAMED else ""
-        raise CheckpointError(f"is no model folder, it has no config.json{advice}", file=folder)
+        raise CheckpointError(f"is not a model folder: it has no config.json{advice}", file=folder)
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError("must be a JSON object", file=path)
@@ -170,7 +170,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_is_folder(folder: Path) -> None:
-    """Raise `CheckpointError` for what is no folder, with what to give in its place."""
+    """Raise `CheckpointError` for what is not a folder, with what to give in its place."""
     if folder.is_dir():
         return
     advice = ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import numpy.typing as npt
 
 from moe_fast.errors import CheckpointError, RoutingError
 from moe_fast.models.folder import find_second_weights
-from moe_fast.models.moe import MoeModel, open_moe_model
+from moe_fast.models.moe import MoeModel, is_mtp, open_moe_model
+from moe_fast.models.unknown_experts import layer_of
 from moe_fast.reports import Report, frame_of
 from moe_fast.routing.health import as_hidden_states, predict_load
 from moe_fast.storage.copies import equal_groups
@@ -36,6 +38,8 @@ Place = tuple[int, int]
 
 
 LARGEST_ROUTER = 2**24  # numbers: 1024 experts of a hidden size of 16384
+# Dtypes whose items hold several parameters of an expert, by some method or other.
+PACKED = frozenset({"U8", "U16", "I16", "U32", "I32", "U64", "I64"})
 MOST_EXPERTS = 2**12  # beyond, a load is not predicted: that takes the square of it in memory
 
 
@@ -48,7 +52,8 @@ class RouterReport:
     predicted on hidden states: the coefficient of variation is that of the experts' load, 0 where
     it is even, and the entropy that of a token's probabilities, in nats. All are `None` or 0 where
     the router holds a number that is not finite, or is absent; the prediction also where
-    `config.json` does not say how many experts a token gets.
+    `config.json` does not say how many experts a token gets. `mtp` says that the layer is one for
+    multi-token prediction; these are numbered from the model's last layer on.
     """
 
     layer: int
@@ -59,28 +64,37 @@ class RouterReport:
     tied_experts: int
     coefficient_of_variation: float | None = None
     mean_entropy: float | None = None
+    mtp: bool = False
 
 
 @dataclass(frozen=True)
 class ModelReport(Report):
     """What `inspect_model` found.
 
-    `active_parameters` are those that work on one token. `copies` groups experts with equal bytes,
-    each as `(layer, expert)`; `None` where nobody looked. `problems` says where experts, routers
-    and `config.json` do not fit each other.
+    `num_layers`, `num_moe_layers` and `active_parameters`, those that work on one token, count
+    the model's own layers; layers for multi-token prediction are counted apart. Parameters are
+    numbers as they are stored: quantised weights pack several in each, or have scales besides,
+    and `active_parameters` is `None` there. `copies` groups experts with equal bytes, each as
+    `(layer, expert)`; `None` where this was not looked for. `unknown_experts` says which tensors
+    seem to be experts, where their layout is not known. `problems` says where experts, routers and
+    `config.json` do not fit each other.
     """
 
     path: Path
     model_type: str
     architecture: str | None
     layout: str
+    quantization: str | None
+    """The method, as `config.json` calls it; `"unknown"` where it names none."""
     num_layers: int
     num_moe_layers: int
-    num_experts: int
+    num_mtp_layers: int
+    num_experts: int | None
     num_experts_per_tok: int | None
     num_parameters: int
+    num_mtp_parameters: int
     active_parameters: int | None
-    parameters_per_expert: int
+    parameters_per_expert: int | None
     num_bytes: int
     num_files: int
     bytes_by_dtype: dict[str, int]
@@ -88,6 +102,7 @@ class ModelReport(Report):
     """What the routers' load is predicted on."""
     routers: tuple[RouterReport, ...] = field(repr=False)
     copies: tuple[tuple[Place, ...], ...] | None = field(repr=False)
+    unknown_experts: str | None
     problems: tuple[str, ...]
 
     def to_frame(self) -> DataFrame:
@@ -140,67 +155,117 @@ def inspect_model(
     sizes = Counter[str]()
     for tensor in model.tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
-    num_parameters = sum(math.prod(t.shape) for t in model.tensors.values())
     experts = [expert for layer in model.layers for expert in layer.experts.values()]
-    per_expert = max((sum(math.prod(t.shape) for t in e.values()) for e in experts), default=0)
+    per_expert = max((count_parameters(e.values()) for e in experts), default=0)
+    unknown = model.unknown
+    num_moe_layers = sum(not is_mtp(layer) for layer in model.layers)
     return ModelReport(
         path=model.path,
         model_type=model.model_type,
         architecture=model.architecture,
         layout=model.layout,
-        num_layers=count_layers(model),
-        num_moe_layers=len(model.layers),
-        num_experts=model.num_experts,
-        num_experts_per_tok=model.num_experts_per_tok if model.layers else None,
-        num_parameters=num_parameters,
-        active_parameters=active_parameters(model, num_parameters),
-        parameters_per_expert=per_expert,
+        quantization=model.quantization or ("unknown" if are_packed(model) else None),
+        num_layers=model.depth,
+        num_moe_layers=num_moe_layers or len(own_layers(model)),
+        num_mtp_layers=model.num_mtp_layers,
+        num_experts=model.num_experts if unknown is None else unknown.num_experts,
+        num_experts_per_tok=per_token_of(model),
+        num_parameters=count_parameters(model.tensors.values()),
+        num_mtp_parameters=count_parameters(model.mtp_tensors.values()),
+        active_parameters=active_parameters(model),
+        parameters_per_expert=per_expert if unknown is None else None,
         num_bytes=sum(sizes.values()),
         num_files=len({tensor.file for tensor in model.tensors.values()}),
         bytes_by_dtype=dict(sizes.most_common()),
         hidden_states="random tokens" if hidden_states is None else "given tokens",
         routers=router_reports(model, hidden_states),
         copies=expert_copies(model) if copies and model.layers else None,
+        unknown_experts=None if unknown is None else unknown.describe(),
         problems=(*model.problems(), *find_second_weights(model.path)),
     )
 
 
-def count_layers(model: MoeModel) -> int:
-    layers = model.config.get("num_hidden_layers")
-    return layers if type(layers) is int else len(model.layers)
+def count_parameters(tensors: Iterable[Tensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def active_parameters(model: MoeModel, num_parameters: int) -> int | None:
-    """All parameters but those of the experts a token is not sent to."""
-    top_k = model.num_experts_per_tok
-    if not model.layers:
-        return num_parameters
-    if top_k is None:
+def are_packed(model: MoeModel) -> bool:
+    """Whether experts are kept in numbers that are no weights."""
+    experts = [expert for layer in model.layers for expert in layer.experts.values()]
+    return any(tensor.dtype in PACKED for expert in experts for tensor in expert.values())
+
+
+def active_parameters(model: MoeModel) -> int | None:
+    """All parameters but those of the experts a token is not sent to, and of layers that predict
+    further tokens; `None` where config.json or the tensors do not tell."""
+    if model.unknown is not None or are_packed(model):
         return None
+    ahead = model.mtp_tensors
+    active = count_parameters(t for name, t in model.tensors.items() if name not in ahead)
     for layer in model.layers:
-        sizes = sorted(sum(math.prod(t.shape) for t in e.values()) for e in layer.experts.values())
-        num_parameters -= sum(sizes[: max(len(sizes) - top_k, 0)])
-    return num_parameters
+        top_k = model.num_experts_per_tok
+        if top_k is None:
+            return None
+        if not is_mtp(layer):
+            sizes = sorted(count_parameters(expert.values()) for expert in layer.experts.values())
+            active -= sum(sizes[: max(len(sizes) - top_k, 0)])
+    return active
+
+
+def per_token_of(model: MoeModel) -> int | None:
+    if model.unknown is not None:
+        return model.unknown.num_experts_per_tok
+    return model.num_experts_per_tok if model.layers else None
+
+
+def own_layers(model: MoeModel) -> list[str]:
+    """The layers of experts in an unknown layout that are the model's own."""
+    ahead = {layer_of(name.split(".")) for name in model.mtp_tensors}
+    layers = () if model.unknown is None else model.unknown.layers
+    return [layer for layer in layers if layer not in ahead]
+
+
+def routers_of(model: MoeModel) -> list[tuple[int, int | None, Tensor]]:
+    """Each router: its layer's number, and its place among the model's own layers of experts."""
+    if model.unknown is None:
+        places = {layer.key: n for n, layer in enumerate(model.layers) if not is_mtp(layer)}
+        return [
+            (layer.number, places.get(layer.key), layer.router)
+            for layer in model.layers
+            if layer.router is not None
+        ]
+    places = {name: place for place, name in enumerate(own_layers(model))}
+    found = []
+    for name, router in model.unknown.routers.items():
+        match = re.search(r"\d+$", name, re.ASCII)
+        number = 0 if match is None else int(match[0])
+        beyond = name not in places and number < model.depth
+        found.append((number + model.depth * beyond, places.get(name), router))
+    return found
 
 
 def router_reports(
     model: MoeModel, hidden_states: npt.ArrayLike | None = None
 ) -> tuple[RouterReport, ...]:
-    routers = [
-        (number, layer.number, layer.router)
-        for number, layer in enumerate(model.layers)
-        if layer.router is not None and len(layer.router.shape) == 2
-    ]
+    routers = [each for each in routers_of(model) if len(each[2].shape) == 2]
+    per_token = per_token_of(model)
+    num_layers = len(own_layers(model)) or sum(not is_mtp(layer) for layer in model.layers)
     states: npt.NDArray[Any] | None = None
     if hidden_states is not None and routers:
         width = max(router.shape[1] for _, _, router in routers)
-        states = as_hidden_states(hidden_states, len(model.layers), width)
+        states = as_hidden_states(hidden_states, num_layers, width)
     reports = []
     with OpenFiles() as files:
-        for number, layer, router in routers:
+        for layer, place, router in routers:
             weights = read_floats(router, files)
-            read = states if states is None or states.ndim == 2 else states[number]
-            reports.append(router_report(layer, weights, read, model.num_experts_per_tok))
+            read, known = states, per_token
+            if states is not None and states.ndim == 3:
+                if place is None:  # the given states are those of the model's own layers
+                    known = None
+                else:
+                    read = states[place]
+            report = router_report(layer, weights, read, known)
+            reports.append(replace(report, mtp=place is None))
     return tuple(reports)
 
 

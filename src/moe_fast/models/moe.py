@@ -23,20 +23,25 @@ from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1_W3_W2, ExpertAxis
 from moe_fast.families.registry import expert_axes, moe_families
 from moe_fast.models.folder import read_checkpoint, read_config
+from moe_fast.models.unknown_experts import UnknownExperts, find_unknown_experts
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.wording import format_count
 
 LAYER = re.compile(
-    r"(?P<layer>(?P<model>(?:.+?\.)?)(?:layers|blocks)\.(?P<number>\d{1,6}))\.(?P<rest>.+)",
+    r"(?P<layer>(?P<model>(?:.+?\.)?)(?:layers|blocks|mtp\w*)\.(?P<number>\d{1,6}))\.(?P<rest>.+)",
     re.ASCII,
 )
+# What belongs to layers for multi-token prediction, where its name says so.
+MTP = re.compile(r"(?:^|\.)mtp")
 OF_EXPERT = re.compile(r"experts\.(?P<expert>\d{1,6})\.(?P<suffix>.+)", re.ASCII)
 BLOCK_OF_EXPERTS = re.compile(r"(?P<block>(?:[a-z_]\w*\.)*?)experts\.(?:\d|gate_up_proj|down_proj)")
 BLOCK_OF_STACKS = re.compile(r"(?P<block>(?:[a-z_]\w*\.)*?)input_linear\.weight")
 # What a tensor is called that might count experts; shared ones are none of them.
 SUSPECTS = re.compile(r"expert|router|gate\b|gate_bias|moe")
 SHARED = re.compile(r"shared|dense")
-EXPERT_NAME = re.compile(r"(?:^|\.)experts\.|(?:^|\.)(?:in|out)put_linear\.weight$")
+EXPERT_NAME = re.compile(
+    r"(?:^|\.)(?:experts|switch_mlp|switch_glu)\.|(?:^|\.)(?:in|out)put_linear\.weight$"
+)
 ROUTER_ENDING = re.compile(
     r"(?:^|\.)(?:gate|router)\.(?:wg\.|gate\.|layer\.|proj\.|classifier\.)?(?:weight|bias)$"
     r"|(?:e_score_correction_bias|expert_bias|per_expert_scale)$"
@@ -46,6 +51,11 @@ MOST_STACKED = 2**19  # experts in all layers; the largest known model has some 
 PARTS = ("experts", "routers", "other weights")
 # Where the configuration of a multimodal model keeps that of its language model.
 LANGUAGE_KEYS = ("text_config", "llm_config", "language_config")
+# Where language models keep their layers.
+STACKS = (
+    *("", "model.", "backbone.", "transformer.", "language_model.", "language_model.model."),
+    "model.language_model.",
+)
 Expert = dict[str, Tensor]
 
 
@@ -82,7 +92,7 @@ class MoeLayer:
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A model folder, its headers read. Without MoE layers it is a dense model."""
+    """A model folder, its headers read. Without MoE layers and unknown experts it is dense."""
 
     path: Path
     config: Mapping[str, Any]
@@ -90,8 +100,12 @@ class MoeModel:
     layers: tuple[MoeLayer, ...]
     axis: ExpertAxis
     """Where its family counts experts."""
+    depth: int
+    """The model's own layers, those for multi-token prediction left out."""
     assumed: str | None = None
     """For a family that is not known: what its names were taken for."""
+    unknown: UnknownExperts | None = None
+    """Experts that no known layout explains, in a model that has no others."""
 
     @property
     def model_type(self) -> str:
@@ -116,9 +130,11 @@ class MoeModel:
 
     @property
     def layout(self) -> str:
-        """`"per-expert"`, `"fused"`, `"mixed"` or, without experts, `"dense"`."""
+        """`"per-expert"`, `"fused"`, `"mixed"`, `"unknown"` or, without experts, `"dense"`."""
         layouts = {str(layer.layout) for layer in self.layers}
-        return layouts.pop() if len(layouts) == 1 else "mixed" if layouts else "dense"
+        if not layouts:
+            return "dense" if self.unknown is None else "unknown"
+        return layouts.pop() if len(layouts) == 1 else "mixed"
 
     @property
     def num_experts(self) -> int:
@@ -129,6 +145,40 @@ class MoeModel:
     def num_experts_per_tok(self) -> int | None:
         """Experts per token as `config.json` has it, `None` where it has none."""
         return first_size(self.language_config, TOP_K_KEYS)
+
+    @property
+    def quantization(self) -> str | None:
+        """The method by which `config.json` says that weights are packed; `None` without one."""
+        for config in (self.config, self.language_config):
+            for key in ("quantization_config", "compression_config", "quantization"):
+                found = config.get(key)
+                if isinstance(found, dict):
+                    method = found.get("quant_method", found.get("quant_algo", found.get("mode")))
+                    return str(method) if isinstance(method, (str, int)) else "of some kind"
+        return None
+
+    @cached_property
+    def mtp_tensors(self) -> Mapping[str, Tensor]:
+        """The tensors of layers for multi-token prediction.
+
+        Their names say `mtp`, or they stand in layers beyond `num_hidden_layers`: of the stack
+        that has the experts, because towers for images have numbers of their own.
+        """
+        stacks = {m["model"] for layer in self.layers if (m := LAYER.match(f"{layer.block}."))}
+        stacks = stacks or set(STACKS)
+        found = {}
+        for name, tensor in self.tensors.items():
+            match = LAYER.fullmatch(name)
+            beyond = match is not None and int(match["number"]) >= self.depth
+            if MTP.search(name) or (beyond and match and match["model"] in stacks):
+                found[name] = tensor
+        return found
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """Layers for multi-token prediction whose tensors are there."""
+        matches = (LAYER.fullmatch(name) for name in self.mtp_tensors)
+        return len({match["number"] for match in matches if match is not None})
 
     @cached_property
     def places(self) -> Mapping[str, tuple[MoeLayer, int | None, str]]:
@@ -286,20 +336,41 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     kinds = (language.get("model_type"), config.get("model_type"))
     known = (expert_axes().get(kind) for kind in kinds if isinstance(kind, str))
     axis = next((axis for axis in known if axis is not None), None)
-    depth = first_size(language, ("num_hidden_layers", "num_layers"))
+    depth = first_size(language, ("num_hidden_layers", "num_layers", "n_layers"))
+    if depth is None:
+        depth = count_layers(tensors)
     if axis is not None:
         layers = find_layers(tensors, axis, depth)
         if layers and all(any(layer.experts.values()) for layer in layers):
-            return MoeModel(folder, config, tensors, layers, axis)
+            return MoeModel(folder, config, tensors, layers, axis, depth)
     guess = guess_axis(tensors)
     layers = find_layers(tensors, guess, depth)
-    return MoeModel(folder, config, tensors, layers, guess, assumption(guess, layers))
+    assumed = assumption(guess, layers)
+    unknown = None if layers else find_unknown_experts({**config, **language}, tensors)
+    return MoeModel(folder, config, tensors, layers, guess, depth, assumed, unknown)
+
+
+def count_layers(tensors: Mapping[str, Tensor]) -> int:
+    """The layers of a model whose config.json does not count them, by names."""
+    matches = (LAYER.fullmatch(name) for name in tensors if not MTP.search(name))
+    return 1 + max((int(m["number"]) for m in matches if m and m["model"] in STACKS), default=-1)
+
+
+def require_layers(model: MoeModel) -> None:
+    """Raise `CheckpointError` for a model without experts in a known layout."""
+    if model.unknown is not None:
+        raise CheckpointError(
+            f"holds experts in a layout that is not known here: {model.unknown.describe()}; "
+            "moe-fast inspect tells what can be told",
+            file=model.path,
+        )
+    if not model.layers:
+        raise CheckpointError("holds no experts; it is not an MoE", file=model.path)
 
 
 def require_experts(model: MoeModel) -> None:
     """Raise `CheckpointError` for a model without experts that can be operated on."""
-    if not model.layers:
-        raise CheckpointError(f"{model.path}: holds no experts; it is not an MoE")
+    require_layers(model)
     problems = model.surgery_problems()
     if problems:
         raise CheckpointError(*problems)
@@ -341,7 +412,7 @@ def assumption(axis: ExpertAxis, layers: tuple[MoeLayer, ...]) -> str:
 
 
 def find_layers(
-    tensors: Mapping[str, Tensor], axis: ExpertAxis, depth: int | None
+    tensors: Mapping[str, Tensor], axis: ExpertAxis, depth: int
 ) -> tuple[MoeLayer, ...]:
     """The MoE layers among the tensors, in order."""
     layers: dict[str, MoeLayer] = {}
@@ -350,10 +421,10 @@ def find_layers(
 
     def layer_of(match: re.Match[str], block: str, fused: bool) -> MoeLayer:
         name, number = block_name(match, block), int(match["number"])
-        ahead = re.search(r"(?:^|\.)mtp", match["model"]) is not None
-        if ahead or (depth is not None and number >= depth):
-            first = 0 if ahead else depth or 0
-            key, number = f"mtp.{number - first}", number - first + (depth or 0)
+        ahead = MTP.search(match["layer"]) is not None
+        if ahead or number >= depth:
+            number -= 0 if ahead else depth
+            key, number = f"mtp.{number}", number + depth
         else:
             key = str(number)
         return layers.setdefault(name, MoeLayer(number, key, name, fused))
@@ -385,6 +456,9 @@ def find_layers(
             layer = layer_of(match, block, True)
             for number, slices in enumerate(slices_of(tensor, roles)):
                 layer.experts.setdefault(number, {}).update(slices)
+    for layer in layers.values():
+        if not any(layer.experts.values()):  # packed: whatever an expert has to itself
+            layer.experts = {number: dict(own) for number, own in layer.own.items()}
     for block, found in candidates.items():
         if block not in layers:
             continue

@@ -159,12 +159,14 @@ def get_line(node: Node) -> int:
 
 
 def read_scalar(node: Node) -> Any:
-    """A string, a decimal number or `None`, or else what the scalar is in YAML."""
+    """A string, a decimal number, a bool or `None`, or else what the scalar is in YAML."""
     kind, text = node.tag.removeprefix(YAML), node.value
     if kind in ("str", "value"):
         return text
     if kind == "null":
         return None
+    if kind == "bool" and text.lower() in ("true", "false"):  # yes, no, on and off may be words
+        return text.lower() == "true"
     if kind == "int" and DECIMAL.fullmatch(text):
         return int(text.replace("_", ""))
     if kind == "float":

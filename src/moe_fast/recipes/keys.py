@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from moe_fast.checkpoint.build import Backbone, ReinitSets
+from moe_fast.checkpoint.construction import Split
 from moe_fast.config import Dtype, Layout
 from moe_fast.errors import MoeConfigError
 from moe_fast.families.choice import as_target_name
@@ -27,7 +28,7 @@ GATE_MODES: dict[GateMode, RouterMethod] = {
     "hidden": "hidden",
 }
 
-MERGE_LORA = "merge a LoRA into its model first, and name the result"
+NO_LORA = "write it beside source_model, or merge it into the model first"
 OF_CONFIG = "the model's config.json names its architecture"
 
 
@@ -41,7 +42,7 @@ def read_integer(value: Any, minimum: int = 0) -> int:
 def read_number(value: Any, minimum: float = -math.inf) -> float:
     # YAML 1.1 takes 1e-3, without a point, for a string.
     try:
-        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+        number = float(value) if type(value) in (int, float, str) else math.nan
     except ValueError:
         number = math.nan
     if math.isfinite(number) and number >= minimum:
@@ -76,24 +77,43 @@ def read_list(value: Any) -> Any:
 
 def read_model_or_expert(value: Any) -> Any:
     is_expert = isinstance(value, dict) and "source_model" in value
-    return value if is_expert else {"source_model": value}
+    return read_expert(value if is_expert else {"source_model": value})
 
 
-def read_model(value: Any) -> Any:
+def read_expert(value: Any) -> Any:
+    """An expert whose adapter has a key of its own, as mergekit writes it beside the model."""
+    if not isinstance(value, dict):
+        return value
+    model = value.get("source_model")
+    if isinstance(model, dict) and model.get("lora") is not None:
+        given = {"source_model": {**model, "lora": None}, "lora": model["lora"]}
+    elif isinstance(model, str) and "+" in model and not is_folder(model):
+        name, _, lora = model.rpartition("+")
+        given = {"source_model": name, "lora": lora}
+    else:
+        return value
+    if value.get("lora") is not None:
+        raise MoeConfigError("names an adapter twice: in source_model and in lora")
+    return {**value, **given}
+
+
+def is_folder(name: str) -> bool:
+    # pathlib raises RuntimeError for the home of an unknown user, and OSError for a long name.
+    return os.path.isdir(os.path.expanduser(name))  # noqa: PTH111, PTH112
+
+
+def read_model(value: Any, kind: str = "a model") -> Any:
     """The folder of a model, absolute, or its name on the Hub, from a string or a mapping."""
     if isinstance(value, dict):  # as in mergekit
         return read_model_mapping(typed(value, ModelKeys, ""))
     if not isinstance(value, str):
         return value
-    # pathlib raises RuntimeError for the home of an unknown user, and OSError for a long name.
-    folder = os.path.expanduser(value)  # noqa: PTH111
-    if os.path.isdir(folder):  # noqa: PTH112
-        return str(Path(folder).absolute())
+    if is_folder(value):
+        return str(Path(os.path.expanduser(value)).absolute())  # noqa: PTH111
     name = repository_name(value)
     if REPOSITORY.fullmatch(name):
         return name
-    advice = f"; {MERGE_LORA}" if "+" in value else ""
-    raise MoeConfigError(f"{value!r} is not a folder with a model{advice}")
+    raise MoeConfigError(f"{value!r} is not a folder with {kind}")
 
 
 def read_model_mapping(keys: ModelKeys) -> str:
@@ -146,7 +166,7 @@ class ModelKeys:
     model: Model | None = None
     path: Model | None = None
     revision: str | None = None
-    lora: Annotated[None, partial(refuse, advice=MERGE_LORA)] = None
+    lora: Annotated[None, partial(refuse, advice=NO_LORA)] = None
     override_architecture: Annotated[None, partial(refuse, advice=OF_CONFIG)] = None
 
 
@@ -158,10 +178,12 @@ class ExpertKeys:
     positive_prompts: tuple[str, ...] | None = None
     negative_prompts: tuple[str, ...] | None = None
     noise_scale: Annotated[float, partial(read_number, minimum=0)] | None = None
+    lora: Annotated[str, partial(read_model, kind="an adapter")] | None = None
     residual_scale: Annotated[float, read_number] | None = None
     source_layers: Annotated[tuple[Integer, ...], read_list] | None = None
 
 
+Expert = Annotated[ExpertKeys, read_expert]
 ModelOrExpert = Annotated[ExpertKeys, read_model_or_expert]
 
 
@@ -170,14 +192,15 @@ class RecipeKeys:
     """A whole recipe; `None` stands for a key that it leaves out."""
 
     base_model: Model | None = None
-    experts: Annotated[tuple[ExpertKeys, ...], read_list] | None = None
+    experts: Annotated[tuple[Expert, ...], read_list] | None = None
     models: Annotated[tuple[ModelOrExpert, ...], read_list] | None = None
     num_experts: Count | None = None
     experts_per_token: Count | None = None
-    shared_experts: tuple[ExpertKeys, ...] | None = None
+    shared_experts: tuple[Expert, ...] | None = None
     dense_layers: tuple[Integer, ...] | None = None
     gate_mode: GateMode | None = None
     routers: RouterMethod | None = None
+    logit_std: Annotated[float, read_number] | None = None
     architecture: Annotated[str, read_architecture] | None = None
     target: Annotated[str, read_target] | None = None
     layout: Layout | None = None
@@ -188,4 +211,5 @@ class RecipeKeys:
     shuffle: bool | None = None
     reinit: Annotated[float, read_fraction] | None = None
     reinit_sets: ReinitSets | None = None
+    split: Split | None = None
     backbone: Annotated[Any, read_backbone] = None

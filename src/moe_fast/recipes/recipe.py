@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build
+from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build, located
 from moe_fast.checkpoint.output import Progress, Writing
 from moe_fast.checks import as_path, as_size
-from moe_fast.config import Dtype, MoeConfig
-from moe_fast.errors import CheckpointError, RecipeError
+from moe_fast.config import Dtype, MoeConfig, choose_config
+from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
 from moe_fast.recipes.document import LARGEST_FILE, Document
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 # Keys that mean what the request's fields of these names mean.
-OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets")
+OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets", "split")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     document = Document(as_path(path, "path"))
     keys = read_keys(document)
-    request = as_request(keys, find_folders(keys, document))
+    request = located(as_request(keys, find_folders(keys, document)))
     return Recipe(request, tuple(document.locate(find_unused_prompts(keys))))
 
 
@@ -206,7 +206,12 @@ def find_mistakes(keys: RecipeKeys) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from find_wrong_options(keys, config)
-    start, said = choose_routers(keys)
+    method, said = choose_routers(keys)
+    try:
+        start = RouterStart(method, logit_std=keys.logit_std)
+    except MoeConfigError as error:
+        yield "logit_std", error.problems[0].what
+        return
     if start.from_prompts:
         yield from find_missing_prompts(keys, listed, said)
 
@@ -216,6 +221,11 @@ def find_wrong_options(keys: RecipeKeys, config: MoeConfig) -> Iterator[tuple[st
     if keys.granularity and config.num_experts % keys.granularity:
         yield "granularity", f"must divide {config.num_experts}, the number of experts"
     models = keys.experts or keys.models or ()
+    if keys.split is not None:
+        if (keys.granularity or 1) > 1 or keys.shuffle:
+            yield "split", "splits one FFN into all experts; leave out granularity and shuffle"
+        if len(models) != 1 or keys.experts is not None:
+            yield "split", "splits the FFNs of one model; give models with one, and num_experts"
     if isinstance(keys.backbone, tuple) and (
         len(keys.backbone) != len(models) or not any(keys.backbone)
     ):
@@ -240,20 +250,21 @@ def find_missing_prompts(keys: RecipeKeys, listed: str, said: str) -> Iterator[t
 
 def find_unused_prompts(keys: RecipeKeys) -> Mistakes:
     """The first prompts, if no router is made from prompts."""
-    start, said = choose_routers(keys)
+    method, said = choose_routers(keys)
     given = [
         (f"{where}.{key}", f"prompts have no effect with {said}")
         for where, expert in list_experts(keys, "experts", "models", "shared_experts").items()
         for key in ("positive_prompts", "negative_prompts")
         if getattr(expert, key)
     ]
-    return [] if start.from_prompts else given[:1]
+    return [] if RouterStart(method).from_prompts else given[:1]
 
 
 def find_folders(keys: RecipeKeys, document: Document) -> dict[str, str]:
     """The folder of each model by what the recipe calls it; repositories are fetched."""
     experts = list_experts(keys, "experts", "models", "shared_experts")
     places = {f"{where}.source_model": expert.source_model for where, expert in experts.items()}
+    places |= {f"{where}.lora": e.lora for where, e in experts.items() if e.lora is not None}
     if keys.base_model is not None:
         places["base_model"] = keys.base_model
     folders: dict[str, str] = {}
@@ -281,7 +292,7 @@ def list_experts(keys: RecipeKeys, *lists: str) -> dict[str, ExpertKeys]:
 
 def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
     def as_sources(experts: Sequence[ExpertKeys] | None) -> tuple[ExpertSource, ...]:
-        return tuple(as_source(expert, folders[expert.source_model]) for expert in experts or ())
+        return tuple(as_source(expert, folders) for expert in experts or ())
 
     models = as_sources(keys.experts or keys.models)
     base = models[0].model if keys.base_model is None else folders[keys.base_model]
@@ -295,7 +306,7 @@ def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
         dtype=keys.dtype or (read_stated_dtype(Path(base)) if of_mergekit else None),
         shared_experts=as_sources(keys.shared_experts),
         dense_layers=tuple(sorted(set(keys.dense_layers or ()))),
-        routers=choose_routers(keys)[0],
+        routers=RouterStart(choose_routers(keys)[0], logit_std=keys.logit_std),
         seed=keys.seed or 0,
         **{name: value for name in OPTIONS if (value := getattr(keys, name)) is not None},
         **as_backbone(keys.backbone),
@@ -308,29 +319,27 @@ def as_backbone(backbone: Backbone | tuple[float, ...] | None) -> dict[str, Any]
     return {"backbone": "mean", "backbone_weights": backbone}
 
 
-def as_source(expert: ExpertKeys, folder: str) -> ExpertSource:
+def as_source(expert: ExpertKeys, folders: Mapping[str, str]) -> ExpertSource:
     given = {key: value for key, value in vars(expert).items() if value is not None}
-    del given["source_model"]
-    return ExpertSource(folder, **given)
+    if "lora" in given:
+        given["lora"] = folders[given["lora"]]
+    return ExpertSource(folders[given.pop("source_model")], **given)
 
 
 def as_config(keys: RecipeKeys) -> MoeConfig:
     shards = keys.granularity or 1
     num_experts = keys.num_experts if keys.experts is None else len(keys.experts) * shards
-    by_default = MoeConfig.num_experts_per_tok if shards == 1 else shards
-    return MoeConfig(
-        num_experts or MoeConfig.num_experts * shards, keys.experts_per_token or by_default
-    )
+    return choose_config(num_experts, keys.experts_per_token, shards)
 
 
-def choose_routers(keys: RecipeKeys) -> tuple[RouterStart, str]:
+def choose_routers(keys: RecipeKeys) -> tuple[RouterMethod, str]:
     """How routers start, and the key that says so; by default with experts as in mergekit-moe."""
     if keys.gate_mode is not None:
-        return RouterStart(GATE_MODES[keys.gate_mode]), f"gate_mode {keys.gate_mode}"
+        return GATE_MODES[keys.gate_mode], f"gate_mode {keys.gate_mode}"
     if keys.routers is not None:
-        return RouterStart(keys.routers), f"routers {keys.routers}"
+        return keys.routers, f"routers {keys.routers}"
     method: RouterMethod = "balanced" if keys.experts is None else "hidden"
-    return RouterStart(method), f"routers {method} (the default)"
+    return method, f"routers {method} (the default)"
 
 
 def read_stated_dtype(base: Path) -> Dtype | None:

@@ -95,7 +95,7 @@ def map_tensor(path: Path, tensor: Tensor) -> npt.NDArray[Any]:
 def check_logits(
     path: Path, name: str | None, array: npt.NDArray[Any], first: npt.NDArray[Any]
 ) -> None:
-    """Raise `CheckpointError` for an array that is no logits, or has another number of experts.
+    """Raise `CheckpointError` for an array that holds no logits, or has another number of experts.
 
     `name` is that of its tensor, if the file has any. The number of experts is that of `first`.
     """

@@ -195,8 +195,8 @@ def route(
         experts': by default 1 for softmax (DeepSeek-V2), 2 for sigmoid (DeepSeek-V3).
     capacity_factor : float, optional
         Each expert takes at most `ceil(T * k / E * capacity_factor)` tokens. By default without
-        limit for top-k, 1.25 for Switch; `math.inf` is no limit. Expert choice takes exactly that
-        many, or T if that is less, by default with a factor of 1.
+        limit for top-k, 1.25 for Switch; `math.inf` means no limit. Expert choice takes exactly
+        that many, or T if that is less, by default with a factor of 1.
     drop_policy : "position" or "probs", optional
         Who stays where an expert is full: the first tokens (the default for Switch), or those with
         the largest weights (for top-k), ties to the lower token.

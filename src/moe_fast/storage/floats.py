@@ -45,7 +45,7 @@ def convert(
 
 
 def decode_any(data: Buffer, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
-    """The values of a tensor's bytes as float64; `None` for a dtype that is no float here."""
+    """The values of a tensor's bytes as float64; `None` for a dtype that is not a float."""
     if dtype == "BF16":  # the upper half of a float32
         bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
         return bits.view(np.float32).astype(np.float64).reshape(shape)

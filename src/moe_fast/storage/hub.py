@@ -68,8 +68,8 @@ def find_model(model: str | os.PathLike[str]) -> str:
         import huggingface_hub  # noqa: F401
     except ModuleNotFoundError:
         raise CheckpointError(
-            f"{match[0]!r} is no folder here; to take it for a model on the Hugging Face Hub needs "
-            "huggingface_hub: pip install 'moe-fast[hub]'"
+            f"{match[0]!r} is not a local folder; to take it for a model on the Hugging Face Hub "
+            "needs huggingface_hub: pip install 'moe-fast[hub]'"
         ) from None
     return str(find_repository(match["name"], match["revision"], match[0]).absolute())
 
@@ -81,8 +81,8 @@ def find_repository(name: str, revision: str | None, called: str) -> Path:
             folder, reason = fetch(name, revision, FETCHED_FIRST, OF_FOLDERS)
     except Exception as error:  # those of the network are of whichever library it came with
         raise CheckpointError(
-            f"{called!r} is no folder here, and no model that the Hugging Face Hub or its cache "
-            f"gives: {in_words(error)}"
+            f"{called!r} is not a local folder, and not a model that the Hugging Face Hub or its "
+            f"cache gives: {in_words(error)}"
         ) from None
     if is_absent(folder / CONFIG):
         raise CheckpointError(f"{called!r} on the Hugging Face Hub {describe(name, revision)}")

@@ -77,7 +77,7 @@ def staged(
         except BaseException as error:
             if growing.exists() and any(growing.iterdir()):
                 error.add_note(
-                    f"what is finished is kept in {growing}; the same build goes on from there"
+                    f"what is finished is kept in {growing}; run the same build again to resume"
                 )
             else:
                 remove_all_but(None, work)
@@ -148,7 +148,7 @@ def why_not(output: Path, *, overwrite: bool, marks: Collection[str]) -> str | N
     if os.path.ismount(output):
         return "is a mount point, and cannot be replaced; choose a new folder in it"
     if is_around(output, os.curdir):
-        # The rename would leave whoever works there in a folder that is no more.
+        # The rename would leave whoever works there in a folder that is gone.
         return "is where this runs, and is not replaced; choose a new folder in it"
     if not os.access(output, os.R_OK | os.W_OK | os.X_OK):
         return "exists already and may not be changed; choose another output"

@@ -16,7 +16,7 @@ static inline double times_power_of_2_double(double p, double shifted) {
 }
 
 /* x - n * c, where n * c is a float (a double): whether it is rounded makes no difference. */
-#if defined(__FMA__) && defined(__GNUC__)
+#if (defined(__FMA__) || defined(__aarch64__)) && defined(__GNUC__)
 static inline float subtract_product_float(float x, float n, float c) {
     return __builtin_fmaf(-n, c, x);
 }

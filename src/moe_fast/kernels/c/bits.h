@@ -3,6 +3,7 @@
 #ifndef MOE_FAST_BITS_H
 #define MOE_FAST_BITS_H
 
+#include "platform.h"
 #include <stdint.h>
 #include <string.h>
 
@@ -48,7 +49,7 @@ static inline int lowest_bit(uint64_t bits) {
 #endif
 
 /* Of 16 bits. */
-#if defined(__POPCNT__)
+#if defined(__POPCNT__) || (defined(__aarch64__) && defined(__GNUC__))
 static inline int number_of_bits(uint32_t bits) {
     return __builtin_popcount(bits);
 }

@@ -63,13 +63,21 @@ static inline void compact_at_least_float(int32_t *index, float *x, ptrdiff_t n,
     }
 }
 
-#elif defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64)
+#elif defined(__AVX2__) || defined(__SSE2__) || defined(_M_X64) ||                                  \
+    (defined(__aarch64__) && defined(__ARM_NEON))
 
 #if defined(__AVX2__)
 typedef __m256i vector_int;
 #define INT_OP(name)      _mm256_##name
 #define AT_LEAST(x, y)    _mm256_castps_si256(_mm256_cmp_ps(x, y, _CMP_GE_OQ))
 #define STORE_INTS(to, v) _mm256_storeu_si256((__m256i *)(to), v)
+#elif defined(__aarch64__)
+typedef int32x4_t vector_int;
+#define INT_OP(name)      neon_##name
+#define neon_set1_epi32   vdupq_n_s32
+#define neon_sub_epi32    vsubq_s32
+#define AT_LEAST(x, y)    vreinterpretq_s32_u32(vcgeq_f32(x, y))
+#define STORE_INTS(to, v) vst1q_s32(to, v)
 #else
 typedef __m128i vector_int;
 #define INT_OP(name)      _mm_##name
@@ -137,6 +145,38 @@ static inline ptrdiff_t collect_at_least_float(
         base = _mm256_add_epi32(base, step);
     }
     return count;
+}
+
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+
+/* For four bits, which bytes of four words come to the front. */
+static uint8_t bit_positions[16][16];
+
+static void fill_bit_positions(void) {
+    for (int word = 0; word < 16; word++)
+        for (int bit = 0, count = 0; bit < 4; bit++)
+            if (word >> bit & 1)
+                for (int byte = 0; byte < 4; byte++)
+                    bit_positions[word][count++] = (uint8_t)(4 * bit + byte);
+}
+
+#define OWN_COMPACT
+
+static inline void compact_at_least_float(int32_t *index, float *x, ptrdiff_t n, float bound) {
+    const float32x4_t least = vdupq_n_f32(bound);
+    const uint32x4_t bit = {0x11, 0x12, 0x14, 0x18}; /* and 16 for the count */
+    ptrdiff_t count = 0;
+    for (ptrdiff_t i = 0; i < n; i += 4) {
+        float32x4_t v = vld1q_f32(x + i);
+        int32x4_t at = vld1q_s32(index + i);
+        uint32_t sum = vaddvq_u32(vandq_u32(vcgeq_f32(v, least), bit));
+        uint8x16_t from = vld1q_u8(bit_positions[sum & 15]);
+        vst1q_s32(
+            index + count, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(at), from))
+        );
+        vst1q_f32(x + count, vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), from)));
+        count += sum >> 4;
+    }
 }
 
 #else

@@ -5,6 +5,17 @@
 #define WIDTH      ((int)(sizeof(VECTOR) / sizeof(REAL)))
 #define OP(name)   VECTOR_OP(name, S)
 
+#ifdef OWN_MASKS
+/* Bit i: x[i] > bound. */
+static inline uint32_t NAME(mask_above)(const REAL *x, REAL bound) {
+    return MASK_OF_BLOCK(gt, x, OP(set1)(bound), S);
+}
+
+/* Bit i: x[i] >= bound. */
+static inline uint32_t NAME(mask_at_least)(const REAL *x, REAL bound) {
+    return MASK_OF_BLOCK(ge, x, OP(set1)(bound), S);
+}
+#else
 /* Bit i: x[i] > bound. */
 static inline uint32_t NAME(mask_above)(const REAL *x, REAL bound) {
     uint32_t bits = 0;
@@ -20,16 +31,19 @@ static inline uint32_t NAME(mask_at_least)(const REAL *x, REAL bound) {
         bits |= (uint32_t)COMPARE(ge, OP(loadu)(x + i), OP(set1)(bound), S) << i;
     return bits;
 }
+#endif
 
 /* Whether any of n values, a multiple of LANES, is a NaN. */
 static inline int NAME(has_nan)(const REAL *x, ptrdiff_t n) {
     /* One comparison looks at two vectors, unless one vector is a whole block. */
     const int other = WIDTH < LANES ? LANES / 2 : 0;
-    uint32_t bits = 0;
+    FLAGS(S) flags = {0};
     for (ptrdiff_t j = 0; j < n; j += LANES)
-        for (int i = 0; i + other < LANES; i += WIDTH)
-            bits |= (uint32_t)COMPARE(unord, OP(loadu)(x + j + i), OP(loadu)(x + j + i + other), S);
-    return bits != 0;
+        for (int i = 0; i + other < LANES; i += WIDTH) {
+            VECTOR a = OP(loadu)(x + j + i), b = OP(loadu)(x + j + i + other);
+            flags = JOIN_FLAGS(flags, UNORDERED(a, b, S));
+        }
+    return ANY_FLAG(flags);
 }
 
 /* to[i] = x[i] - largest[i] for x[i] <= largest[i], and 0 for infinity less itself. */
@@ -80,25 +94,25 @@ static inline void NAME(fold_max)(const REAL *x, ptrdiff_t n, ptrdiff_t step, RE
 
 /* The same of x[i], x[i + LANES], ...; returns whether a NaN is among them. */
 static inline int NAME(fold_max_checked)(const REAL *x, ptrdiff_t n, REAL *to) {
-    uint32_t bits = 0;
+    FLAGS(S) flags = {0};
     for (int i = 0; i < LANES; i += WIDTH) {
         VECTOR a, b, most = OP(loadu)(x + i);
         ptrdiff_t j;
-        bits |= (uint32_t)COMPARE(unord, most, most, S);
+        flags = JOIN_FLAGS(flags, UNORDERED(most, most, S));
         for (j = i + LANES; j + LANES < n; j += 2 * LANES) {
             a = OP(loadu)(x + j);
             b = OP(loadu)(x + j + LANES);
-            bits |= (uint32_t)COMPARE(unord, a, b, S);
+            flags = JOIN_FLAGS(flags, UNORDERED(a, b, S));
             most = OP(max)(OP(max)(a, b), most);
         }
         if (j < n) {
             a = OP(loadu)(x + j);
-            bits |= (uint32_t)COMPARE(unord, a, a, S);
+            flags = JOIN_FLAGS(flags, UNORDERED(a, a, S));
             most = OP(max)(a, most);
         }
         OP(storeu)(to + i, most);
     }
-    return bits != 0;
+    return ANY_FLAG(flags);
 }
 
 /* Insertion: put x, of index e, among best[0] >= best[1] >= ... best[last], behind its equals;

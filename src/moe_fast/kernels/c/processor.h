@@ -3,6 +3,8 @@
 #ifndef MOE_FAST_PROCESSOR_H
 #define MOE_FAST_PROCESSOR_H
 
+#include "platform.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 
 #ifdef _MSC_VER

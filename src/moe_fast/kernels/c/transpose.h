@@ -10,8 +10,52 @@
 #include "vector.h"
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
-#if defined(__SSE2__) || defined(_M_X64)
+#if defined(__SSE2__) || defined(_M_X64) || (defined(__aarch64__) && defined(__ARM_NEON))
+
+#if defined(__aarch64__)
+/* What is moved may be integers, and vld1q_f32 may read floats alone. */
+static inline uint32x4_t load_words(const void *from) {
+    uint32x4_t words;
+    memcpy(&words, from, sizeof words);
+    return words;
+}
+
+static inline void store_words(void *to, uint32x4_t words) {
+    memcpy(to, &words, sizeof words);
+}
+
+static inline void store_pairs(void *to, uint64x2_t pairs) {
+    memcpy(to, &pairs, sizeof pairs);
+}
+
+static inline void transpose_4x4(
+    const float *x0, const float *x1, const float *x2, const float *x3, float *y0, float *y1,
+    float *y2, float *y3
+) {
+    uint32x4_t a = load_words(x0), b = load_words(x1), c = load_words(x2), d = load_words(x3);
+    uint64x2_t ab0 = vreinterpretq_u64_u32(vtrn1q_u32(a, b));
+    uint64x2_t ab1 = vreinterpretq_u64_u32(vtrn2q_u32(a, b));
+    uint64x2_t cd0 = vreinterpretq_u64_u32(vtrn1q_u32(c, d));
+    uint64x2_t cd1 = vreinterpretq_u64_u32(vtrn2q_u32(c, d));
+    store_pairs(y0, vtrn1q_u64(ab0, cd0));
+    store_pairs(y1, vtrn1q_u64(ab1, cd1));
+    store_pairs(y2, vtrn2q_u64(ab0, cd0));
+    store_pairs(y3, vtrn2q_u64(ab1, cd1));
+}
+
+static inline void interleave(const float *x, const float *y, float *to) {
+    uint32x4_t a = load_words(x), b = load_words(y);
+    store_words(to, vzip1q_u32(a, b));
+    store_words(to + 4, vzip2q_u32(a, b));
+}
+#else
+static inline void interleave(const float *x, const float *y, float *to) {
+    __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(y);
+    _mm_storeu_ps(to, _mm_unpacklo_ps(a, b));
+    _mm_storeu_ps(to + 4, _mm_unpackhi_ps(a, b));
+}
 
 static inline void transpose_4x4(
     const float *x0, const float *x1, const float *x2, const float *x3, float *y0, float *y1,
@@ -25,6 +69,7 @@ static inline void transpose_4x4(
     _mm_storeu_ps(y2, c);
     _mm_storeu_ps(y3, d);
 }
+#endif
 
 /* In whole vectors: one read from two halves just written has to wait for both. */
 #if defined(__AVX512F__)
@@ -134,11 +179,8 @@ static inline int columns_of_rows(
 
 static inline int rows_of_columns(const float *column, ptrdiff_t k, float *rows) {
     if (k == 2) {
-        for (int t = 0; t < LANES; t += 4) {
-            __m128 a = _mm_loadu_ps(column + t), b = _mm_loadu_ps(column + LANES + t);
-            _mm_storeu_ps(rows + 2 * t, _mm_unpacklo_ps(a, b));
-            _mm_storeu_ps(rows + 2 * t + 4, _mm_unpackhi_ps(a, b));
-        }
+        for (int t = 0; t < LANES; t += 4)
+            interleave(column + t, column + LANES + t, rows + 2 * t);
         return 1;
     }
 #if defined(__AVX2__)

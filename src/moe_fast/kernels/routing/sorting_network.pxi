@@ -42,7 +42,7 @@ cdef void top_k_of_lists(
     to_columns(<const uint8_t*>value, LANES * sizeof(float), LANES, LANES, x)
     to_columns(<const uint8_t*>found, LANES * sizeof(int32_t), LANES, LANES, at)
     for i in range(LANES * LANES):
-        key[i] = pack_key(x[i], (<const int32_t*>at)[i])
+        key[i] = pack_key(x[i], <int32_t>bits_of_float(at[i]))
     sort_top_k_double(key, k)
     for i in range(k * LANES):
         best[i] = unpack_value(key[i])

@@ -1,4 +1,7 @@
 # Transposing a block: rows of LANES tokens to columns, and back.
+#
+# Indices are moved as the floats whose bits they would be. Elements are copied by memcpy, and by
+# vectors that may alias: C lets a compiler assume that a float written is no integer read.
 
 cdef extern from "c/transpose.h":
     bint columns_of_rows(
@@ -17,7 +20,7 @@ cdef inline void to_columns(
             return
     for t in range(tokens):
         for e in range(n):
-            column[e * LANES + t] = (<const real*>(rows + t * stride))[e]
+            memcpy(&column[e * LANES + t], rows + t * stride + e * sizeof(real), sizeof(real))
 
 
 cdef inline void to_rows(
@@ -33,4 +36,4 @@ cdef inline void to_rows(
             return
     for t in range(tokens):
         for s in range(k):
-            rows[t * k + s] = column[s * LANES + t]
+            memcpy(&rows[t * k + s], &column[s * LANES + t], sizeof(real))

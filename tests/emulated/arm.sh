@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The package on 64-bit Arm, emulated: kernels cross-compiled, Debian's arm64 Python, QEMU's user mode.
+#
+#     bash tests/emulated/arm.sh PYTHON            what .ci/run runs, minutes
+#     bash tests/emulated/arm.sh PYTHON all        every test, an hour (make emulate-arm)
+#     bash tests/emulated/arm.sh PYTHON count      instructions of each kernel (make count-arm)
+#
+# PYTHON has what `pip install --group dev` brings, and Debian has the same version of Python. On
+# Debian, with qemu-user and gcc-aarch64-linux-gnu; gcc-s390x-linux-gnu and gcc-arm-linux-gnueabihf
+# are used where they are. Nothing is installed, mounted or registered.
+set -euo pipefail
+# Absolute: a relative path, as make gives it, ends with the next cd.
+python=$("$1" -c 'import sys; print(sys.executable)')
+what=${2:-quick}
+cd "$(dirname "$0")/../.."
+unset PYTHONDONTWRITEBYTECODE # without byte code each start takes half a minute
+checkout=$PWD
+built=$checkout/build/emulated-arm
+rm -rf "$built"
+mkdir -p "$built"/{apt/lists/partial,apt/archives/partial,root,inc/aarch64-linux-gnu}
+flags=(-std=gnu11 -Wall -Wno-unused-function -Werror -DNDEBUG -O3 -ffp-contract=off
+    -fno-trapping-math -g0 -fPIC -shared)
+
+for tool in qemu-aarch64 qemu-arm aarch64-linux-gnu-gcc apt-get dpkg-deb; do
+    if ! command -v "$tool" >/dev/null; then
+        echo "emulated Arm: LEFT OUT, there is no $tool"
+        exit
+    fi
+done
+
+# Python for Arm, unpacked and not installed; apt keeps its lists in a folder of its own.
+version=$("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")')
+touch "$built/apt/status"
+apt=(apt-get -qq -o Dir::State="$built/apt" -o Dir::State::status="$built/apt/status"
+    -o Dir::Cache="$built/apt" -o APT::Sandbox::User=root -o APT::Architectures::=)
+packages=(libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 liblzma5 libbz2-1.0 libssl3
+    libsqlite3-0 libuuid1 "python$version-minimal" "libpython$version"-{minimal,stdlib,dev})
+"${apt[@]}" -o APT::Architecture=arm64 update
+cd "$built/apt/archives"
+if ! "${apt[@]}" -o APT::Architecture=arm64 download "${packages[@]}"; then
+    echo "emulated Arm: LEFT OUT, Debian has no arm64 Python $version"
+    exit
+fi
+for package in *.deb; do
+    dpkg-deb --extract "$package" "$built/root"
+done
+rm -- *.deb
+cd "$built"
+
+# The C files are the same on every processor, so Cython runs here, for the levels that Arm has.
+mkdir source
+cp -r "$checkout"/{setup.py,pyproject.toml,*.md,LICENSE,docs,examples,src,tests,benchmarks} source
+cd source
+kernels=src/moe_fast/kernels
+find src \( -name '*.c' -o -name '*.so' \) -delete
+_PYTHON_HOST_PLATFORM=linux-aarch64 "$python" setup.py --quiet egg_info
+ln -s "$built/root/usr/include/python$version" "$built/inc/python$version"
+ln -s "$built/root/usr/include/aarch64-linux-gnu/python$version" "$built/inc/aarch64-linux-gnu"
+for module in "$kernels"/*.c; do
+    "${CC:-aarch64-linux-gnu-gcc}" "${flags[@]}" -I "$built/inc/python$version" -I "$built/inc" \
+        -I $kernels "$module" -o "${module%.c}.cpython-${version/./}-aarch64-linux-gnu.so"
+done
+
+"$python" -m pip install --quiet --target "$built/site" --implementation cp \
+    --python-version "$version" --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+    --platform manylinux2014_aarch64 --only-binary :all: --group pyproject.toml:test \
+    numpy ml_dtypes tokenizers pyyaml typer rich
+
+# Tests start Python by the name it gives itself. By that of a script, no handler for programs of
+# another processor is needed.
+cat >"$built/python" <<END
+#!/usr/bin/env bash
+exec qemu-aarch64 -L $built/root $built/root/usr/bin/python$version "\$@"
+END
+chmod +x "$built/python"
+echo "import sys; sys.executable = '$built/python'" >"$built/site/sitecustomize.py"
+# Compiling byte code takes minutes when it is emulated.
+"$python" -m compileall -qq --invalidation-mode unchecked-hash "$built/site" "$built/root" src || true
+export PYTHONPATH=$PWD/src:$PWD/tests/emulated:$built/site
+export PYTHONNOUSERSITE=1
+
+"$built/python" -c 'import platform; print("a processor of kind", platform.machine())'
+
+case $what in
+count)
+    cc=${CC_HERE:-cc}
+    "$cc" -O2 -shared -fPIC -o "$built/instructions.so" benchmarks/instructions.c
+    qemu-aarch64 -L "$built/root" -plugin "$built/instructions.so" \
+        "$built/root/usr/bin/python$version" benchmarks/instructions.py \
+        >"$built/arm.rows" 2>"$built/arm.counts"
+    MOE_FAST_LEVEL=baseline PYTHONPATH=$checkout/src qemu-x86_64 -plugin "$built/instructions.so" \
+        "$(readlink -f "$python")" benchmarks/instructions.py >"$built/x86.rows" 2>"$built/x86.counts"
+    PYTHONPATH=$checkout/src "$python" benchmarks/instructions.py "$built/x86" "$built/arm"
+    ;;
+quick)
+    "$built/python" tests/emulated/digests.py >"$built/digests"
+    PYTHONPATH=$checkout/src "$python" tests/emulated/digests.py | diff - "$built/digests"
+    cat "$built/digests"
+    "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
+        -n auto tests/test_golden.py "${@:3}"
+    ;;
+all)
+    "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
+        -n auto "${@:3}"
+    ;;
+esac

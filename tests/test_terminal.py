@@ -1,0 +1,116 @@
+"""What is printed on a terminal: words stay whole, tables fit the width."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+for extra in ("typer", "rich", "ml_dtypes"):
+    pytest.importorskip(extra)
+
+from command import run
+from families import make_model
+
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("terminal")
+    for seed in (0, 1):
+        make_model(folder / f"dense-{seed}", "llama", seed=seed)
+    done = run("build", "dense-0", "dense-1", "-o", "moe", "--experts", 64, cwd=folder)
+    assert done.returncode == 0
+    np.save(folder / "logits.npy", np.random.default_rng(0).normal(size=(3, 400, 64)))
+    return folder
+
+
+def on_terminal(width: int, *arguments: str, cwd: os.PathLike[str]) -> list[str]:
+    """The lines that a terminal of this width shows, without colours."""
+    environment = os.environ | {"COLUMNS": str(width), "FORCE_COLOR": "1", "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_fast", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        check=False,
+    )
+    assert COLOURS.search(done.stdout)
+    return COLOURS.sub("", done.stdout).splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "moe"),
+        ("inspect", "moe"),
+        ("route", "logits.npy"),
+        ("build", "dense-0", "dense-1", "-o", "new", "--dry-run"),
+        ("plan", "2", "4"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_lines_fit_and_words_stay_whole(folder, width, arguments):
+    lines = on_terminal(width, *arguments, cwd=folder)
+    for line in lines:
+        assert len(line) <= width or " " not in line.strip(), line
+    words = {word for line in lines for word in line.split()}
+    whole = run(*arguments, cwd=folder)
+    missing = set(whole.stdout.split()) - words
+    assert not {word for word in missing if not re.search(r"\d\.\d", word)}  # seconds differ
+
+
+def test_columns_that_do_not_fit_stand_below(folder):
+    lines = on_terminal(60, "route", "logits.npy", cwd=folder)
+    headers = [line for line in lines if re.match("layer +[a-zA-Z]", line)]
+    assert len(headers) >= 2
+    on_one_line = run("route", "logits.npy", cwd=folder).stdout.splitlines()
+    (wide,) = (line for line in on_one_line if re.match("layer +tokens", line))
+    titles = [title for line in headers for title in re.split(r"\s{2,}", line.strip())]
+    assert list(dict.fromkeys(titles)) == re.split(r"\s{2,}", wide.strip())
+
+
+def test_a_second_line_stands_beside_the_first(folder):
+    lines = on_terminal(60, "check", "moe", cwd=folder)
+    (first,) = (n for n, line in enumerate(lines) if line.startswith("passed        routing"))
+    start = lines[first].index("2 routers")
+    assert lines[first + 1].startswith(" " * start)
+    assert not lines[first + 1].startswith(" " * (start + 1))
+
+
+def test_copies_are_named_in_ranges(folder):
+    assert "  experts 0-63 in layers 0-1" not in run("inspect", "moe", cwd=folder).stdout
+    done = run("build", "dense-0", "-o", "one", "--experts", 64, cwd=folder)
+    assert done.returncode == 0
+    assert "  experts 0-63 in layers 0-1\n" in run("inspect", "one", cwd=folder).stdout
+
+
+def test_an_output_in_the_last_place(folder):
+    done = run("build", "dense-0", "out", cwd=folder)
+    assert done.returncode == 2
+    assert "Missing option '--output' / '-o'. Did you mean -o out?" in done.stderr
+    assert not (folder / "out").exists()
+
+
+def test_quiet_leaves_warnings_and_json(folder):
+    done = run("build", "dense-0", "-o", "quiet", "--quiet", cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    loud = run("check", "quiet", "-q", "--json", cwd=folder)
+    assert loud.stdout.startswith("{")
+
+
+@pytest.mark.parametrize("arguments", [(), ("build",), ("route",)], ids=str)
+def test_help_by_one_letter_shows_no_type_of_flags(folder, arguments):
+    done = run(*arguments, "-h", cwd=folder)
+    assert done.returncode == 0
+    assert "<bool>" not in done.stdout
+    assert done.stdout == run(*arguments, "--help", cwd=folder).stdout
