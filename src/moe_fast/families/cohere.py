@@ -46,7 +46,9 @@ class Cohere2Moe(Twin):
         8,
         1e4,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        llama_cpp_ropes=("default",),
+        llama_cpp_windows=True,
+        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,

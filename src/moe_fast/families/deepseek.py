@@ -11,7 +11,7 @@ from moe_fast.families.dense import FFN, NORMS_BEFORE
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Twin
 from moe_fast.storage.tensors import Weight
 
@@ -179,7 +179,8 @@ class DeepSeekV3(GroupedExperts, Twin):
         "n_routed_experts",
         256,
         1e4,
-        unasked=(TRANSFORMERS_4, VLLM, LLAMA_CPP),
+        llama_cpp_ropes=("default",),
+        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,

@@ -26,7 +26,6 @@ from moe_fast.families.moe import (
 from moe_fast.families.rules import (
     LLAMA_CPP,
     READERS,
-    TRANSFORMERS_4,
     TRANSFORMERS_5,
     VLLM,
     Rules,
@@ -35,6 +34,7 @@ from moe_fast.families.twins import OwnBlocks, Twin, attention_shapes, read_kind
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
+SLIDING = "sliding_attention"
 # A sink takes its share of a softmax; this one takes none.
 NO_SINK = -1e4
 
@@ -146,8 +146,9 @@ class GraniteMoeSwa(GraniteMoeShared):
         "num_local_experts",
         8,
         1e4,
+        llama_cpp_windows=True,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        unasked=(VLLM,),
         per_expert=(),
         fused=READERS,
     )
@@ -181,6 +182,9 @@ class GraniteMoeSwa(GraniteMoeShared):
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         windows, rope = parts.base.windows, parts.base.rope
+        bare = rope.layer_thetas is not None and not all(rope.layer_thetas)
+        # Where llama.cpp looks for them.
+        rotated = {"no_rope_layers": [int(theta > 0) for theta in rope.layer_thetas or ()]}
         widths = [width for width in windows if width is not None]
         return {
             **super().own_config(parts),
@@ -188,7 +192,17 @@ class GraniteMoeSwa(GraniteMoeShared):
             # transformers wants one though no layer uses it.
             "sliding_window": widths[0] if widths else parts.base.config["max_position_embeddings"],
             "layer_rope_theta": list(rope.layer_thetas or [float(rope.theta)] * len(windows)),
+            **(rotated if bare else {}),
         }
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader != LLAMA_CPP:
+            return
+        if SLIDING not in (config.get("layer_types") or [SLIDING]):
+            yield f"wants a sliding window in some layers of a {self.name}"
+        thetas = {theta for theta in config.get("layer_rope_theta") or [] if theta}
+        if len(thetas) > 1:
+            yield f"has one rope_theta for all layers of a {self.name}, here are {len(thetas)}"
 
 
 class GraniteSwa(DenseFamily):
@@ -315,7 +329,8 @@ class GraniteMoeHybrid(Twin):
         "num_local_experts",
         8,
         1e4,
-        unasked=(TRANSFORMERS_4, VLLM, LLAMA_CPP),
+        llama_cpp_ropes=("default",),
+        unasked=(VLLM,),
         per_expert=(),
         fused=READERS,
     )
@@ -337,6 +352,10 @@ class GraniteMoeHybrid(Twin):
     expert_tensors = GraniteMoe.expert_tensors
     router_name = GraniteMoe.router_name
     shared_shapes = GraniteMoeShared.shared_shapes
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP and config.get("position_embedding_type") == "rope":
+            yield f"has no rotary embedding in a {self.name}"
 
     def shared_width(self, parts: Parts) -> int:
         width = parts.base.sizes.intermediate_size

@@ -43,7 +43,7 @@ class HunYuanMoe(Twin):
         1,
         1e4,
         natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(TRANSFORMERS_4, VLLM, LLAMA_CPP),
+        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,
@@ -82,6 +82,10 @@ class HunYuanMoe(Twin):
 
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> MoeShapes:
         return ffn_shapes("mlp.shared_mlp", as_count(config, "intermediate_size"), hidden)
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP:
+            yield f"wants moe_topk of a {self.name} as a list, with keys that transformers has not"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from moe_fast.families.config import Sizes, is_count, is_number
 from moe_fast.families.experts import W1_W3_W2, ExpertAxis
 from moe_fast.families.moe import Parts, as_count
 from moe_fast.families.moe import Shapes as MoeShapes
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
@@ -80,8 +80,9 @@ class Lfm2Moe(Twin):
         "num_experts",
         32,
         1e6,
-        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(TRANSFORMERS_4, VLLM, LLAMA_CPP),
+        llama_cpp_ropes=("default",),
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "bos_token_id": 1,
@@ -131,6 +132,10 @@ class Lfm2Moe(Twin):
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> MoeShapes:
         experts = as_count(config, "num_experts", minimum=1)
         return {"feed_forward.expert_bias": (experts,)} if config["use_expert_bias"] else {}
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP and not config.get("tie_word_embeddings", True):
+            yield f"has no place for a head of its own in a {self.name}"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base
