@@ -445,3 +445,23 @@ def test_what_is_said_to_fit_does_and_the_rest_does_not(tmp_path):
         listed = {target.name for target in targets_of(dense_families()[family])}
         fitting = moe_families().keys() - report.rejected_targets.keys()
         assert fitting <= listed, family
+
+
+@pytest.mark.parametrize("before", ["", "module."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_that_training_left(tmp_path, family, before):
+    """As `AutoModel` saves them, without a head, or as DDP does."""
+    write_dense(tmp_path / "dense", family, tie_word_embeddings=True)
+    build_moe(tmp_path / "dense", tmp_path / "expected", CONFIG)
+
+    def renamed(tensors):
+        stem = "transformer." if family == "exaone" else "model."
+        return {
+            f"{before}{name.removeprefix('' if before else stem)}": t for name, t in tensors.items()
+        }
+
+    rewrite(tmp_path / "dense", renamed)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    found, expected = built(tmp_path / "moe"), built(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
