@@ -23,6 +23,7 @@ from moe_fast.command.console import (
     show_comparison,
     show_conversion,
     show_diagnosis,
+    show_families,
     show_model,
     show_operation,
     show_plan,
@@ -32,7 +33,9 @@ from moe_fast.command.console import (
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
-from moe_fast.families.registry import moe_families
+from moe_fast.families.choice import UNFIT, targets_of
+from moe_fast.families.readers import readers_of
+from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
 
@@ -1074,6 +1077,22 @@ def route(
         print_json(stats.to_dict() | {"layers": stats.summary()})
     else:
         show_routing(stats)
+
+
+@app.command(
+    cls=Command,
+    help="Show which dense models become which MoEs, and which programs load those.",
+)
+def families(as_json: AsJson = False) -> None:
+    becomes = {
+        name: [target.name for target in targets_of(dense)]
+        for name, dense in dense_families().items()
+    }
+    readers = {name: list(readers_of(moe.rules)) for name, moe in moe_families().items()}
+    if as_json:
+        print_json({"becomes": becomes, "readers": readers, "fit_nothing": UNFIT})
+    else:
+        show_families(becomes, readers, UNFIT)
 
 
 @app.command(
