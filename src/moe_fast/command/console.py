@@ -156,8 +156,10 @@ def describe_use(load_balance: float) -> str:
 
 
 def describe_prediction(health: RouterHealth) -> str:
+    before = health.coefficient_of_variation_before
+    was = f", {format_range(before, 4)} before it was evened" if before else ""
     return (
-        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even){was}, "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
         f"{'; on real text it is less even' if health.hidden_states == 'random tokens' else ''}"
     )
@@ -466,6 +468,22 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
             say(f"for {extra.purpose or extra.name}: {extra.install_command}")
     for problem in diagnosis.problems:
         warn(problem)
+
+
+def show_families(
+    becomes: Mapping[str, Sequence[str]],
+    readers: Mapping[str, Sequence[str]],
+    unfit: Mapping[str, str],
+) -> None:
+    for heading, pairs in (
+        ("becomes, if its configuration fits, the first by default", becomes),
+        ("is known to load in", readers),
+    ):
+        say(heading)
+        show_pairs({name: ", ".join(listed) for name, listed in pairs.items()})
+        say("")
+    say("fits no MoE")
+    show_pairs(unfit)
 
 
 def show_pairs(pairs: Mapping[str, str]) -> None:
