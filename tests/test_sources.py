@@ -13,6 +13,7 @@ for extra in ("ml_dtypes", "safetensors"):
 from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors.numpy import load_file
 
+from adapters import make_adapter
 from command import run
 from dense_families import FAMILIES, write_dense
 from families import make_model
@@ -378,6 +379,22 @@ def test_noise_is_added_to_what_fp8_means(tmp_path):
         build_moe(ExpertSource(tmp_path / name, noise_scale=0.1), tmp_path / f"moe-{name}", CONFIG)
     found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
     assert all(np.array_equal(found[name], array) for name, array in expected.items())
+
+
+def test_an_adapter_of_a_model_in_a_model(tmp_path):
+    write_dense(tmp_path / "dense", "qwen3_5_text")
+    plain = make_adapter(tmp_path / "plain", tmp_path / "dense")
+    build_moe(plain, tmp_path / "alone", CONFIG)
+    wrap(tmp_path / "dense", "qwen3_5")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "dense")
+    assert "model.language_model." in next(iter(load_file(adapter / "adapter_model.safetensors")))
+    build_moe(adapter, tmp_path / "moe", CONFIG)
+    alone, found = built(tmp_path / "alone"), built(tmp_path / "moe")
+    changed = [name for name in alone if ".experts." in name]
+    assert changed
+    for name in changed:
+        inner = name.replace("model.", "model.language_model.", 1)
+        assert np.array_equal(found[inner], alone[name]), name
 
 
 def test_what_shares_a_tensor_in_fp8_is_dequantised_where_blocks_end_with_it(tmp_path):

@@ -69,13 +69,14 @@ class LowRank:
     b: Tensor
     scale: float
 
-    def added_to(self, tensor: Tensor) -> Weight:
-        w, a, b = (FileRange(t.file, t.offset, t.nbytes) for t in (tensor, self.a, self.b))
+    def added_to(self, weight: Weight) -> Weight:
+        (w,) = weight.pieces
+        a, b = (FileRange(t.file, t.offset, t.nbytes) for t in (self.a, self.b))
         rank, columns = self.a.shape
         piece = LowRankSum(
-            w, tensor.dtype, b, self.b.dtype, a, self.a.dtype, rank, columns, self.scale
+            w, weight.dtype, b, self.b.dtype, a, self.a.dtype, rank, columns, self.scale
         )
-        return Weight(tensor.dtype, tensor.shape, (piece,))
+        return Weight(weight.dtype, weight.shape, (piece,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +92,12 @@ class AdaptedModel(DenseModel):
         return f"{self.path}+{self.adapter}"
 
     def changed(self, name: str, dtype: str | None = None) -> Weight:
-        tensor, change = self.tensors[name], self.changes.get(name)
+        own, change = super().changed(name, dtype), self.changes.get(name)
         if change is None:
-            return super().changed(name, dtype)
+            return own
         if isinstance(change, LowRank):
-            return change.added_to(tensor)
-        return Weight.of(change).converted(tensor.dtype)
+            return change.added_to(own)
+        return Weight.of(change).converted(own.dtype)
 
     def sources(self) -> Iterator[Mapping[str, Tensor]]:
         yield from super().sources()
@@ -170,7 +171,7 @@ def open_adapted_model(folder: Path, model: DenseModel) -> AdaptedModel:
         tensors = read_header(weights)
     except CheckpointError as error:
         raise CheckpointError(*problems, *error.problems) from None
-    sides, replaced, unknown = sort_tensors(tensors)
+    sides, replaced, unknown = sort_tensors(tensors, model)
     problems += unknown
     changes: dict[str, LowRank | Tensor] = {}
     scales = None if problems else Scales.of(config)
@@ -318,15 +319,24 @@ def matching(patterns: Mapping[str, Any], module: str) -> str | None:
     return None
 
 
+def name_in_family(name: str, model: DenseModel) -> str:
+    """The name of an adapter's tensor without PEFT's prefix and that of a multimodal model."""
+    plain = name.removeprefix(PREFIX)
+    prefix = None if model.wrapper is None else model.wrapper.prefix
+    if prefix and plain.startswith(prefix):
+        return f"model.{plain.removeprefix(prefix)}"
+    return plain
+
+
 def sort_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], model: DenseModel
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[Problem]]:
     """The factors of each module, the tensors that stand for whole ones, and what is neither."""
     sides: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     unknown: list[Problem] = []
     for name, tensor in tensors.items():
-        plain = name.removeprefix(PREFIX)
+        plain = name_in_family(name, model)
         match = FACTOR.fullmatch(plain)
         if match and match["side"] not in sides.get(match["module"], ()):
             sides.setdefault(match["module"], {})[match["side"]] = tensor
