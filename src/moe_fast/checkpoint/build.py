@@ -297,9 +297,11 @@ def build_moe(
     models : path, ExpertSource, or sequence of them
         Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
         safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. A string that is not a folder and reads `"organisation/name"`, or with a revision
-        `"organisation/name@revision"`, is a repository on the Hugging Face Hub: it is taken from
-        the Hub's cache, and fetched into it first unless `HF_HUB_OFFLINE=1`.
+        the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
+        `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
+        `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a repository on
+        the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
+        `HF_HUB_OFFLINE=1`.
     output : path
         The folder to create.
     config : MoeConfig, optional
@@ -597,7 +599,7 @@ def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
 def as_expert_source(text: str) -> ExpertSource:
     """A model, or what mergekit writes as `MODEL+ADAPTER`; a folder of that name wins."""
     model, plus, lora = text.rpartition("+")
-    is_named = Path(lora).is_dir() or REPOSITORY.fullmatch(lora) is not None
+    is_named = Path(model).is_dir() or REPOSITORY.fullmatch(lora) is not None
     if plus and model and is_absent(Path(text)) and is_named:
         return ExpertSource(model, lora=lora)
     return ExpertSource(text)
@@ -662,7 +664,8 @@ def foreign_adapter(adapter: str, base: str, by_name: bool = False) -> Iterator[
         ends = {Path(each).name.casefold() for each in (base, model_name(base), stated_name(base))}
         same = not by_name or not name or Path(name).name.casefold() in ends
     if not same:
-        advice = f"; if that is the same model, write {base}+{adapter}" if by_name else ""
+        may_be = by_name and not Path(name).is_dir()
+        advice = f"; if that is the same model, write {base}+{adapter}" if may_be else ""
         what = f"is an adapter for {name!r}, not for {base}{advice}"
         yield Problem(what, file=Path(adapter) / ADAPTER_CONFIG)
 

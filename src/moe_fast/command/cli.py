@@ -257,7 +257,8 @@ def build(
         list[Path],
         typer.Argument(
             metavar="MODEL",
-            help="Dense models, folders or names on the Hub; or one recipe, a YAML file.",
+            help="Dense models or LoRA adapters, folders or names on the Hub, also MODEL+ADAPTER; "
+            "or one recipe, a YAML file.",
         ),
     ],
     output: OutputFolder,
