@@ -14,8 +14,6 @@ from safetensors.numpy import load_file
 pytest.importorskip("ml_dtypes")
 
 import ml_dtypes
-from hypothesis import given
-from hypothesis import strategies as st
 
 from adapters import FFN, change, change_tensors, make_adapter, merged
 from dense_families import write_dense
@@ -29,7 +27,6 @@ from moe_fast import (
     build_recipe,
     check_moe,
     design_moe,
-    kernels,
     read_recipe,
 )
 
@@ -51,24 +48,6 @@ def assert_same_tensors(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].tobytes() == other[name].tobytes(), name
-
-
-@given(
-    st.integers(1, 5), st.integers(0, 5), st.integers(1, 200), st.integers(0, 2**32 - 1),
-    st.floats(-4, 4, width=32),
-)  # fmt: skip
-def test_the_product_is_its_twins(rows, rank, width, seed, scale):
-    random = np.random.default_rng(seed)
-    b, a, w = (
-        random.normal(size=shape).astype(np.float32)
-        for shape in ((rows, rank), (rank, width), (rows, width))
-    )
-    total = np.zeros_like(w)
-    for q in range(rank):
-        total += b[:, q : q + 1] * a[q]
-    expected = w + np.float32(scale) * total if rank else w.copy()
-    kernels.compiled.add_product(b, a, scale, w)
-    assert w.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("adapter_dtype", [np.float32, ml_dtypes.bfloat16, np.float16])

@@ -1,4 +1,4 @@
-"""Normal draws: every SIMD level against the plain twin, the twin against the standard library."""
+"""Normal draws and plain arithmetic: every SIMD level against the plain twin."""
 
 import statistics
 
@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fast import kernels
-from moe_fast.kernels.level import levels_available, load
 from reference import normal as reference
 
 seeds = st.integers(0, 2**64 - 1)
@@ -87,6 +86,7 @@ def test_seeds_give_streams_of_their_own():
     assert abs(np.corrcoef(draws(0, 0, 100_000), draws(1, 0, 100_000))[0, 1]) < 6 / np.sqrt(100_000)
 
 
+@pytest.mark.usefixtures("level")
 @given(st.integers(0, 300), st.integers(0, 2**32 - 1), st.floats(-2, 2), st.booleans())
 def test_sums_are_those_of_their_lanes(size, seed, mean, squared):
     values = np.random.default_rng(seed).normal(size=size).astype(np.float32)
@@ -101,27 +101,7 @@ def test_sums_are_those_of_their_lanes(size, seed, mean, squared):
     assert kernels.compiled.sum_deviations(values, mean, squared) == expected
 
 
-def test_every_level_sums_and_multiplies_alike():
-    random = np.random.default_rng(0)
-    values = random.normal(size=1000).astype(np.float32)
-    left, right, start = (
-        random.normal(size=shape).astype(np.float32) for shape in ((7, 9), (9, 201), (7, 201))
-    )
-    found = set()
-    for level in levels_available():
-        compiled = load(level)
-        total = start.copy()
-        compiled.add_product(left, right, 0.3, total)
-        sums = [compiled.sum_deviations(values, 0.1, squared) for squared in (False, True)]
-        scaled = []
-        for kind in ("bfloat16", "float16"):
-            bits, out = values.view(np.uint16), np.empty(2000, np.uint16)
-            count = getattr(compiled, f"scale_{kind}")(bits, 3.7, out)
-            scaled.append((count, out.tobytes()))
-        found.add((total.tobytes(), *sums, *scaled))
-    assert len(found) == 1
-
-
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_scaled_numbers_are_rounded_once(kind):
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -138,3 +118,22 @@ def test_scaled_numbers_are_rounded_once(kind):
         assert np.array_equal(found, expected, equal_nan=True)
         infinite = np.isinf(expected) & np.isfinite(numbers)
         assert count == infinite.sum()
+
+
+@pytest.mark.usefixtures("level")
+@given(
+    st.integers(1, 5), st.integers(0, 5), st.integers(1, 200), st.integers(0, 2**32 - 1),
+    st.floats(-4, 4, width=32),
+)  # fmt: skip
+def test_the_product_is_its_twins(rows, rank, width, seed, scale):
+    random = np.random.default_rng(seed)
+    b, a, w = (
+        random.normal(size=shape).astype(np.float32)
+        for shape in ((rows, rank), (rank, width), (rows, width))
+    )
+    total = np.zeros_like(w)
+    for q in range(rank):
+        total += b[:, q : q + 1] * a[q]
+    expected = w + np.float32(scale) * total if rank else w.copy()
+    kernels.compiled.add_product(b, a, scale, w)
+    assert w.tobytes() == expected.tobytes()
