@@ -281,6 +281,13 @@ def test_adapters_for_another_base(tmp_path, base):
         build_moe([base, adapter], tmp_path / "moe", MoeConfig(2))
     with pytest.raises(CheckpointError, match=r"its base '/models/other-name' is not here; name"):
         build_moe(adapter, tmp_path / "moe", MoeConfig(2))
+    for share in ("//server/share/base", r"\\server\share\base"):  # never looked at
+        change(adapter, base_model_name_or_path=share)
+        with pytest.raises(CheckpointError, match=r"is on a network share; name the base"):
+            build_moe(adapter, tmp_path / "moe", MoeConfig(2))
+        build_moe(
+            ExpertSource(base, lora=adapter), tmp_path / "share", MoeConfig(2), overwrite=True
+        )
     change(adapter, base_model_name_or_path="/models/Base")  # the same name elsewhere
     build_moe([base, adapter], tmp_path / "moe", MoeConfig(2))
 

@@ -66,7 +66,6 @@ from moe_fast.routing.health import (
     router_health,
 )
 from moe_fast.storage.companions import find_companions, find_missing_code
-from moe_fast.storage.files import is_absent
 from moe_fast.storage.floats import decode
 from moe_fast.storage.hub import ADAPTER_CONFIG, REPOSITORY, find_missing_tokenizer, find_model
 from moe_fast.storage.writer import FileRecord
@@ -599,8 +598,8 @@ def as_expert_sources(models: Any, name: str) -> tuple[ExpertSource, ...]:
 def as_expert_source(text: str) -> ExpertSource:
     """A model, or what mergekit writes as `MODEL+ADAPTER`; a folder of that name wins."""
     model, plus, lora = text.rpartition("+")
-    is_named = Path(model).is_dir() or REPOSITORY.fullmatch(lora) is not None
-    if plus and model and is_absent(Path(text)) and is_named:
+    is_named = is_folder(model) or REPOSITORY.fullmatch(lora) is not None
+    if plus and model and is_named and not os.path.lexists(text):
         return ExpertSource(model, lora=lora)
     return ExpertSource(text)
 
@@ -642,11 +641,13 @@ def find_named_base(adapter: str) -> str:
     advice = "name the base, or write BASE+ADAPTER"
     if not name:
         raise CheckpointError(f"names no base_model_name_or_path; {advice}", file=file)
+    if is_share(name):
+        raise CheckpointError(f"its base {name!r} is on a network share; {advice}", file=file)
     try:
         folder = find_model(name)
     except CheckpointError as error:
         raise CheckpointError(f"its base is not here: {error}; {advice}", file=file) from None
-    if is_absent(Path(folder)):
+    if not is_folder(folder):
         raise CheckpointError(f"its base {name!r} is not here; {advice}", file=file)
     return folder
 
@@ -658,16 +659,26 @@ def foreign_adapter(adapter: str, base: str, by_name: bool = False) -> Iterator[
     that of `base`.
     """
     name = named_base(Path(adapter))
-    if Path(name).is_dir():
+    is_here = not is_share(name) and is_folder(name)
+    if is_here:
         same = Path(base).exists() and Path(name).samefile(base)
     else:
         ends = {Path(each).name.casefold() for each in (base, model_name(base), stated_name(base))}
         same = not by_name or not name or Path(name).name.casefold() in ends
     if not same:
-        may_be = by_name and not Path(name).is_dir()
+        may_be = by_name and not is_here
         advice = f"; if that is the same model, write {base}+{adapter}" if may_be else ""
         what = f"is an adapter for {name!r}, not for {base}{advice}"
         yield Problem(what, file=Path(adapter) / ADAPTER_CONFIG)
+
+
+def is_folder(name: str) -> bool:
+    return os.path.isdir(name)  # noqa: PTH112  pathlib raises OSError for a long name
+
+
+def is_share(name: str) -> bool:
+    """Whether a name is that of a network share: a look would send it the user's credentials."""
+    return name.startswith(("//", "\\\\"))
 
 
 def stated_name(model: str) -> str:
