@@ -46,7 +46,7 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
                 "are made from dense models",
                 file=config_file,
             )
-        if model_type in UNFIT:
+        if isinstance(model_type, str) and model_type in UNFIT:
             raise CheckpointError(
                 f"model_type {brief(model_type)} fits no MoE: {UNFIT[model_type]}",
                 file=config_file,
@@ -134,7 +134,7 @@ def split_scales(
 def config_is_inner(config: Mapping[str, Any]) -> bool:
     """Whether the language model is a part of a multimodal one."""
     inner = config.get("text_config")
-    if not isinstance(inner, dict) or config.get("model_type") in dense_families():
+    if not isinstance(inner, dict) or config.get("model_type") in [*dense_families()]:
         return False
     return isinstance(inner.get("model_type"), str)
 
