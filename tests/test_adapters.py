@@ -205,6 +205,8 @@ WRONG_CONFIGS = [
     ({"r": 0}, "r is 0; it must be an integer of at least 1"),
     ({"r": "4"}, "r is '4'; it must be an integer"),
     ({"lora_alpha": None}, "lora_alpha is None; it must be a number"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    ({"alpha_pattern": {"up_proj": 10**400}}, "alpha_pattern: 'up_proj' is 1000"),
     ({"rank_pattern": {"up_proj": 0}}, "rank_pattern: 'up_proj' is 0; it must be a number above"),
     ({"rank_pattern": ["up_proj"]}, "rank_pattern is ['up_proj']; it must be a mapping"),
     ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern: '(a+)+' is too involved a pattern"),

@@ -54,6 +54,7 @@ OTHER_SUMS = {
 }
 # Starts of an adapter that leave the model's own weights as they are.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+LARGEST_NUMBER = 2.0**64
 # Patterns are other people's regular expressions: these parts can take forever.
 LONGEST_PATTERN = 200
 MOST_REPETITIONS = 4
@@ -276,7 +277,7 @@ def pattern_problems(file: Path, key: str, patterns: Any) -> Iterator[Problem]:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
 
 @dataclass(frozen=True)
