@@ -98,7 +98,7 @@ quick)
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
         -n auto tests/test_golden.py tests/test_counting.py tests/test_generator.py \
         tests/test_normal.py tests/test_gates.py tests/test_routing.py tests/test_dtypes.py \
-        tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_backbone.py "${@:3}"
+        tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_build.py "${@:3}"
     ;;
 all)
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
