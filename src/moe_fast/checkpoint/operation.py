@@ -88,6 +88,7 @@ def design_operation(
     max_shard_size: int,
     facts: Mapping[str, Any],
     sentence: str,
+    decisions: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> OperationDesign:
     """The design of an operation that made these weights and this config.json of a model.
@@ -113,7 +114,7 @@ def design_operation(
         sources=[model.tensors],
         family=family,
         num_experts=experts_per_layer * len(model.layers),
-        manifest=Manifest(request=request, family=family, facts=facts),
+        manifest=Manifest(request=request, family=family, facts=facts, decisions=decisions or {}),
         reference=model.path,
         reason_to_differ=reason_to_differ,
         card=operation_card(model.path / CARD, sentence, readers),
