@@ -82,13 +82,15 @@ export PYTHONNOUSERSITE=1
 
 case $what in
 count)
-    cc=${CC_HERE:-cc}
-    "$cc" -O2 -shared -fPIC -o "$built/instructions.so" benchmarks/instructions.c
+    cc -O2 -shared -fPIC -o "$built/instructions.so" benchmarks/instructions.c
     PYTHONPATH=$PWD/src:$built/site qemu-aarch64 -L "$built/root" -plugin "$built/instructions.so" \
         "$built/root/usr/bin/python$version" benchmarks/instructions.py \
         >"$built/arm.rows" 2>"$built/arm.counts"
-    MOE_FAST_LEVEL=baseline PYTHONPATH=$checkout/src qemu-x86_64 -plugin "$built/instructions.so" \
-        "$(readlink -f "$python")" benchmarks/instructions.py >"$built/x86.rows" 2>"$built/x86.counts"
+    # An environment's Python is a link; the emulator takes the file, and its packages from here.
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    MOE_FAST_LEVEL=baseline PYTHONPATH=$checkout/src:$packages qemu-x86_64 \
+        -plugin "$built/instructions.so" "$(readlink -f "$python")" benchmarks/instructions.py \
+        >"$built/x86.rows" 2>"$built/x86.counts"
     PYTHONPATH=$checkout/src "$python" benchmarks/instructions.py "$built/x86" "$built/arm"
     ;;
 quick)
