@@ -32,12 +32,14 @@ version=$("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")')
 touch "$built/apt/status"
 apt=(apt-get -qq -o Dir::State="$built/apt" -o Dir::State::status="$built/apt/status"
     -o Dir::Cache="$built/apt" -o APT::Sandbox::User=root -o APT::Architectures::=)
-packages=(libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 liblzma5 libbz2-1.0 libssl3
+packages=(libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 liblzma5 libbz2-1.0
     libsqlite3-0 libuuid1 "python$version-minimal" "libpython$version"-{minimal,stdlib,dev})
-"${apt[@]}" -o APT::Architecture=arm64 update
+apt+=(-o APT::Architecture=arm64)
 cd "$built/apt/archives"
-if ! "${apt[@]}" -o APT::Architecture=arm64 download "${packages[@]}"; then
-    echo "emulated Arm: LEFT OUT, Debian has no arm64 Python $version"
+# OpenSSL's package has one name up to Debian 12, and another from 13 on.
+if ! "${apt[@]}" update || ! { "${apt[@]}" download "${packages[@]}" libssl3 ||
+    "${apt[@]}" download "${packages[@]}" libssl3t64; }; then
+    echo "emulated Arm: LEFT OUT, apt has no Python $version for it"
     exit
 fi
 for package in *.deb; do
