@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from command import run
 from moe_fast import design_moe
-from moe_fast.command.cli import app
+from moe_fast.command.cli import app, command_for
 from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.demo import make_dense_model
 from moe_fast.errors import Problem
@@ -300,3 +300,16 @@ def test_results_that_no_file_takes(arguments):
         )
     assert done.returncode == 1
     assert done.stderr == f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
+def test_a_command_makes_its_own_parser_alone(name):
+    one = typer.main.get_command(command_for([name, "--help"]))
+    assert list(one.commands) == [name]
+    every = typer.main.get_command(app).commands[name]
+    assert [p.opts for p in one.commands[name].params] == [p.opts for p in every.params]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version", "build"], ["bild"], ["--help"]], ids=str)
+def test_what_names_no_command_gets_all(arguments):
+    assert command_for(arguments) is app

@@ -32,12 +32,14 @@ version=$("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")')
 touch "$built/apt/status"
 apt=(apt-get -qq -o Dir::State="$built/apt" -o Dir::State::status="$built/apt/status"
     -o Dir::Cache="$built/apt" -o APT::Sandbox::User=root -o APT::Architectures::=)
-packages=(libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 liblzma5 libbz2-1.0 libssl3
+packages=(libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 liblzma5 libbz2-1.0
     libsqlite3-0 libuuid1 "python$version-minimal" "libpython$version"-{minimal,stdlib,dev})
-"${apt[@]}" -o APT::Architecture=arm64 update
+apt+=(-o APT::Architecture=arm64)
 cd "$built/apt/archives"
-if ! "${apt[@]}" -o APT::Architecture=arm64 download "${packages[@]}"; then
-    echo "emulated Arm: LEFT OUT, Debian has no arm64 Python $version"
+# OpenSSL's package has one name up to Debian 12, and another from 13 on.
+if ! "${apt[@]}" update || ! { "${apt[@]}" download "${packages[@]}" libssl3 ||
+    "${apt[@]}" download "${packages[@]}" libssl3t64; }; then
+    echo "emulated Arm: LEFT OUT, apt has no Python $version for it"
     exit
 fi
 for package in *.deb; do
@@ -82,13 +84,15 @@ export PYTHONNOUSERSITE=1
 
 case $what in
 count)
-    cc=${CC_HERE:-cc}
-    "$cc" -O2 -shared -fPIC -o "$built/instructions.so" benchmarks/instructions.c
+    cc -O2 -shared -fPIC -o "$built/instructions.so" benchmarks/instructions.c
     PYTHONPATH=$PWD/src:$built/site qemu-aarch64 -L "$built/root" -plugin "$built/instructions.so" \
         "$built/root/usr/bin/python$version" benchmarks/instructions.py \
         >"$built/arm.rows" 2>"$built/arm.counts"
-    MOE_FAST_LEVEL=baseline PYTHONPATH=$checkout/src qemu-x86_64 -plugin "$built/instructions.so" \
-        "$(readlink -f "$python")" benchmarks/instructions.py >"$built/x86.rows" 2>"$built/x86.counts"
+    # An environment's Python is a link; the emulator takes the file, and its packages from here.
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    MOE_FAST_LEVEL=baseline PYTHONPATH=$checkout/src:$packages qemu-x86_64 \
+        -plugin "$built/instructions.so" "$(readlink -f "$python")" benchmarks/instructions.py \
+        >"$built/x86.rows" 2>"$built/x86.counts"
     PYTHONPATH=$checkout/src "$python" benchmarks/instructions.py "$built/x86" "$built/arm"
     ;;
 quick)
@@ -98,7 +102,7 @@ quick)
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
         -n auto tests/test_golden.py tests/test_counting.py tests/test_generator.py \
         tests/test_normal.py tests/test_gates.py tests/test_routing.py tests/test_dtypes.py \
-        tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_backbone.py "${@:3}"
+        tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_build.py "${@:3}"
     ;;
 all)
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
