@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -28,19 +29,12 @@ from moe_fast.command.console import (
     show_routing,
     show_scores,
 )
-from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
-from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.registry import moe_families
-from moe_fast.plan import plan_moe_construction
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
-from moe_fast.routing.logits_file import statistics_of_file
-from moe_fast.routing.weights import compute_router_weights
-from moe_fast.routing.weights_file import write_router_weights
-from moe_fast.storage.npy import map_npy
 
 
 class PlainFlags:
@@ -100,6 +94,10 @@ OPTIONS_OF_MODELS = (
     "split",
     "backbone",
     "logit_std",
+    "text",
+    "tokens",
+    "tokens_used",
+    "device",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -150,6 +148,14 @@ LogitStd = Annotated[
         show_default="as the start draws them",
     ),
 ]
+TokensUsed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many tokens routers are made from.",
+        show_default="8192, or 40 an expert",
+    ),
+]
 HiddenStates = Annotated[
     Path | None,
     typer.Option(
@@ -197,6 +203,23 @@ Quiet = Annotated[
         help="Print warnings and errors alone.",
     ),
 ]
+
+
+def command_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command with the parser of the subcommand that `arguments` begin with, or with all.
+
+    To make the others' takes a fifth of the start.
+    """
+    named = [
+        each
+        for each in app.registered_commands
+        if each.callback is not None and [each.name or each.callback.__name__] == arguments[:1]
+    ]
+    if not named:
+        return app
+    one = copy(app)
+    one.registered_commands = named
+    return one
 
 
 def print_version(asked: bool) -> None:
@@ -321,6 +344,10 @@ def build(
         ),
     ] = "base",
     logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -369,6 +396,10 @@ def build(
                 split=cast(Any, split),
                 backbone=parse_backbone(backbone),
                 logit_std=logit_std,
+                texts=text_files(text),
+                tokens=tokens,
+                tokens_used=tokens_used,
+                device=device,
                 **how,
             )
     show(report, show_build, as_json)
@@ -791,7 +822,7 @@ def plan(
 ) -> None:
     with reported_errors(context):
         config = choose_config(experts, experts_per_token, granularity)
-        made = plan_moe_construction(models, layers, config, granularity=granularity)
+        made = moe_fast.plan_moe_construction(models, layers, config, granularity=granularity)
         report = made.report(
             hidden_size, intermediate_size, config.num_experts, granularity=granularity
         )
@@ -845,7 +876,7 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
-        weights = compute_router_weights(
+        weights = moe_fast.compute_router_weights(
             layers,
             hidden_size,
             experts,
@@ -856,7 +887,7 @@ def gates(
             remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
     with reported_errors(context, path="output"):
-        nbytes = write_router_weights(output, weights, overwrite=overwrite)
+        nbytes = moe_fast.write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
@@ -931,7 +962,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context, path="logits"):
-        stats = statistics_of_file(
+        stats = moe_fast.statistics_of_file(
             logits,
             method,
             experts_per_token,
@@ -947,6 +978,8 @@ def route(
         )
     if plot is not None:
         with reported_errors(context, path="plot"):
+            from moe_fast.drawing.plotting import save_load_picture
+
             save_load_picture(stats.counts, plot)
     if as_json:
         print_json(stats.to_dict() | {"layers": stats.summary()})
@@ -959,7 +992,7 @@ def route(
 )
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     with reported_errors(context):
-        diagnosis = diagnose()
+        diagnosis = moe_fast.diagnose()
     show(diagnosis, show_diagnosis, as_json)
 
 
@@ -1013,7 +1046,14 @@ def read_text(text: str | None) -> str | None:
     return text
 
 
+def text_files(files: Sequence[Path] | None) -> list[Path]:
+    """The files of text, whose names never stand for texts here."""
+    return list(files or ())
+
+
 def open_states(file: Path | None) -> Any:
+    from moe_fast.storage.npy import map_npy
+
     return None if file is None else map_npy(file)
 
 

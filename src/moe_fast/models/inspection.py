@@ -48,12 +48,15 @@ class RouterReport:
     """The router of one layer, its rows being the experts' vectors.
 
     `most_alike` is the greatest cosine between two rows: at 1 their logits tie in proportion.
-    `tied_experts` counts the experts whose row equals another's. How tokens would spread is
-    predicted on hidden states: the coefficient of variation is that of the experts' load, 0 where
-    it is even, and the entropy that of a token's probabilities, in nats. All are `None` or 0 where
-    the router holds a number that is not finite, or is absent; the prediction also where
-    `config.json` does not say how many experts a token gets. `mtp` says that the layer is one for
-    multi-token prediction; these are numbered from the model's last layer on.
+    `tied_experts` counts the experts whose row equals another's; `row_repeats` of them, one after
+    the other, share each row, 1 where all have their own, and `None` where that is not so
+    throughout: those that split one feed-forward network do, to be chosen together.
+
+    How tokens would spread is predicted on hidden states: the coefficient of variation is that of
+    the experts' load, 0 where it is even, and the entropy that of a token's probabilities, in nats.
+    All are `None` or 0 where the router holds a number that is not finite, or is absent; the
+    prediction also where `config.json` does not say how many experts a token gets. `mtp` says that
+    the layer is one for multi-token prediction; these are numbered from the model's last layer on.
     """
 
     layer: int
@@ -62,6 +65,7 @@ class RouterReport:
     greatest_norm: float | None
     most_alike: float | None
     tied_experts: int
+    row_repeats: int | None = None
     coefficient_of_variation: float | None = None
     mean_entropy: float | None = None
     mtp: bool = False
@@ -290,6 +294,7 @@ def router_report(
         float(norms.max(initial=0)),
         most_alike,
         int(counts[counts > 1].sum()),
+        find_repeats(weights, len(counts)),
     )
     if top_k is None or not 0 < top_k <= len(weights) <= MOST_EXPERTS:
         return report
@@ -333,3 +338,12 @@ def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:
             places.append((layer.number, number))
             weights.append([expert[role] for role in sorted(expert)])
     return tuple(tuple(places[index] for index in group) for group in equal_groups(weights))
+
+
+def find_repeats(rows: npt.NDArray[Any], distinct: int) -> int | None:
+    """How often each row stands, one after the other; `None` where that differs."""
+    repeats, rest = divmod(len(rows), max(distinct, 1))
+    if rest:
+        return None
+    runs = rows.reshape(-1, repeats, rows.shape[1])
+    return repeats if (runs == runs[:, :1]).all() else None
