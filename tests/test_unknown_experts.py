@@ -337,3 +337,13 @@ def test_numbers_from_names_cost_nothing(tmp_path: Path, number):
     assert report.num_experts is None
     assert math.isfinite(report.num_parameters)
     assert run("inspect", folder).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["model_type", "architectures"])
+def test_names_from_config_json_do_not_command_the_terminal(tmp_path, key):
+    config = {"num_hidden_layers": 1, "model_type": "x"}
+    config[key] = "\x1b[2J" + "y" * 10_000 if key == "model_type" else ["\x1b[2J" * 1000]
+    folder = write_model(tmp_path / "moe", {"model.layers.0.moe.w": ones(2, 2, 2)}, config)
+    printed = run("inspect", folder).stdout
+    assert "\x1b" not in printed
+    assert len(printed) < 2000

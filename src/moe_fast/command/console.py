@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MOST_PROBLEMS = 10
 MOST_LINES = 100
 MOST_FILES = 12
+LONGEST_NAME = 200  # of a family or a class that config.json names
 STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
 output_console = Console()
 error_console = Console(stderr=True)
@@ -295,7 +296,8 @@ def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
 def show_model(report: ModelReport) -> None:
     pairs = {
         "model": f"{report.path}",
-        "family": f"{report.model_type} ({report.architecture or 'no architecture named'})",
+        "family": f"{plainly(report.model_type)} "
+        f"({plainly(report.architecture or 'no architecture named')})",
         "parameters": f"{report.num_parameters:,}",
         "dtypes": ", ".join(
             f"{d} {format_quantity(n, 'B')}" for d, n in report.bytes_by_dtype.items()
@@ -340,8 +342,15 @@ def show_model(report: ModelReport) -> None:
         show_routers(report)
     if report.copies is not None:
         show_copies(report.copies, report.num_layers)
-    for problem in report.problems:
+    for problem in report.problems[:MOST_LINES]:
         complain(problem)
+    if len(report.problems) > MOST_LINES:
+        complain(f"and {len(report.problems) - MOST_LINES:,} more like these")
+
+
+def plainly(text: str) -> str:
+    """A name out of a file for the terminal, however long it is and whatever is in it."""
+    return text if text.isprintable() and len(text) < LONGEST_NAME else brief(text)
 
 
 def show_routers(report: ModelReport) -> None:
