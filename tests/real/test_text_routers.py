@@ -182,7 +182,8 @@ def test_kinds_find_their_experts(folder, tmp_path, method, experts):
         ExpertSource(folder / "b", texts=(str(folder / "digits.txt"),)),
     ]
     moe = tmp_path / "moe"
-    build_moe(models, moe, MoeConfig(experts, 1), routers=method)
+    report = build_moe(models, moe, MoeConfig(experts, 1), routers=method)
+    assert "tokens of the texts" in report.routers.hidden_states
     for kind, name in enumerate(("other.txt", "digits.txt")):
         for load in routed(moe, bytes_of(folder / name)):
             assert load[kind::2].sum() > 0.9 * load.sum()
@@ -278,6 +279,10 @@ def test_ridge_is_scikit_learns():
         (
             {"texts": "the quick brown fox " * 50, "device": "abacus"},
             r"^device must be a device of torch's here, .* got 'abacus'",
+        ),
+        (
+            {"texts": "the quick brown fox " * 50, "hidden_states": np.zeros((1, 64))},
+            r"^hidden_states stand beside texts or tokens",
         ),
         (
             {"texts": Path("notes.log")},
