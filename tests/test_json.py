@@ -40,6 +40,7 @@ COMMANDS = {
     "plan": "plan 2 3 --json",
     "route": "route logits.npy --json",
     "doctor": "doctor --json",
+    "families": "families --json",
     "demo": "demo demo --overwrite --json",
 }
 Key = tuple[str, ...]

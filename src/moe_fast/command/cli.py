@@ -23,6 +23,7 @@ from moe_fast.command.console import (
     show_comparison,
     show_conversion,
     show_diagnosis,
+    show_families,
     show_model,
     show_operation,
     show_plan,
@@ -32,7 +33,9 @@ from moe_fast.command.console import (
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
-from moe_fast.families.registry import moe_families
+from moe_fast.families.choice import UNFIT, targets_of
+from moe_fast.families.readers import readers_of
+from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
 
@@ -636,6 +639,10 @@ def expand(
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
+    noise_scale: Annotated[
+        float, typer.Option(help="Standard deviation of the noise on copies.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -653,6 +660,8 @@ def expand(
             keep_k=keep_k,
             scores=scores,
             by=by,
+            noise_scale=noise_scale,
+            seed=seed,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -733,6 +742,12 @@ def extract(
     best: Annotated[
         int | None, typer.Option(help="So many of the best by --scores do, side by side.")
     ] = None,
+    copy: Annotated[
+        int | None, typer.Option(help="The copy of a fine-grained model whose shards do.")
+    ] = None,
+    granularity: Annotated[
+        int | None, typer.Option(help="Shards of a copy.", show_default="what the model says")
+    ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     max_shard_size: MaxShardSize = "5GB",
@@ -751,6 +766,8 @@ def extract(
             expert=expert,
             mean=mean,
             best=best,
+            copy=copy,
+            granularity=granularity,
             scores=scores,
             by=by,
             max_shard_size=max_shard_size,
@@ -774,9 +791,17 @@ def merge(
     model: MoeFolder,
     output: OutputFolder,
     groups: Annotated[
-        Path,
+        Path | None,
         typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
-    ],
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="How many are left in each layer, grouped by --scores.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    align: Annotated[
+        bool, typer.Option("--align", help="Match neurons to those of each group's first expert.")
+    ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -791,6 +816,10 @@ def merge(
             model,
             output,
             groups,
+            num_experts=experts,
+            scores=scores,
+            by=by,
+            align=align,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -1048,6 +1077,22 @@ def route(
         print_json(stats.to_dict() | {"layers": stats.summary()})
     else:
         show_routing(stats)
+
+
+@app.command(
+    cls=Command,
+    help="Show which dense models become which MoEs, and which programs load those.",
+)
+def families(as_json: AsJson = False) -> None:
+    becomes = {
+        name: [target.name for target in targets_of(dense)]
+        for name, dense in dense_families().items()
+    }
+    readers = {name: list(readers_of(moe.rules)) for name, moe in moe_families().items()}
+    if as_json:
+        print_json({"becomes": becomes, "readers": readers, "fit_nothing": UNFIT})
+    else:
+        show_families(becomes, readers, UNFIT)
 
 
 @app.command(
