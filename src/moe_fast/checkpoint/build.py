@@ -738,7 +738,7 @@ def build(
     output = as_path(output, "output")
     if hidden_states is not None and request.routers.has_text:
         raise MoeConfigError(
-            "stand beside texts or tokens; one of them says what the routers read",
+            "must not stand beside texts or tokens: one of them says what the routers read",
             argument="hidden_states",
         )
     started = time.perf_counter()
