@@ -169,6 +169,11 @@ def test_starts_that_cannot_be(options, error, message):
         RouterStart("calibrated", **options)
 
 
+def test_tokens_used_without_text():
+    with pytest.raises(MoeConfigError, match=r"^tokens_used says how many tokens of texts are"):
+        RouterStart("normal", tokens_used=500)
+
+
 def test_starts_from_text_are_sharp_by_default():
     assert RouterStart("calibrated").logit_std == 3
     assert RouterStart("clustered", logit_std=10).logit_std == 10

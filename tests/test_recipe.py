@@ -23,6 +23,7 @@ from moe_fast import (
     ExpertSource,
     MoeConfig,
     RecipeError,
+    RouterStart,
     build_moe,
     build_recipe,
     read_recipe,
@@ -430,6 +431,23 @@ def test_prompts_without_effect_are_noted():
     )
     report = build_recipe("recipe.yml", "moe")
     assert report.warnings[: len(recipe.notes)] == recipe.notes
+
+
+def test_texts_without_effect_are_noted():
+    recipe = read_recipe(write(TWO + "    texts: [x]\n"))
+    assert recipe.notes == (
+        "recipe.yml:6: experts[1].texts: texts of an expert have no effect with gate_mode random",
+    )
+
+
+def test_the_texts_of_routers_are_read():
+    models = "models:\n- {source_model: a, texts: [x.txt]}\n- {source_model: b, texts: [y.txt]}\n"
+    found = request(f"{models}routers: ridge\ntokens_used: 500\ndevice: cuda\nlogit_std: 2\n")
+    start = RouterStart("ridge", logit_std=2, tokens_used=500, device="cuda")
+    assert found.routers == start
+    assert [model.texts for model in found.models] == [("x.txt",), ("y.txt",)]
+    found = request("models: [a]\nrouters: calibrated\ntokens: t.npy\n")
+    assert found.routers == RouterStart("calibrated", tokens="t.npy")
 
 
 PROMPTS = """\

@@ -95,7 +95,11 @@ def test_the_command(moe, tmp_path):
     [
         ("cheap_embed", MoeConfigError, r"^routers 'cheap_embed' is made from the sources of a"),
         ("ridge", MoeConfigError, r"^routers 'ridge' is made from the sources of a build"),
-        ("calibrated", MoeConfigError, r"^texts are missing, which routers='calibrated' are made"),
+        (
+            "calibrated",
+            MoeConfigError,
+            r"^texts must be files of text, unless tokens are given: routers",
+        ),
     ],
 )
 def test_starts_that_need_something_else(moe, tmp_path, method, error, message):

@@ -123,6 +123,11 @@ class RouterStart:
             raise MoeConfigError("texts or tokens, one of them, say what the model reads")
         if self.tokens_used is not None:
             number = as_index(self.tokens_used, "tokens_used", minimum=1)
+            if not self.has_text and self.method not in FROM_TEXT:
+                raise MoeConfigError(
+                    "says how many tokens of texts are used; there are no texts or tokens",
+                    argument="tokens_used",
+                )
             object.__setattr__(self, "tokens_used", number)
         if not isinstance(self.device, str):
             raise ArgumentTypeError(f"must be a string, got {self.device!r}", argument="device")

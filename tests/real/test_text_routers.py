@@ -182,7 +182,8 @@ def test_kinds_find_their_experts(folder, tmp_path, method, experts):
         ExpertSource(folder / "b", texts=(str(folder / "digits.txt"),)),
     ]
     moe = tmp_path / "moe"
-    build_moe(models, moe, MoeConfig(experts, 1), routers=method)
+    report = build_moe(models, moe, MoeConfig(experts, 1), routers=method)
+    assert "tokens of the texts" in report.routers.hidden_states
     for kind, name in enumerate(("other.txt", "digits.txt")):
         for load in routed(moe, bytes_of(folder / name)):
             assert load[kind::2].sum() > 0.9 * load.sum()
@@ -264,20 +265,27 @@ def test_ridge_is_scikit_learns():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"^texts are missing, which routers='calibrated' are made from"),
-        ({"texts": "e"}, r"^texts hold 1 tokens; 8 experts need at least 160, 20 each$"),
-        ({"texts": "e" * 159}, r"^texts hold 159 tokens; 8 experts need at least 160, 20 each$"),
+        ({}, r"^texts must be files of text, unless tokens are given: routers='calibrated' are"),
+        ({"texts": "e"}, r"^texts must be at least 160 tokens, 20 for each of 8 experts, got 1$"),
+        (
+            {"texts": "e" * 159},
+            r"^texts must be at least 160 tokens, 20 for each of 8 experts, got 159$",
+        ),
         (
             {"texts": "e" * 500},
-            r"^texts hold 500 tokens, of which 1 are different; routers for 8 experts need text",
+            r"^texts must vary, for 8 experts to be told apart: 500 tokens have 1 different ones$",
         ),
         (
             {"texts": "the quick brown fox " * 50, "tokens_used": 159},
-            r"^tokens_used is 159; 8 experts need at least 160, 20 each$",
+            r"^tokens_used must be at least 160 tokens, 20 for each of 8 experts, got 159$",
         ),
         (
             {"texts": "the quick brown fox " * 50, "device": "abacus"},
             r"^device must be a device of torch's here, .* got 'abacus'",
+        ),
+        (
+            {"texts": "the quick brown fox " * 50, "hidden_states": np.zeros((1, 64))},
+            r"^hidden_states must not stand beside texts or tokens",
         ),
         (
             {"texts": Path("notes.log")},

@@ -13,7 +13,7 @@ from moe_fast.calibration.balancing import find_offsets
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
-MOST_ROUNDS = 20
+MOST_ROUNDS = 12
 OFFSET_ROUNDS = 20  # of each of them; balanced clusters need not be exactly so until the end
 SETTLED = 0.002  # of the vectors change their cluster
 
@@ -58,8 +58,8 @@ def spherical_k_means(
         labels = found
         if changed <= (SETTLED if balanced else 0):
             break
-        sums = np.zeros((num_clusters, vectors.shape[1]))
-        np.add.at(sums, labels, vectors)
+        members = labels == np.arange(num_clusters)[:, np.newaxis]
+        sums = members.astype(np.float32) @ vectors
         empty = np.flatnonzero(np.bincount(labels, minlength=num_clusters) == 0)
         if len(empty):  # each takes a vector that is far from its centroid
             own = cosines[np.arange(len(vectors)), labels]

@@ -66,16 +66,18 @@ def select_tokens(
     given: dict[str, Any] = {"tokens": tokens} if tokens is not None else {"texts": list(texts)}
     found = read_tokens(folder, config, length=LENGTH, **given)
     fewest = FEWEST_PER_EXPERT * num_experts
-    needed = f"{num_experts} experts need at least {fewest:,}, 20 each"
-    if found.num_tokens < fewest:
-        raise MoeConfigError(f"hold {found.num_tokens:,} tokens; {needed}", argument=argument)
-    if tokens_used is not None and tokens_used < fewest:
-        raise MoeConfigError(f"is {tokens_used:,}; {needed}", argument="tokens_used")
+    for name, number in ((argument, found.num_tokens), ("tokens_used", tokens_used)):
+        if number is not None and number < fewest:
+            raise MoeConfigError(
+                f"must be at least {fewest:,} tokens, {FEWEST_PER_EXPERT} for each of "
+                f"{num_experts} experts, got {number:,}",
+                argument=name,
+            )
     distinct = len(np.unique(np.concatenate(found.sequences)))
     if distinct < min(num_experts, FEWEST_DISTINCT):
         raise MoeConfigError(
-            f"hold {found.num_tokens:,} tokens, of which {distinct} are different; routers for "
-            f"{num_experts} experts need text that varies",
+            f"must vary, for {num_experts} experts to be told apart: {found.num_tokens:,} tokens "
+            f"have {distinct} different ones",
             argument=argument,
         )
     count = tokens_used or max(LEAST_USED, USED_PER_EXPERT * num_experts)

@@ -52,6 +52,7 @@ from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
+    TEXT_FILES,
     ExpertSource,
     ModelPath,
     Request,
@@ -164,8 +165,10 @@ class BuildDesign(Design):
         """What the routers do with given hidden states, else with known ones or random ones."""
         construction = self.construction
         layers, routers = construction.moe_layers, construction.routers
+        if hidden_states is None and routers.health is not None:
+            return routers.health
         if hidden_states is None and routers.start.has_text:
-            return routers.health or judge_on_text(construction)
+            return judge_on_text(construction)
         states = routers.hidden_states
         if states is not None and len(layers) < len(states):
             states = states[list(layers)]
@@ -748,6 +751,11 @@ def build(
     `recipe` is the file that the request was read from, which the output must not replace.
     """
     output = as_path(output, "output")
+    if hidden_states is not None and request.routers.has_text:
+        raise MoeConfigError(
+            "must not stand beside texts or tokens: one of them says what the routers read",
+            argument="hidden_states",
+        )
     started = time.perf_counter()
     mapped = hidden_states.filename if isinstance(hidden_states, np.memmap) else None
     also_read = [Path(file) for file in (recipe, mapped) if file is not None]
@@ -974,10 +982,9 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "split": request.split,
         "backbone": list(request.backbone_weights) or request.backbone,
     }
-    start = {name: value for name, value in vars(request.routers).items() if name != "method"}
     return {
         "base_model": request.base,
-        "models": request.models,
+        "models": [replace(each, texts=names_of(each.texts)) for each in request.models],
         "num_experts": request.config.num_experts,
         "experts_per_token": request.config.num_experts_per_tok,
         "shared_experts": request.shared_experts,
@@ -987,13 +994,25 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "dtype": request.dtype,
         "routers": request.routers.method,
         **{
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in start.items()
-            if value != getattr(RouterStart, name)
+            name: value
+            for name, value in name_files(request.routers).items()
+            if value not in (getattr(RouterStart, name), [])
         },
         "seed": request.seed,
         **{name: value for name, value in special.items() if value != getattr(BuildRequest, name)},
     }
+
+
+def name_files(start: RouterStart) -> dict[str, Any]:
+    """What a recipe says of a start besides its method, files without their folders."""
+    values = {name: value for name, value in vars(start).items() if name != "method"}
+    tokens = None if start.tokens is None else Path(start.tokens).name
+    return values | {"texts": list(names_of(start.texts)), "tokens": tokens}
+
+
+def names_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """Files of text without their folders, which are nobody else's; texts as they are."""
+    return tuple(Path(text).name if text.endswith(TEXT_FILES) else text for text in texts)
 
 
 def warn_of_unused_models(models: Sequence[ExpertSource], report: MoeReport) -> list[str]:

@@ -291,8 +291,8 @@ class TextRouters(Routers):
         start, context = self.start, self.context
         if not texts and start.tokens is None:
             raise MoeConfigError(
-                f"are missing, which routers={start.method!r} are made from: name files of text, "
-                "or tokens",
+                f"must be files of text, unless tokens are given: routers={start.method!r} are "
+                "made from them",
                 argument="texts",
             )
         num_experts = -(-context.shape[0] // share)

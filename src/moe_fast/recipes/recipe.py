@@ -22,7 +22,13 @@ from moe_fast.plain import Mistakes, decode
 from moe_fast.recipes.document import LARGEST_FILE, Document
 from moe_fast.recipes.keys import GATE_MODES, ExpertKeys, RecipeKeys
 from moe_fast.reports import Report
-from moe_fast.request import DEFAULT_SHARD_SIZE, ExpertSource, RouterMethod, RouterStart
+from moe_fast.request import (
+    DEFAULT_SHARD_SIZE,
+    FROM_TEXT,
+    ExpertSource,
+    RouterMethod,
+    RouterStart,
+)
 from moe_fast.storage.hub import find_model
 
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
@@ -147,7 +153,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     document = Document(as_path(path, "path"))
     keys = read_keys(document)
     request = located(as_request(keys, find_folders(keys, document)))
-    return Recipe(request, tuple(document.locate(find_unused_prompts(keys))))
+    return Recipe(request, tuple(document.locate(find_unused(keys))))
 
 
 def read_keys(document: Document) -> RecipeKeys:
@@ -250,16 +256,24 @@ def find_missing_prompts(keys: RecipeKeys, listed: str, said: str) -> Iterator[t
         yield "shared_experts", "some have prompts and others do not; give them to all or to none"
 
 
-def find_unused_prompts(keys: RecipeKeys) -> Mistakes:
-    """The first prompts, if no router is made from prompts."""
+def find_unused(keys: RecipeKeys) -> Mistakes:
+    """The first prompts, if no router is made from prompts, and the first texts of an expert."""
     method, said = choose_routers(keys)
-    given = [
-        (f"{where}.{key}", f"prompts have no effect with {said}")
-        for where, expert in list_experts(keys, "experts", "models", "shared_experts").items()
-        for key in ("positive_prompts", "negative_prompts")
-        if getattr(expert, key)
+
+    def find(what: str, *names: str) -> Mistakes:
+        return [
+            (f"{where}.{name}", f"{what} have no effect with {said}")
+            for where, expert in list_experts(keys, "experts", "models", "shared_experts").items()
+            for name in names
+            if getattr(expert, name)
+        ][:1]
+
+    prompts = find("prompts", "positive_prompts", "negative_prompts")
+    texts = find("texts of an expert", "texts")
+    return [
+        *([] if RouterStart(method).from_prompts else prompts),
+        *([] if method in FROM_TEXT else texts),
     ]
-    return [] if RouterStart(method).from_prompts else given[:1]
 
 
 def find_folders(keys: RecipeKeys, document: Document) -> dict[str, str]:
