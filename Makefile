@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi' -o -name '*.h')
 
-.PHONY: help build demo test lint types format docs bench sanitize emulate emulate-arm count-arm coverage dist clean
+.PHONY: help build demo test lint types format docs bench readers sanitize emulate emulate-arm count-arm coverage dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint      ruff and cython-lint;  make types: mypy;  make format: ruff format'
 	@echo 'make docs      the documentation as a website, into site/'
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
+	@echo 'make readers   ask vLLM and llama.cpp what every pair of families computes'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make emulate   run the AVX-512 kernels on a processor without AVX-512'
 	@echo 'make emulate-arm  run the tests on 64-bit Arm, emulated; count-arm: count its instructions'
@@ -65,6 +66,10 @@ docs: $(VENV)/ready
 # BENCH='--reference moe_construction.rs float64' adds the reference and chooses rows.
 bench: build
 	$(RUN) -m benchmarks $(BENCH)
+
+# Every pair of families, asked of vLLM and llama.cpp; CONTRIBUTING.md says what must be named.
+readers: build
+	MOE_FAST_ALL_READERS=1 $(RUN) -m pytest tests/real/test_vllm.py tests/real/test_llama_cpp.py
 
 sanitize: $(VENV)/ready
 	bash tests/sanitize.sh $(RUN)

@@ -25,5 +25,13 @@ def write_dense(
     tensors = {
         name: generator.normal(size=shape).astype(dtype) for name, shape in entry["tensors"].items()
     }
-    write_model(folder, tensors, entry["config"] | changes)
+    config = entry["config"] | changes
+    if "rope_theta" in changes and "rope_theta" in config["rope_parameters"]:
+        theta = {"rope_theta": changes["rope_theta"]}
+        config["rope_parameters"] = config["rope_parameters"] | theta
+    tensors.pop("lm_head.weight", None)
+    if not config["tie_word_embeddings"]:
+        shape = (config["vocab_size"], config["hidden_size"])
+        tensors["lm_head.weight"] = generator.normal(size=shape).astype(dtype)
+    write_model(folder, tensors, config)
     return tensors

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from dense_families import write_dense
+
 COMMON = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -61,6 +63,9 @@ def make_model(
     folder: Path, family: str, *, seed: int = 0, dtype: Any = np.float32, **changes: Any
 ) -> Path:
     """Write a model of `family` with these `changes` to its configuration; return its folder."""
+    if family not in OWN:
+        write_dense(folder, family, seed=seed, dtype=dtype, **changes)
+        return folder
     config = {"model_type": family, **COMMON, **OWN[family], **changes}
     generator = np.random.default_rng(seed)
 

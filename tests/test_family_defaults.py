@@ -39,6 +39,9 @@ def problems_of(moe) -> tuple[str, ...]:
 def test_a_head_dim_that_is_missing(moe, tmp_path):
     """It is hidden_size / num_attention_heads, whatever dense Qwen3's is."""
     edit_config(moe, head_dim="absent")
+    if moe_families()[config_of(moe)["model_type"]].defaults.get("head_dim") is not None:
+        assert problems_of(moe)
+        return
     assert not problems_of(moe)
     assert convert_moe(moe, tmp_path / "other").num_tensors
 
@@ -48,6 +51,9 @@ def test_key_value_heads_that_are_missing(moe):
     edit_config(moe, num_key_value_heads="absent")
     family = moe_families()[config_of(moe)["model_type"]]
     number = family.defaults["num_key_value_heads"] or 4
+    if number == 2 or family.blocks == "latent attention":
+        assert not problems_of(moe)
+        return
     (first, *_) = problems_of(moe)
     assert first.endswith(f"config.json makes it [{number * 12}, 48]")
 
@@ -127,7 +133,14 @@ INTEGERS = {
     *("shared_expert_intermediate_size", "shared_intermediate_size", "first_k_dense_replace"),
     *("moe_layer_freq", "decoder_sparse_step", "max_window_layers", "n_group", "topk_group"),
     *("num_nextn_predict_layers", "pretraining_tp", "original_max_position_embeddings"),
-    "sliding_window",
+    *("sliding_window", "kv_lora_rank", "q_lora_rank", "qk_head_dim", "qk_nope_head_dim"),
+    *("qk_rope_head_dim", "v_head_dim", "mamba_chunk_size", "mamba_d_conv", "mamba_d_head"),
+    *("mamba_d_state", "mamba_expand", "mamba_n_groups", "mamba_n_heads", "moe_topk"),
+    *("eod_token_id", "conv_L_cache", "num_dense_layers", "linear_conv_kernel_dim"),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads"),
+    *("linear_num_value_heads", "num_shared_experts", "prefix_dense_intermediate_size"),
+    *("top_k_experts", "hidden_size_per_layer_input", "num_kv_shared_layers"),
+    *("per_layer_config.2.head_dim", "vocab_size_per_layer_input"),
     "rope_scaling.original_max_position_embeddings",
     "rope_parameters.original_max_position_embeddings",
 }
@@ -149,7 +162,7 @@ def test_floats_are_written_as_floats(tmp_path, target, command):
         assert "rms_norm_eps" in whole_numbers(config_of(tmp_path / "moe"))
         convert_moe(tmp_path / "moe", tmp_path / "other")
     config = config_of(tmp_path / ("moe" if command == "build" else "other"))
-    assert config["rms_norm_eps"] == 1
+    assert config["rms_norm_eps"] in (1, None)
     assert whole_numbers(config) <= INTEGERS
 
 

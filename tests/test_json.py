@@ -40,6 +40,7 @@ COMMANDS = {
     "plan": "plan 2 3 --json",
     "route": "route logits.npy --json",
     "doctor": "doctor --json",
+    "families": "families --json",
     "demo": "demo demo --overwrite --json",
 }
 Key = tuple[str, ...]
@@ -92,8 +93,8 @@ def fits(key: Key, pattern: Key) -> bool:
 
 def test_every_command_with_json_is_documented():
     assert documented().keys() == {*COMMANDS, "score"}  # which tests/real/test_scores.py runs
-    for name in (*COMMANDS, "expand", "merge", "extract", "report", "gates"):
-        listed = name in COMMANDS or name in ("expand", "merge", "extract")
+    for name in (*COMMANDS, "expand", "merge", "extract", "reroute", "report", "gates"):
+        listed = name in COMMANDS or name in ("expand", "merge", "extract", "reroute")
         assert ("--json" in run(name, "--help").stdout) == listed
 
 

@@ -17,6 +17,7 @@ from families import make_model
 from folders import edit_config, edit_json, rewrite
 from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model
+from moe_fast.families.readers import Contents, find_readers
 from moe_fast.families.registry import moe_families
 
 CONFIG = MoeConfig(num_experts=4)
@@ -31,6 +32,13 @@ FAMILIES = {
     "flex_olmo": "olmo2",
     "glm4_moe": "llama",
     "deepseek": "llama",
+    "cohere2_moe": "cohere2",
+    "deepseek_v3": "youtu",
+    "gemma4_text": "gemma4_text",
+    "granitemoehybrid": "granitemoehybrid",
+    "hunyuan_v1_moe": "hunyuan_v1_dense",
+    "lfm2_moe": "lfm2",
+    "qwen3_5_moe_text": "qwen3_5_text",
 }
 
 
@@ -179,3 +187,37 @@ def test_a_tokenizer_that_is_none(dense, tmp_path, text):
     (dense / "tokenizer.json").write_bytes(text.encode(errors="surrogateescape"))
     assert not build_moe(dense, tmp_path / "moe", CONFIG).warnings
     assert check_moe(tmp_path / "moe").passed
+
+
+@pytest.mark.parametrize(("number", "too_many"), [(1024, False), (1025, True)])
+def test_more_experts_than_llama_cpp_takes(dense, tmp_path, number, too_many):
+    config = {"num_local_experts": number, "num_experts": number, "model_type": "mixtral"}
+    readers = find_readers(config, Contents("per-expert", number))
+    reasons = {reader.name: reader.reasons for reader in readers}
+    assert len(about(reasons["llama.cpp"], "takes at most 1024 experts, here are 1025")) == too_many
+    assert not about(reasons["vLLM"], "1024")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("granite_swa", {"layer_types": ["full_attention"] * 3}, "wants a sliding window in some"),
+        ("granite_swa", {"layer_rope_theta": [1e4, 0, 5e5]}, "has one rope_theta for all layers"),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, "has no rotary embedding in a"),
+        ("lfm2", {"tie_word_embeddings": False}, "has no place for a head of its own"),
+        ("hunyuan_v1_dense", {}, "wants moe_topk of a hunyuan_v1_moe as a list"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute(tmp_path, family, changes, reason):
+    make_model(tmp_path / "dense", family, **changes)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert about(reasons_of(tmp_path / "moe")["llama.cpp"], reason)
+
+
+def test_who_was_not_asked_is_not_said_to_load(tmp_path):
+    make_model(tmp_path / "dense", "gemma4_text")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    reasons = reasons_of(tmp_path / "moe")
+    assert reasons["llama.cpp"] == ("has been asked for no gemma4_text yet, it may load it",)
+    assert reasons["transformers 4"] == ("has no gemma4_text of its own",)
+    assert not reasons["transformers 5"]

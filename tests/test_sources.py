@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
+from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors.numpy import load_file
 
+from command import run
 from dense_families import FAMILIES, write_dense
 from families import make_model
 from folders import config_of, edit_config, rewrite
-from moe_fast import CheckpointError, MoeConfig, build_moe, check_moe, convert_moe
-from moe_fast.families.registry import dense_families
+from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe, convert_moe
+from moe_fast.families.choice import targets_of
+from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.storage.pieces import Given, PairsToHalves
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 # What "auto" makes of the model in the golden file.
 TARGETS = {
+    "cohere2": "cohere2_moe",
     "cwm": "mixtral",
     "ernie4_5": "mixtral",
     "exaone": "mixtral",
+    "gemma4_text": "gemma4_text",
     "glm": "glm4_moe",
     "granite_swa": "granitemoe_swa",
+    "granitemoehybrid": "granitemoehybrid",
     "helium": "mixtral",
+    "hunyuan_v1_dense": "hunyuan_v1_moe",
     "internlm3": "mixtral",
     "iquestcoder": "mixtral",
+    "lfm2": "lfm2_moe",
     "olmo3": "flex_olmo",
     "phi3": "mixtral",
+    "qwen3_5_text": "qwen3_5_moe_text",
     "seed_oss": "qwen2_moe",
     "smollm3": "granitemoe_swa",
+    "youtu": "deepseek_v3",
 }
+# Those whose blocks one MoE family alone has.
+TWINS = ("cohere2", "granitemoehybrid", "hunyuan_v1_dense", "lfm2", "qwen3_5_text", "youtu")
 
 
 def halves(rows: np.ndarray, head_dim: int, rotated: int) -> np.ndarray:
@@ -69,7 +83,8 @@ def test_every_family_is_in_the_golden_file():
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "more"])
 def test_a_tensor_that_is_wrong_has_the_name_that_it_has_in_the_file(tmp_path, family, damage):
     tensors = write_dense(tmp_path / "dense", family)
-    name = next(name for name in tensors if "1." in name and "mlp" in name)
+    ffn = ("mlp", "feed_forward")
+    name = next(n for n in tensors if ".1." in n and any(part in n for part in ffn))
     array = tensors.pop(name)
     if damage == "misshapen":
         tensors[name] = array[:-1].copy()
@@ -218,3 +233,235 @@ def test_pairs_to_halves(rotated, columns):
     chunks = [bytes(chunk) for chunk in piece.chunks()]
     assert b"".join(chunks) == halves(rows, 12, rotated).tobytes()
     assert max(map(len, chunks)) <= 12 * columns
+
+
+def wrap(folder, model_type, prefix="model.language_model.", head="lm_head.weight"):
+    """Make a model the language model of a multimodal one; return what else that has."""
+    text = config_of(folder)
+    rest = {
+        "model.visual.patch.weight": np.ones((3, 5), np.float32),
+        "mtp.norm.weight": np.ones(4, np.float32),
+    }
+
+    def renamed(tensors):
+        named = {f"{prefix}{name.removeprefix('model.')}": t for name, t in tensors.items()}
+        if f"{prefix}lm_head.weight" in named:
+            named[head] = named.pop(f"{prefix}lm_head.weight")
+        return named | rest
+
+    rewrite(folder, renamed)
+    outer = {"model_type": model_type, "architectures": ["X"], "vision_config": {"depth": 1}}
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    text["tie_word_embeddings"] = not tied["tie_word_embeddings"]  # the whole's counts
+    (folder / "config.json").write_text(json.dumps({**outer, **tied, "text_config": text}))
+    return rest
+
+
+@pytest.mark.parametrize(
+    ("family", "outer", "moe", "architecture"),
+    [
+        ("qwen3_5_text", "qwen3_5", "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
+        ("gemma4_text", "gemma4", "gemma4", "Gemma4ForConditionalGeneration"),
+    ],
+)
+def test_what_surrounds_a_language_model_travels(tmp_path, family, outer, moe, architecture):
+    write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "alone", CONFIG)
+    alone, text = built(tmp_path / "alone"), config_of(tmp_path / "alone")
+    rest = wrap(tmp_path / "dense", outer)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    found, config = built(tmp_path / "moe"), config_of(tmp_path / "moe")
+    expected = {
+        name.replace("model.", "model.language_model.", 1): array for name, array in alone.items()
+    }
+    if family == "qwen3_5_text":
+        (warning,) = report.warnings
+        assert "1 tensor of layers that predict ahead, mtp.norm.weight first" in warning
+        del rest["mtp.norm.weight"]
+    assert found.keys() == (expected | rest).keys()
+    assert all(np.array_equal(found[name], array) for name, array in (expected | rest).items())
+    assert config["model_type"] == moe
+    assert config["architectures"] == [architecture]
+    assert config["vision_config"] == {"depth": 1}
+    assert config["text_config"] == {k: v for k, v in text.items() if k != "architectures"}
+    failed = [f for f in check_moe(tmp_path / "moe").findings if f.status == "failed"]
+    assert failed == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+    ],
+)
+def test_what_has_no_place_is_left_out_with_a_word(tmp_path, prefix, head):
+    make_model(tmp_path / "dense", "mistral")
+    build_moe(tmp_path / "dense", tmp_path / "alone", CONFIG)
+    wrap(tmp_path / "dense", "mistral3", prefix, head)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert report.target == "mixtral"
+    (warning,) = report.warnings
+    assert "mistral3 is more than its language model; Mixtral has no place for the rest" in warning
+    assert "2 tensors are left out" in warning
+    assert config_of(tmp_path / "moe") == config_of(tmp_path / "alone")
+    assert built(tmp_path / "moe").keys() == built(tmp_path / "alone").keys()
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_a_language_model_that_is_not_found(tmp_path):
+    make_model(tmp_path / "dense", "mistral")
+    wrap(tmp_path / "dense", "mistral3", "somewhere.")
+    with pytest.raises(CheckpointError, match=r"language_model\.embed_tokens\.weight, of"):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+def test_layers_that_predict_ahead_are_left_out_with_a_word(tmp_path):
+    write_dense(tmp_path / "dense", "qwen3_5_text")
+    rewrite(tmp_path / "dense", lambda t: t | {"mtp.norm.weight": np.ones(4, np.float32)})
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert "1 tensor of layers that predict ahead" in report.warnings[0]
+    assert check_moe(tmp_path / "moe").passed
+
+
+BLOCK = (16, 16)
+
+
+def quantise(folder, *, method="fp8", block=BLOCK, only="layers"):
+    """Put all matrices of the layers in FP8; return what they are then in float32."""
+    meant = {}
+
+    def change(tensors):
+        found = {}
+        generator = np.random.default_rng(0)
+        for name, array in tensors.items():
+            found[name] = meant[name] = array
+            if array.ndim == 2 and "layers" in name and only in name:
+                scales = generator.uniform(0.5, 2, [-(-n // 16) for n in array.shape])
+                scales = scales.astype(np.float32)
+                found[name] = array.astype(float8_e4m3fn)
+                found[f"{name}_scale_inv"] = scales
+                wide = scales.repeat(16, 0)[: array.shape[0]].repeat(16, 1)[:, : array.shape[1]]
+                meant[name] = (found[name].astype(np.float64) * wide).astype(np.float32)
+        return found
+
+    rewrite(folder, change)
+    edit_config(folder, quantization_config={"quant_method": method, "weight_block_size": block})
+    return meant
+
+
+@pytest.mark.parametrize("family", ["llama", "helium", "lfm2"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"granularity": 2}], ids=str)
+def test_weights_in_fp8_are_dequantised(tmp_path, family, options):
+    make_model(tmp_path / "dense", family)
+    make_model(tmp_path / "plain", family)
+    meant = quantise(tmp_path / "dense")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    config = MoeConfig(4, 2)
+    for name in ("dense", "plain"):
+        build_moe(tmp_path / name, tmp_path / f"moe-{name}", config, **options)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), name
+    assert check_moe(tmp_path / "moe-dense").passed
+    assert "quantization_config" not in config_of(tmp_path / "moe-dense")
+    assert (options == {"dtype": "bfloat16"}) == (array.dtype == bfloat16)
+
+
+def test_noise_is_added_to_what_fp8_means(tmp_path):
+    make_model(tmp_path / "dense", "llama")
+    make_model(tmp_path / "plain", "llama")
+    meant = quantise(tmp_path / "dense")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    for name in ("dense", "plain"):
+        build_moe(ExpertSource(tmp_path / name, noise_scale=0.1), tmp_path / f"moe-{name}", CONFIG)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+
+
+def test_what_shares_a_tensor_in_fp8_is_dequantised_where_blocks_end_with_it(tmp_path):
+    make_model(tmp_path / "dense", "phi3")
+    make_model(tmp_path / "plain", "phi3")
+    meant = quantise(tmp_path / "dense", only="gate_up")
+    rewrite(tmp_path / "plain", lambda _: meant)
+    for name in ("dense", "plain"):
+        build_moe(tmp_path / name, tmp_path / f"moe-{name}", CONFIG)
+    found, expected = built(tmp_path / "moe-dense"), built(tmp_path / "moe-plain")
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+    make_model(tmp_path / "all", "phi3")
+    quantise(tmp_path / "all")
+    with pytest.raises(CheckpointError, match=r"v_proj\.weight begins in the middle of a block"):
+        build_moe(tmp_path / "all", tmp_path / "moe", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"method": "awq"}, "quantization_config: 'awq' cannot be dequantised; 'fp8' with scales"),
+        ({"method": "fp8", "block": None}, "'fp8' without weight_block_size cannot be"),
+        ({"block": [8, 16]}, r"scale_inv' is F32 of shape .* scales of blocks of \[8, 16\] are"),
+    ],
+)
+def test_other_quantised_models_are_refused_by_name(tmp_path, changes, match):
+    make_model(tmp_path / "dense", "llama")
+    quantise(tmp_path / "dense", **changes)
+    with pytest.raises(CheckpointError, match=match):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("gemma2", "caps logits"), ("exaone4", "normalises each head"), ("olmo", "no weights")],
+)
+def test_what_fits_nothing_says_why(tmp_path, model_type, why):
+    make_model(tmp_path / "dense", "llama")
+    edit_config(tmp_path / "dense", model_type=model_type)
+    with pytest.raises(CheckpointError, match=f"{model_type}' fits no MoE: .*{why}"):
+        build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+
+
+def test_the_command_lists_what_becomes_what():
+    done = run("families", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert listed["becomes"].keys() == dense_families().keys()
+    assert listed["readers"].keys() == moe_families().keys()
+    for family, target in TARGETS.items():
+        assert target in listed["becomes"][family]
+    assert listed["becomes"]["qwen3"] == ["qwen3_moe", "glm4_moe"]
+    assert listed["becomes"]["olmo2"] == ["flex_olmo"]
+    assert not listed["fit_nothing"].keys() & listed["becomes"].keys()
+    text = run("families").stdout
+    assert "mixtral" in text
+    assert "gemma2" in text
+
+
+def test_what_is_said_to_fit_does_and_the_rest_does_not(tmp_path):
+    """By the models in the golden file, which have nothing special."""
+    for family in FAMILIES:
+        write_dense(tmp_path / family, family)
+        report = build_moe(tmp_path / family, tmp_path / "moe", CONFIG, dry_run=True)
+        listed = {target.name for target in targets_of(dense_families()[family])}
+        fitting = moe_families().keys() - report.rejected_targets.keys()
+        assert fitting <= listed, family
+
+
+@pytest.mark.parametrize("before", ["", "module."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_that_training_left(tmp_path, family, before):
+    """As `AutoModel` saves them, without a head, or as DDP does."""
+    write_dense(tmp_path / "dense", family, tie_word_embeddings=True)
+    build_moe(tmp_path / "dense", tmp_path / "expected", CONFIG)
+
+    def renamed(tensors):
+        stem = "transformer." if family == "exaone" else "model."
+        return {
+            f"{before}{name.removeprefix('' if before else stem)}": t for name, t in tensors.items()
+        }
+
+    rewrite(tmp_path / "dense", renamed)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    found, expected = built(tmp_path / "moe"), built(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)

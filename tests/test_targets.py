@@ -69,6 +69,8 @@ SOURCES = {
     ),
 }
 TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo", "glm4_moe", "deepseek", *GRANITE_LIKE)
+TWINS = ("cohere2_moe", "deepseek_v3", "granitemoehybrid", "hunyuan_v1_moe", "lfm2_moe")
+TARGETS += (*TWINS, "gemma4_text", "qwen3_5_moe_text")
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -211,7 +213,7 @@ def test_layouts_that_a_family_does_not_have(tmp_path):
     [
         ("olmoe", "normalises queries and keys over their full width"),
         ("DeepSeek-V2", "latent"),
-        ("deepseek_v3", "latent"),
+        ("deepseek_v2", "Youtu-LLM becomes deepseek_v3"),
         ("phimoe", "LayerNorm"),
         ("gpt_oss", "must be one of 'auto', 'mixtral', 'qwen3_moe'"),
     ],

@@ -19,18 +19,52 @@ from random_models import save_random_model
 HEADS = {"head_dim": 12}
 # What each family's smallest model needs besides the sizes of all.
 FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere2": {},
     "cwm": HEADS,
     "ernie4_5": HEADS,
     "exaone": {},
+    "gemma4_text": {
+        "head_dim": 12,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "tie_word_embeddings": True,
+    },
     "glm": HEADS,
     "granite_swa": {},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 80,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 8,
+    },
     "helium": HEADS,
+    "hunyuan_v1_dense": HEADS,
     "internlm3": HEADS,
     "iquestcoder": HEADS,
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "olmo3": {},
     "phi3": {},
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+    },
     "seed_oss": HEADS,
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+    },
 }
 
 

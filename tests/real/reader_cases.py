@@ -1,10 +1,12 @@
 """What readers other than transformers are asked to compute: outputs of every family.
 
-The models have heads of 32: vLLM's attention wants them.
+The models have heads of 32: vLLM's attention wants them. Pairs beyond a chosen dozen or two are
+asked where MOE_FAST_ALL_READERS is set, as `make readers` does.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,28 @@ from moe_fast import check_moe
 from moe_fast.families.rules import Reader
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 96}
+HEADS = {"head_dim": 32}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+CONVOLUTIONS: dict[str, Any] = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_auto_adjust_ff_dim": False,
+    "tie_word_embeddings": True,
+}
+MAMBA = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 32,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases": ("llama", {"attention_bias": True}),
@@ -25,6 +49,38 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
     "olmo2, biases": ("olmo2", {"attention_bias": True}),
     "granite": ("granite", {"attention_multiplier": 0.2, "logits_scaling": 8.0}),
+    "phi3": ("phi3", {}),
+    "granite swa": (
+        "granite_swa",
+        {"sliding_window": 7, "layer_types": SLIDING, "attention_multiplier": 0.2},
+    ),
+    "lfm2": ("lfm2", CONVOLUTIONS),
+    "granite hybrid": ("granitemoehybrid", MAMBA),
+}
+OF_ALL_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exaone": ("exaone", {}),
+    "helium": ("helium", HEADS),
+    "ernie": ("ernie4_5", HEADS),
+    "mistral, window": ("mistral", {"sliding_window": 7}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3, window": (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7},
+    ),
+    "olmo3": ("olmo3", {}),
+    "lfm2, untied": ("lfm2", {**CONVOLUTIONS, "tie_word_embeddings": False}),
+    "granite hybrid, rope": ("granitemoehybrid", {**MAMBA, "position_embedding_type": "rope"}),
+    "hunyuan": ("hunyuan_v1_dense", HEADS),
+    "cohere2": (
+        "cohere2",
+        {
+            "sliding_window": 7,
+            "layer_types": SLIDING,
+            "tie_word_embeddings": True,
+            "logit_scale": 1.0,
+        },
+    ),
+    "youtu": ("youtu", LATENT),
 }
 FUSED, SHARED = {"layout": "fused"}, {"shared_experts": True}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -44,7 +100,27 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("olmo2, biases", "flex_olmo", {}),
     ("olmo2, biases", "flex_olmo", FUSED),
     ("granite", "granitemoe", {}),
+    ("phi3", "mixtral", {}),
+    ("granite swa", "granitemoe_swa", {}),
+    ("lfm2", "lfm2_moe", {}),
+    ("granite hybrid", "granitemoehybrid", {}),
 ]
+if os.environ.get("MOE_FAST_ALL_READERS"):
+    SOURCES |= OF_ALL_READERS
+    CASES += [
+        ("exaone", "mixtral", {}),
+        ("helium", "mixtral", {}),
+        ("ernie", "mixtral", {}),
+        ("mistral, window", "granitemoe_swa", {}),
+        ("smollm3", "granitemoe_swa", {}),
+        ("smollm3, window", "granitemoe_swa", {}),
+        ("olmo3", "flex_olmo", {}),
+        ("lfm2, untied", "lfm2_moe", {}),
+        ("granite hybrid, rope", "granitemoehybrid", {}),
+        ("hunyuan", "hunyuan_v1_moe", {}),
+        ("cohere2", "cohere2_moe", {}),
+        ("youtu", "deepseek_v3", {}),
+    ]
 
 
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from folders import edit_config
 from moe_fast import MoeConfig, build_moe, check_moe
 from moe_fast.families.key_types import FLOAT_KEYS, ROPE_FLOAT_KEYS, has_type
 from moe_fast.families.moe import REQUIRED
-from moe_fast.families.registry import expert_axes, moe_families
+from moe_fast.families.registry import dense_families, expert_axes, moe_families
 from test_readers import FAMILIES
 
 NATIVE = [name for name, f in moe_families().items() if "transformers 5" in f.rules.natively]
@@ -102,7 +102,7 @@ def test_transformers_5_refuses_what_is_said_to_be_refused(tmp_path, name):
     original = (tmp_path / "moe" / "config.json").read_text()
     outcomes = set()
     for key, kind in moe_families()[name].key_types().items():
-        if key in ("layer_types", "head_dim", *REQUIRED):
+        if key in ("layer_types", "head_dim", "use_bidirectional_attention", *REQUIRED):
             continue  # whose values are looked at as well
         for value in (None, True, 1, 1.0, "silu", [1], ["full_attention"], []):
             (tmp_path / "moe" / "config.json").write_text(original)
@@ -138,3 +138,30 @@ def test_transformers_5_takes_no_padding_beyond_the_vocabulary(tmp_path, name, p
         assert not loads["transformers 5"]
     else:
         assert loads["transformers 5"]
+
+
+# What transformers makes of its own defaults as it reads a config.json.
+READ_AS = {
+    ("cwm", "eos_token_id"): [128001, 128008, 128009],
+    ("glm", "eos_token_id"): [151329, 151336, 151338],
+}
+# Keys that change nothing that a model computes, or that a source's config.json always has.
+OF_TRAINING = ("use_cache", "pretraining_tp", "resid_pdrop", "embd_pdrop", "residual_dropout")
+OF_TRAINING += ("time_step_limit",)
+# Keys that other readers or older versions have, or that say nothing of a dense model.
+NOT_OF_ALL = {"rope_theta", "rope_parameters", "partial_rotary_factor", "max_window_layers"}
+
+
+@pytest.mark.parametrize("name", dense_families())
+def test_defaults_of_dense_families_are_those_of_transformers_5(name):
+    """Whatever a config.json leaves out, of all that decides what the model computes."""
+    family, fields = dense_families()[name], fields_of(name)
+    for key, default in family.defaults.items():
+        if key in fields and key not in NOT_OF_ALL:
+            assert default == READ_AS.get((name, key), fields[key][1]), key
+    theta = family.defaults.get("rope_theta", CONFIG_MAPPING[name].default_theta)
+    if name != "cwm":  # which has more than a base
+        assert theta == CONFIG_MAPPING[name].default_theta
+    own = {key: default for key, (_, default) in fields.items() if key not in OF_ALL}
+    left_out = own.keys() - family.defaults.keys() - {*REQUIRED, "intermediate_size", *OF_TRAINING}
+    assert all(own[key] is None for key in left_out)

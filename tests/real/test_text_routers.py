@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from moe_fast import (
     build_recipe,
     check_moe,
     design_moe,
+    inspect_model,
+    reroute_moe,
 )
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import ridge_rows
@@ -309,3 +312,55 @@ def test_hidden_states_that_are_not_finite(folder, tmp_path):
             texts=folder / "used.txt",
         )  # fmt: skip
     assert not (tmp_path / "moe").exists()
+
+
+def different_experts(folder: Path, output: Path, **options) -> Path:
+    """An MoE whose experts differ, so that routers decide what later layers read."""
+    models = [ExpertSource(folder / name, noise_scale=0.1) for name in ("a", "b")]
+    build_moe(models, output, MoeConfig(8, 2), dtype="float32", seed=4, **options)
+    return output
+
+
+@pytest.mark.parametrize("method", ["calibrated", "clustered"])
+@pytest.mark.parametrize("target", ["mixtral", "qwen2_moe"])
+def test_a_finished_model_is_rerouted_evenly(folder, tmp_path, method, target):
+    moe = different_experts(folder, tmp_path / "moe", target=target)
+    report = reroute_moe(moe, tmp_path / "even", method, texts=folder / "used.txt")
+    other = bytes_of(folder / "other.txt")
+    assert load_cv(moe, other) > 0.6
+    assert load_cv(tmp_path / "even", other) < 0.3
+    assert any("router load cv" in warning for warning in report.warnings)
+    assert check_moe(tmp_path / "even").passed
+    old, new = (load_file(f / "model.safetensors") for f in (moe, tmp_path / "even"))
+    changed = {name for name in new if new[name].tobytes() != old[name].tobytes()}
+    assert len(changed) == 2
+    assert all(name.endswith("gate.weight") for name in changed)
+
+
+def test_the_said_load_is_that_behind_the_new_routers(folder, tmp_path):
+    """Counted by transformers on the tokens that were used, in the rerouted model."""
+    moe = different_experts(folder, tmp_path / "moe")
+    np.save(tmp_path / "tokens.npy", bytes_of(folder / "used.txt", 200).numpy())
+    report = reroute_moe(moe, tmp_path / "even", tokens=tmp_path / "tokens.npy", tokens_used=10**6)
+    used = bytes_of(folder / "used.txt", 200)
+    found = [load.std() / load.mean() for load in routed(tmp_path / "even", used)]
+    (line,) = (warning for warning in report.warnings if "router load cv" in warning)
+    said = [float(number) for number in re.findall(r"\d\.\d{4}", line.partition("before, ")[2])]
+    assert said[0] == pytest.approx(min(found), abs=2e-3)
+    assert said[-1] == pytest.approx(max(found), abs=2e-3)
+
+
+def test_inspect_says_what_transformers_routes(folder, tmp_path):
+    moe = different_experts(folder, tmp_path / "moe")
+    tokens = bytes_of(folder / "other.txt", 100)
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    report = inspect_model(moe, tokens=tmp_path / "tokens.npy", copies=False)
+    assert report.hidden_states == "tokens of the texts"
+    expected = [load.std() / load.mean() for load in routed(moe, tokens)]
+    found = [router.coefficient_of_variation for router in report.routers]
+    assert found == pytest.approx(expected, abs=2e-3)
+    done = run("inspect", moe, "--no-copies", "--text", folder / "other.txt")
+    assert done.returncode == 0, done.stderr
+    assert "predicted on tokens of the texts" in done.stdout.replace("\n", " ")
+    with pytest.raises(MoeConfigError, match="hidden_states, or texts or tokens"):
+        inspect_model(moe, texts="a text", hidden_states=np.zeros((1, 64)))

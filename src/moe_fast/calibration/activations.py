@@ -124,6 +124,12 @@ def stream_router_inputs(
             "pip install torch transformers (routers='cheap_embed' needs neither)",
             name=error.name,
         ) from None
+    if model.wrapper is not None or model.family.blocks is not None or model.block is not None:
+        raise CheckpointError(
+            f"{needed_by} runs models of plain attention alone, neither quantised nor inside of "
+            "others; take another way for routers to start",
+            file=model.path / "config.json",
+        )
     place = open_device(device)
     config_file = model.path / "config.json"
     failing = "transformers does not run the model of this configuration"

@@ -23,8 +23,9 @@ from moe_fast.calibration.texts import TokenSequences
 from moe_fast.dtypes import DTYPE_NAMES, WEIGHT_DTYPES
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.models.moe import LAYER, MoeLayer, MoeModel, is_mtp
-from moe_fast.models.quantisation import block_of, dequantised, find_scales
+from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.storage.files import OpenFiles
+from moe_fast.storage.fp8 import dequantised
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.wording import brief
 

@@ -43,6 +43,7 @@ from moe_fast.families.choice import as_target_name, choose
 from moe_fast.families.dense import DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
+from moe_fast.families.wrappers import warn_of_rest, wrapped_config, wrapped_weights
 from moe_fast.models.adapters import ADAPTER_CONFIG, is_adapter, named_base
 from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
@@ -766,7 +767,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
         granularity=request.shards,
     )
     request = replace(request, target=family.name)  # "auto" may choose otherwise one day
+    base = construction.base
     weights = dict(family.tensors(construction, layout))
+    weights = wrapped_weights(family, base, weights, construction.convert)
+    config = wrapped_config(family, base, config)
     contents = contents_of(
         config,
         weights,
@@ -803,6 +807,7 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
             *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
+            *warn_of_rest(family, base),
             *warn_of_readers(config, contents, construction.base.path),
             *warn_of_unused_models(request.models, plan_report),
         ),
@@ -922,6 +927,8 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
     """
     if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
         return rounded
+    if base.block is not None:
+        return "weights in FP8 were dequantised, and readers round otherwise"
     if request.backbone != "base" and len({source.origin for source in request.models}) > 1:
         return "everything but the experts is the mean of the models"
     if request.shared_experts:

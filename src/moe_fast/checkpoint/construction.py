@@ -113,10 +113,10 @@ class Construction:
 
     def keep(self, name: str) -> Weight:
         """A tensor of the base as the output holds it: as it is, or the mean over the models."""
-        kept = self.base.weight(name)
+        kept = self.base.weight(name, self.converted_to)
         if not self.backbone:
             return self.convert(kept)
-        weights = [model.weight(name) for model, _ in self.backbone]
+        weights = [model.weight(name, self.converted_to) for model, _ in self.backbone]
         mean = Averaged(
             tuple(weight.pieces[0] for weight in weights),
             tuple(weight.dtype for weight in weights),
@@ -157,7 +157,7 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of an expert."""
         model = self.plan.source_model[layer, expert]
         source_layer = int(self.plan.source_layer[layer, expert])
-        weight = self.sources[model].ffn_weight(source_layer, role)
+        weight = self.sources[model].ffn_weight(source_layer, role, self.converted_to)
         copy, shard = divmod(expert, self.granularity)
         weight = self.perturb(weight, self.models[model], f"{layer} {copy} {role}")
         columns = role == "down_proj"
@@ -216,7 +216,7 @@ class Construction:
         """The `gate_proj`, `up_proj` or `down_proj` of one shared expert."""
         model = self.shared_experts[index]
         source_layer = layer if model.source_layers is None else model.source_layers[layer]
-        weight = self.shared_sources[index].ffn_weight(source_layer, role)
+        weight = self.shared_sources[index].ffn_weight(source_layer, role, self.converted_to)
         return self.convert(self.perturb(weight, model, f"{layer} shared {index} {role}"))
 
     def shared_ffn(self, layer: int, role: str) -> Weight:
@@ -238,7 +238,9 @@ class Construction:
         """
         if role == "down_proj":
             return Weight.zeros(self.dtype, (self.base.sizes.hidden_size, width))
-        return self.convert(Weight.of(self.base.ffn(layer, role).rows(0, width)))
+        whole = self.base.ffn_weight(layer, role, self.converted_to)
+        neurons = Neurons(self.base.sizes.intermediate_size, 0, width)
+        return self.convert(take_neurons(whole, neurons, columns=False))
 
     def shared_gate(self, layer: int) -> Weight:
         """What the sigmoid that weighs the shared expert reads, `(1, hidden_size)`."""
@@ -434,7 +436,7 @@ def find_misfits(
                 yield Problem(what, file=config)
     # A block of another form gives its FFN other inputs and does other things with the output.
     for what, (its, bases) in {
-        "hidden_act": (source.config["hidden_act"], base.config["hidden_act"]),
+        "hidden_act": (source.config.get("hidden_act"), base.config.get("hidden_act")),
         "FFN biases": (source.ffn_biases, base.ffn_biases),
         "attention biases": (source.attention_biases, base.attention_biases),
         "norms": (source.family.norms, base.family.norms),
@@ -455,7 +457,7 @@ def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
     """The FFN weights of `source` that have another dtype than the experts are to have."""
     layers = range(source.sizes.num_hidden_layers)
     tensors = [source.ffn(layer, role) for layer in layers for role in FFN]
-    foreign = [tensor for tensor in tensors if tensor.dtype != dtype]
+    foreign = [tensor for tensor in tensors if source.dtype_of(tensor) != dtype]
     if foreign:
         first, others = foreign[0], len(foreign) - 1
         more = f", as are {others} others" if others else ""
@@ -482,7 +484,7 @@ def find_drifts(source: DenseModel, base: DenseModel) -> Iterator[str]:
     drifting = {
         "rope": (source.rope, base.rope),
         "multipliers": (source.multipliers, base.multipliers),
-        "rms_norm_eps": (source.config["rms_norm_eps"], base.config["rms_norm_eps"]),
+        "rms_norm_eps": (source.config.get("rms_norm_eps"), base.config.get("rms_norm_eps")),
         "sliding windows": (source.windows, base.windows),
         "tie_word_embeddings": (
             source.config["tie_word_embeddings"],

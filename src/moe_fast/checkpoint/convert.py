@@ -29,7 +29,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_layers
-from moe_fast.models.quantisation import block_of, dequantised, find_scales
+from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
 from moe_fast.reports import Report, frame_of
@@ -38,6 +38,7 @@ from moe_fast.routing.health import complaint_on_random_tokens
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode_any
+from moe_fast.storage.fp8 import dequantised
 from moe_fast.storage.safetensors_header import Tensor, read_header_and_metadata
 from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
@@ -436,7 +437,8 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
     file = model.path / "config.json"
     if family is not None and ("num_experts" in config or "num_local_experts" in config):
         config |= {"num_local_experts": model.num_experts, "num_experts": model.num_experts}
-    if family is not None and (
+    plain = family is not None and family.blocks is None
+    if plain and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):
         partial = family is not None and family.partial_rotary

@@ -114,7 +114,7 @@ def design_operation(
         sources=[model.tensors],
         family=family,
         num_experts=experts_per_layer * len(model.layers),
-        manifest=Manifest(request, family, facts, decisions or {}),
+        manifest=Manifest(request=request, family=family, facts=facts, decisions=decisions or {}),
         reference=model.path,
         reason_to_differ=reason_to_differ,
         card=operation_card(model.path / CARD, sentence, readers),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import mean_rows, ridge_rows
 from moe_fast.calibration.routers import PromptRows, make_prompt_rows
 from moe_fast.calibration.selection import Selection, select_tokens
+from moe_fast.calibration.texts import Tokens
 from moe_fast.checkpoint.random_pieces import (
     RandomRouter,
     ReferenceRouter,
@@ -59,6 +61,33 @@ class RouterContext:
     def shape(self) -> tuple[int, int]:
         """`(num_experts, hidden_size)`."""
         return len(self.experts), self.base.sizes.hidden_size
+
+    @property
+    def folder(self) -> Path:
+        """The model that reads texts."""
+        return self.base.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its configuration."""
+        return self.base.config
+
+    def stream_inputs(
+        self, texts: Sequence[Tokens], start: RouterStart, kind: ExpertSource | None
+    ) -> Iterator[tuple[int, Floats]]:
+        """What the routers will read of tokens, layer by layer; through the FFNs of a `kind`."""
+        yield from stream_router_inputs(
+            self.base,
+            texts,
+            experts=None if kind is None else self.opened[kind.origin],
+            source_layers=None if kind is None else kind.source_layers,
+            device=start.device,
+            needed_by=f"routers={start.method!r}",
+        )
+
+    def use(self, layer: int, rows: Floats) -> Floats | None:
+        """Take the rows that a layer gets; those that it had, if it had some."""
+        return None
 
     def encoded(self, rows: npt.NDArray[np.float32]) -> Given:
         """Rows as the piece to write."""
@@ -259,18 +288,19 @@ class TextRouters(Routers):
 
     def select_from(self, texts: Sequence[str], share: int = 1) -> Selection:
         """Tokens of these texts, for so many kinds."""
-        start, base = self.start, self.context.base
+        start, context = self.start, self.context
         if not texts and start.tokens is None:
             raise MoeConfigError(
                 f"are missing, which routers={start.method!r} are made from: name files of text, "
                 "or tokens",
                 argument="texts",
             )
-        num_experts = -(-len(self.context.experts) // share)
+        num_experts = -(-context.shape[0] // share)
         used = None if start.tokens_used is None else max(1, start.tokens_used // share)
         return select_tokens(
-            base.path, base.config, num_experts, texts=texts, tokens=start.tokens, tokens_used=used
-        )
+            context.folder, context.config, num_experts,
+            texts=texts, tokens=start.tokens, tokens_used=used,
+        )  # fmt: skip
 
     @cached_property
     def made(self) -> tuple[dict[int, Given], RouterHealth]:
@@ -283,16 +313,8 @@ class TextRouters(Routers):
         top_k = context.num_experts_per_tok
         health = HealthRecord(top_k, source=source, remedy=self.remedy)
         before = HealthRecord(top_k, source=source, remedy=self.remedy)
-        several = len(kinds) > 1
         streams = [
-            stream_router_inputs(
-                context.base,
-                selection.sequences,
-                experts=context.opened[kind.origin] if several else None,
-                source_layers=kind.source_layers if several else None,
-                device=start.device,
-                needed_by=f"routers={start.method!r}",
-            )
+            context.stream_inputs(selection.sequences, start, kind if len(kinds) > 1 else None)
             for kind, selection in zip(kinds, selections, strict=True)
         ]
         pieces = {}
@@ -309,7 +331,8 @@ class TextRouters(Routers):
             pieces[number] = context.encoded(sharpen(rows, start.logit_std, np.concatenate(used)))
             written = decode(pieces[number].data, context.dtype).reshape(context.shape)
             health.add(number, written, states)
-            before.add(number, plain, states)
+            had = context.use(number, written)
+            before.add(number, plain if had is None else had, states)
         return pieces, health.report(before.variation)
 
     @property

@@ -23,6 +23,7 @@ from moe_fast.command.console import (
     show_comparison,
     show_conversion,
     show_diagnosis,
+    show_families,
     show_model,
     show_operation,
     show_plan,
@@ -32,7 +33,9 @@ from moe_fast.command.console import (
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
-from moe_fast.families.registry import moe_families
+from moe_fast.families.choice import UNFIT, targets_of
+from moe_fast.families.readers import readers_of
+from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
 
@@ -152,7 +155,7 @@ TokensUsed = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="How many tokens routers are made from.",
+        help="How many of the tokens are used.",
         show_default="8192, or 40 an expert",
     ),
 ]
@@ -672,6 +675,59 @@ def expand(
 
 @app.command(
     cls=Command,
+    help="Write an MoE whose routers start anew, made from text or drawn.",
+    epilog="Example: `moe-fast reroute moe -o even --text text.txt`",
+)
+def reroute(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    routers: Annotated[
+        str,
+        typer.Option(
+            metavar="START",
+            help="How they start: calibrated, clustered, normal, balanced, random, linear.",
+        ),
+    ] = "calibrated",
+    logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.reroute_moe(
+            model,
+            output,
+            cast(RouterMethod, routers),
+            logit_std=logit_std,
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command(
+    cls=Command,
     help="Write the dense model that some experts of an MoE make.",
     epilog="Example: `moe-fast extract moe -o dense --expert 0`",
 )
@@ -821,11 +877,21 @@ def inspect(
         typer.Option(help="Find experts that are copies of each other; reads them where alike."),
     ] = True,
     hidden_states: HiddenStates = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
         report = moe_fast.inspect_model(
-            model, copies=copies, hidden_states=open_states(hidden_states)
+            model,
+            copies=copies,
+            hidden_states=open_states(hidden_states),
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
         )
     show(report, show_model, as_json)
 
@@ -1011,6 +1077,22 @@ def route(
         print_json(stats.to_dict() | {"layers": stats.summary()})
     else:
         show_routing(stats)
+
+
+@app.command(
+    cls=Command,
+    help="Show which dense models become which MoEs, and which programs load those.",
+)
+def families(as_json: AsJson = False) -> None:
+    becomes = {
+        name: [target.name for target in targets_of(dense)]
+        for name, dense in dense_families().items()
+    }
+    readers = {name: list(readers_of(moe.rules)) for name, moe in moe_families().items()}
+    if as_json:
+        print_json({"becomes": becomes, "readers": readers, "fit_nothing": UNFIT})
+    else:
+        show_families(becomes, readers, UNFIT)
 
 
 @app.command(

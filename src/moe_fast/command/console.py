@@ -470,6 +470,22 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
         warn(problem)
 
 
+def show_families(
+    becomes: Mapping[str, Sequence[str]],
+    readers: Mapping[str, Sequence[str]],
+    unfit: Mapping[str, str],
+) -> None:
+    for heading, pairs in (
+        ("becomes, if its configuration fits, the first by default", becomes),
+        ("is known to load in", readers),
+    ):
+        say(heading)
+        show_pairs({name: ", ".join(listed) for name, listed in pairs.items()})
+        say("")
+    say("fits no MoE")
+    show_pairs(unfit)
+
+
 def show_pairs(pairs: Mapping[str, str]) -> None:
     width = max(map(len, pairs))
     for name, value in pairs.items():

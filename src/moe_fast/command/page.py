@@ -28,7 +28,7 @@ from moe_fast.checks import as_path
 from moe_fast.drawing.html import plan_picture, shares_picture, table
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
-from moe_fast.models.inspection import ModelReport, inspect_model
+from moe_fast.models.inspection import ModelReport, look_into
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
@@ -139,7 +139,7 @@ def is_report(file: Path) -> bool:
 def make_page(folder: Path, check: CheckReport | None) -> str:
     """The whole page."""
     model = open_moe_model(folder)
-    found = inspect_model(folder, copies=False)
+    found = look_into(folder, copies=False)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     name = folder.resolve().name
     body = [

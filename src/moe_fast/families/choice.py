@@ -8,6 +8,7 @@ from typing import Any
 from moe_fast.checks import unknown_choice
 from moe_fast.config import Layout
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
+from moe_fast.families.dense import DenseFamily
 from moe_fast.families.moe import MoeFamily, Parts
 from moe_fast.families.registry import moe_families
 
@@ -29,10 +30,34 @@ GROUPS: dict[str, Callable[[Mapping[str, MoeFamily]], list[MoeFamily]]] = {
 IMPOSSIBLE = {
     "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
     "before attention and FFN; no dense family has both",
-    "deepseek_v2": "its attention is latent (MLA), which no dense source has",
-    "deepseek_v3": "its attention is latent (MLA), which no dense source has",
+    "deepseek_v2": "its latent attention is no dense source's; Youtu-LLM becomes deepseek_v3",
     "phimoe": "its norms are LayerNorm, with a mean and a bias, which no dense source here has",
 }
+# Dense families that fit no MoE, and why.
+UNFIT = {
+    "apertus": "its activation is xIELU",
+    "arcee": "its FFN has no gate",
+    "bamba": "there is no MoE of its blocks",
+    "bitnet": "there is no MoE of its blocks",
+    "exaone4": "its norms stand after attention and FFN, and it normalises each head",
+    "falcon_h1": "there is no MoE of its blocks",
+    "gemma2": "it caps logits, and has norms before and after attention and FFN",
+    "gemma3": "it has norms before and after attention and FFN",
+    "gemma3_text": "it has norms before and after attention and FFN",
+    "glm4": "it has norms before and after attention and FFN; MoEs with those want others too",
+    "jais2": "there is no MoE of its blocks",
+    "minicpm3": "its latent attention comes with multipliers",
+    "nemotron": "its FFN has no gate, and its norms are LayerNorm",
+    "olmo": "its norms have no weights",
+    "olmo_hybrid": "there is no MoE of its blocks",
+    "stablelm": "its norms are LayerNorm; PhiMoE has those, and weights that do not add up to 1",
+    "starcoder2": "its FFN has no gate, and its norms are LayerNorm",
+}
+
+
+def targets_of(family: DenseFamily) -> list[MoeFamily]:
+    """The MoE families that models of a dense family may become, as `target="auto"` tries them."""
+    return [target for target in moe_families().values() if target.may_take(family)]
 
 
 def as_target_name(name: Any) -> str:

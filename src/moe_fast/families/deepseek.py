@@ -1,4 +1,4 @@
-"""DeepSeek-MoE, whose dense twin is Llama."""
+"""DeepSeek-MoE, whose dense twin is Llama, and DeepSeek-V3, whose dense twin is Youtu-LLM."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.config import Layout
-from moe_fast.families.dense import FFN
+from moe_fast.families.config import Sizes
+from moe_fast.families.dense import FFN, NORMS_BEFORE
 from moe_fast.families.experts import BIAS, ExpertAxis
+from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
+from moe_fast.families.twins import OwnBlocks, Twin
 from moe_fast.storage.tensors import Weight
 
 
@@ -132,7 +135,137 @@ class DeepSeek(MoeFamily):
         }
 
 
-MOE = (DeepSeek(),)
+LATENT = "latent attention"
+
+
+class Youtu(OwnBlocks):
+    """Youtu-LLM (Tencent 2025): latent attention (DeepSeek-V2, 2405.04434) in a dense model."""
+
+    def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> Shapes:
+        hidden, heads = sizes.hidden_size, sizes.num_attention_heads
+        latent, rotated, plain, value = (
+            as_count(config, key, minimum=1)
+            for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        )
+        queries = heads * (rotated + plain)
+        shapes: Shapes = {
+            "kv_a_proj_with_mqa.weight": (latent + rotated, hidden),
+            "kv_a_layernorm.weight": (latent,),
+            "kv_b_proj.weight": (heads * (plain + value), latent),
+            "o_proj.weight": (hidden, heads * value),
+        }
+        biased = ["kv_a_proj_with_mqa", "o_proj"]
+        if config["q_lora_rank"] is None:
+            shapes["q_proj.weight"] = (queries, hidden)
+        else:
+            rank = as_count(config, "q_lora_rank", minimum=1)
+            shapes |= {"q_a_proj.weight": (rank, hidden), "q_a_layernorm.weight": (rank,)}
+            shapes["q_b_proj.weight"] = (queries, rank)
+            biased.append("q_a_proj")
+        if config["attention_bias"]:
+            shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in biased}
+        found = {f"self_attn.{name}": shape for name, shape in shapes.items()}
+        return found | {f"{norm}.weight": (hidden,) for norm in NORMS_BEFORE}
+
+
+class DeepSeekV3(GroupedExperts, Twin):
+    """DeepSeek-V3 (2412.19437)."""
+
+    name = "deepseek_v3"
+    title = "DeepSeek-V3"
+    architecture = "DeepseekV3ForCausalLM"
+    auto_rank = 15
+    rules = Rules(
+        "n_routed_experts",
+        256,
+        1e4,
+        llama_cpp_ropes=("default",),
+        unasked=(VLLM,),
+    )
+    defaults: Mapping[str, Any] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 128,
+        "num_mtp_layers": 1,
+        "output_router_logits": False,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        "routed_scaling_factor": 2.5,
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "use_cache": True,
+        "v_head_dim": 128,
+    }
+    types: Mapping[str, str] = {
+        "attention_dropout": "float | int | None",
+        "first_k_dense_replace": "int | None",
+        "n_group": "int | None",
+        "norm_topk_prob": "bool | None",
+        "num_experts_per_tok": "int | None",
+        "num_key_value_heads": "int | None",
+        "pretraining_tp": "int | None",
+        "topk_group": "int | None",
+    }
+    dense_twin = "youtu"
+    blocks = LATENT
+    dropped = ("embedding_initializer_range",)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        spread = parts.base.config["initializer_range"]
+        return {
+            **super().own_config(parts),
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+            "initializer_range": 0.02 if spread is None else spread,
+        }
+
+
+DENSE = (
+    Youtu(
+        "youtu",
+        {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "hidden_act": "silu",
+            "initializer_range": None,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 16,
+            "pad_token_id": None,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-6,
+            "rope_interleave": True,
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            "v_head_dim": 128,
+        },
+        biases=(),
+        blocks=LATENT,
+    ),
+)
+MOE = (DeepSeek(), DeepSeekV3())
 EXPERTS = (
     ExpertAxis(("deepseek",), layouts=(Layout.PER_EXPERT,)),
     ExpertAxis(("deepseek_v2",)),

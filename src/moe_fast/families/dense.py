@@ -13,8 +13,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Multipliers, Rope, Sizes, is_count, read_rope
+from moe_fast.families.config import (
+    Multipliers,
+    Rope,
+    Sizes,
+    is_count,
+    read_rope,
+    read_sizes,
+)
+from moe_fast.storage.fp8 import Block, dequantised
 from moe_fast.storage.pieces import PairsToHalves
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
@@ -49,7 +58,8 @@ class DenseFamily:
     `interleaved` says whether the rotary embedding turns neighbours, 0 with 1, rather than halves;
     `partial_rotary`, whether it may turn a part of each head. `sinks` says whether each head of
     attention has one. `blocks` names what its layers are made of if that is something else than all
-    this; it fits MoE families of the same blocks alone.
+    this; it fits MoE families of the same blocks alone. `unread` are the beginnings of names of
+    tensors that no reader makes anything of, such as those of layers that predict ahead.
     """
 
     model_type: str
@@ -72,6 +82,7 @@ class DenseFamily:
     partial_rotary: bool = False
     sinks: bool = False
     blocks: str | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -121,6 +132,14 @@ class DenseFamily:
     def ffn_bias_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
         return FFN if self.mlp_bias and config["mlp_bias"] else ()
+
+    def is_moe(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json of the same `model_type` has experts already."""
+        return False
+
+    def read_sizes(self, config: Mapping[str, Any], file: Path) -> Sizes:
+        """The sizes that a config.json of the family gives."""
+        return read_sizes(config, file)
 
     def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
         """The rotary embedding that a config.json of the family describes."""
@@ -187,6 +206,20 @@ DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """The model that a language model is a part of, as multimodal checkpoints have it.
+
+    `prefix` is what its files have in place of `model.`, `head` the name of the head there; `rest`
+    are the tensors of everything but the language model.
+    """
+
+    config: Mapping[str, Any]
+    prefix: str
+    head: str
+    rest: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class DenseModel:
     """A dense model folder, its headers read and every tensor accounted for.
 
@@ -203,32 +236,51 @@ class DenseModel:
     tensors: Mapping[str, Tensor]
     """Every tensor by its name here; parts of one tensor of a file are tensors of their own."""
     stored: Mapping[str, Tensor]
-    """Every tensor of the files by its name in the family."""
+    """Every tensor of the language model in the files, by its name in the family."""
+    wrapper: Wrapper | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    """Of each tensor in FP8, by its name here, what its blocks are multiplied with."""
+    block: Block | None = None
+    """The rows and columns that share a scale."""
+    unread: tuple[str, ...] = ()
+    """Tensors of the files that no part of the model is made of."""
+
+    def dtype_of(self, tensor: Tensor) -> str:
+        """The dtype of a tensor, of one in FP8 that which it is dequantised to."""
+        quantised = self.block is not None and tensor.dtype not in WEIGHT_DTYPES
+        return self.tensors[LAST_NORM].dtype if quantised else tensor.dtype
 
     @property
     def identity(self) -> str:
         """What tells it from other models."""
         return str(self.path)
 
-    def changed(self, name: str) -> Weight:
+    def changed(self, name: str, dtype: str | None = None) -> Weight:
         """A tensor with whatever this model changes of it, in the order of its file."""
-        return Weight.of(self.tensors[name])
+        tensor = self.tensors[name]
+        if self.block is not None and name in self.scales:
+            to = dtype or self.dtype_of(tensor)
+            return dequantised(tensor, self.scales[name], self.block, to)
+        return Weight.of(tensor)
 
     def sources(self) -> Iterator[Mapping[str, Tensor]]:
         """The tensors that it is made of, of each folder."""
-        yield self.tensors
+        yield self.every_tensor
 
     def ffn(self, layer: int, role: str) -> Tensor:
         """The `gate_proj`, `up_proj` or `down_proj` weight of a layer, as its file has it."""
         return self.tensors[ffn_name(layer, role)]
 
-    def ffn_weight(self, layer: int, role: str) -> Weight:
-        """The same with whatever this model changes of it."""
-        return self.weight(ffn_name(layer, role))
+    def ffn_weight(self, layer: int, role: str, dtype: str | None = None) -> Weight:
+        """The same with whatever this model changes of it, as `weight` gives it."""
+        return self.weight(ffn_name(layer, role), dtype)
 
-    def weight(self, name: str) -> Weight:
-        """The same as others have it: the rows of queries and keys in Llama's order."""
-        weight = self.changed(name)
+    def weight(self, name: str, dtype: str | None = None) -> Weight:
+        """The same as others have it: the rows of queries and keys in Llama's order.
+
+        What is in FP8 is dequantised to `dtype`, or that of the norms; others keep theirs.
+        """
+        weight = self.changed(name, dtype)
         part = name.rpartition("self_attn.")[2].partition(".")[0]
         if self.family.interleaved and part in (*QK, "q_norm", "k_norm"):
             size = self.sizes.head_dim
@@ -261,9 +313,14 @@ class DenseModel:
         yield name, self.tensors[name]
 
     @property
+    def every_tensor(self) -> dict[str, Tensor]:
+        """Every tensor of the files that an output may have something of."""
+        return {**self.stored, **({} if self.wrapper is None else self.wrapper.rest)}
+
+    @property
     def expert_dtype(self) -> str:
         """The dtype of the FFN weights, as safetensors spells it."""
-        return self.ffn(0, "gate_proj").dtype
+        return self.dtype_of(self.ffn(0, "gate_proj"))
 
     @property
     def attention_biases(self) -> tuple[str, ...]:

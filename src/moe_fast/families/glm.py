@@ -16,11 +16,58 @@ from moe_fast.families.rules import VLLM, Rules
 from moe_fast.storage.tensors import Weight
 
 
-class Glm4Moe(MoeFamily):
-    """GLM-4.5-MoE (Zeng et al. 2025): sigmoid scores, groups of experts, a bias for selection.
+class GroupedExperts(MoeFamily):
+    """Experts as in DeepSeek-V3: sigmoid scores, groups of experts, a bias for selection.
 
     Where no shared expert is asked for, the one that the family must have adds nothing.
     """
+
+    shared_experts = True
+    scaling_key = "routed_scaling_factor"
+    has_groups = True
+    dense_places = "can leave the first layers dense, and no others"
+
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
+        first = len(layers)
+        return {"first_k_dense_replace": first} if layers == frozenset(range(first)) else None
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        return frozenset(range(min(as_count(config, "first_k_dense_replace", 1), num_layers)))
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        bias = Weight.zeros("F32", (parts.num_experts,))
+        yield "mlp.gate.e_score_correction_bias", bias
+        for role in FFN:
+            if parts.shared_experts:
+                weight = parts.shared_ffn(layer, role)
+            else:
+                weight = parts.silent_ffn(layer, parts.expert_width, role)
+            yield f"mlp.shared_experts.{role}.weight", weight
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        experts = as_count(config, "n_routed_experts", minimum=1)
+        width = as_count(config, "n_shared_experts", 1) * as_count(config, "moe_intermediate_size")
+        shapes: Shapes = {"mlp.gate.e_score_correction_bias": (experts,)}
+        return shapes | ffn_shapes("mlp.shared_experts", width, hidden)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        chosen, shards = parts.config.num_experts_per_tok, parts.granularity
+        whole_copies = shards > 1 and chosen % shards == 0 and not parts.mix_copies
+        return {
+            "n_routed_experts": parts.num_experts,
+            "n_shared_experts": max(1, len(parts.shared_experts) * shards),
+            "moe_intermediate_size": parts.expert_width,
+            **(self.dense_keys(frozenset(parts.dense_layers), parts.num_layers) or {}),
+            "n_group": parts.num_experts // shards if whole_copies else 1,
+            "topk_group": chosen // shards if whole_copies else 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": float(shards),
+            "num_nextn_predict_layers": 0,
+        }
+
+
+class Glm4Moe(GroupedExperts):
+    """GLM-4.5-MoE (Zeng et al. 2025)."""
 
     name = "glm4_moe"
     title = "GLM-4.5-MoE"
@@ -55,39 +102,12 @@ class Glm4Moe(MoeFamily):
     qk_norms = (None, "head")
     attention_biases = ((), QKV)
     sliding_window = False
-    shared_experts = True
-    scaling_key = "routed_scaling_factor"
-    has_groups = True
     partial_rotary = True
-    dense_places = "can leave the first layers dense, and no others"
 
     def twin_name(self, config: Mapping[str, Any]) -> str:
         if config.get("use_qk_norm"):
             return "qwen3"
         return "qwen2" if config.get("attention_bias") else "llama"
-
-    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any] | None:
-        first = len(layers)
-        return {"first_k_dense_replace": first} if layers == frozenset(range(first)) else None
-
-    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
-        return frozenset(range(min(as_count(config, "first_k_dense_replace", 1), num_layers)))
-
-    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
-        bias = Weight.zeros("F32", (parts.num_experts,))
-        yield "mlp.gate.e_score_correction_bias", bias
-        for role in FFN:
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, parts.expert_width, role)
-            yield f"mlp.shared_experts.{role}.weight", weight
-
-    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
-        experts = as_count(config, "n_routed_experts", minimum=1)
-        width = as_count(config, "n_shared_experts", 1) * as_count(config, "moe_intermediate_size")
-        shapes: Shapes = {"mlp.gate.e_score_correction_bias": (experts,)}
-        return shapes | ffn_shapes("mlp.shared_experts", width, hidden)
 
     def config(self, parts: Parts) -> dict[str, Any]:
         config = super().config(parts)
@@ -96,20 +116,10 @@ class Glm4Moe(MoeFamily):
         return {**config, "rope_parameters": {**config["rope_parameters"], **part}, **part}
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
-        chosen, shards = parts.config.num_experts_per_tok, parts.granularity
-        whole_copies = shards > 1 and chosen % shards == 0 and not parts.mix_copies
         return {
-            "n_routed_experts": parts.num_experts,
-            "n_shared_experts": max(1, len(parts.shared_experts) * shards),
-            "moe_intermediate_size": parts.expert_width,
-            **(self.dense_keys(frozenset(parts.dense_layers), parts.num_layers) or {}),
-            "n_group": parts.num_experts // shards if whole_copies else 1,
-            "topk_group": chosen // shards if whole_copies else 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": float(shards),
+            **super().own_config(parts),
             "use_qk_norm": parts.base.family.qk_norm is not None,
             "attention_bias": bool(parts.base.attention_biases),
-            "num_nextn_predict_layers": 0,
         }
 
 

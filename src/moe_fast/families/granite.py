@@ -9,8 +9,8 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Rope, Sizes, is_number
-from moe_fast.families.dense import DEFAULTS, QKVO, DenseFamily
+from moe_fast.families.config import Multipliers, Rope, Sizes, is_number
+from moe_fast.families.dense import DEFAULTS, FFN, NORMS_BEFORE, QKVO, DenseFamily
 from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
@@ -23,10 +23,18 @@ from moe_fast.families.moe import (
     num_experts,
     stacks,
 )
-from moe_fast.families.rules import LLAMA_CPP, READERS, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import (
+    LLAMA_CPP,
+    READERS,
+    TRANSFORMERS_5,
+    VLLM,
+    Rules,
+)
+from moe_fast.families.twins import OwnBlocks, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
+SLIDING = "sliding_attention"
 # A sink takes its share of a softmax; this one takes none.
 NO_SINK = -1e4
 
@@ -138,8 +146,9 @@ class GraniteMoeSwa(GraniteMoeShared):
         "num_local_experts",
         8,
         1e4,
+        llama_cpp_windows=True,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        unasked=(VLLM,),
         per_expert=(),
         fused=READERS,
     )
@@ -173,6 +182,9 @@ class GraniteMoeSwa(GraniteMoeShared):
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         windows, rope = parts.base.windows, parts.base.rope
+        bare = rope.layer_thetas is not None and not all(rope.layer_thetas)
+        # Where llama.cpp looks for them.
+        rotated = {"no_rope_layers": [int(theta > 0) for theta in rope.layer_thetas or ()]}
         widths = [width for width in windows if width is not None]
         return {
             **super().own_config(parts),
@@ -180,7 +192,17 @@ class GraniteMoeSwa(GraniteMoeShared):
             # transformers wants one though no layer uses it.
             "sliding_window": widths[0] if widths else parts.base.config["max_position_embeddings"],
             "layer_rope_theta": list(rope.layer_thetas or [float(rope.theta)] * len(windows)),
+            **(rotated if bare else {}),
         }
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader != LLAMA_CPP:
+            return
+        if SLIDING not in (config.get("layer_types") or [SLIDING]):
+            yield f"wants a sliding window in some layers of a {self.name}"
+        thetas = {theta for theta in config.get("layer_rope_theta") or [] if theta}
+        if len(thetas) > 1:
+            yield f"has one rope_theta for all layers of a {self.name}, here are {len(thetas)}"
 
 
 class GraniteSwa(DenseFamily):
@@ -203,6 +225,163 @@ class GraniteSwa(DenseFamily):
             )
         same = set(thetas) == {rope.theta}
         return rope if same else replace(rope, layer_thetas=tuple(map(float, thetas)))
+
+
+MAMBA = "Mamba-2 layers"
+KINDS = {
+    "attention": "full_attention",
+    "full_attention": "full_attention",
+    "mamba": "linear_attention",
+    "linear_attention": "linear_attention",
+}
+DEFAULTS_OF_HYBRID: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 1.0,
+    "bos_token_id": 1,
+    "embedding_multiplier": 1.0,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "layer_types": None,
+    "logits_scaling": 1.0,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": "auto",
+    "mamba_d_state": 256,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 128,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 2048,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": None,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "pad_token_id": None,
+    "position_embedding_type": None,
+    "residual_multiplier": 1.0,
+    "rms_norm_eps": 1e-6,
+    "router_aux_loss_coef": 0.001,
+    "shared_intermediate_size": 1024,
+    "tie_word_embeddings": False,
+    "time_step_limit": (0.0, float("inf")),
+    "use_cache": True,
+}
+
+
+def kinds_of(config: Mapping[str, Any], sizes: Sizes) -> list[str]:
+    """Which layers attend; by default none."""
+    return read_kinds(config, sizes, ["mamba"] * sizes.num_hidden_layers, KINDS)
+
+
+class GraniteHybrid(OwnBlocks):
+    """Granite 4 (IBM 2025): Mamba-2 (Dao and Gu 2024) in most layers, its FFN the shared one.
+
+    The same `model_type` is an MoE where `num_local_experts` is not 0.
+    """
+
+    def is_moe(self, config: Mapping[str, Any]) -> bool:
+        return bool(config.get("num_local_experts", 8) != 0)
+
+    def read_sizes(self, config: Mapping[str, Any], file: Path) -> Sizes:
+        width = config["shared_intermediate_size"]
+        return super().read_sizes({**config, "intermediate_size": width}, file)
+
+    def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> Shapes:
+        hidden = sizes.hidden_size
+        norms: Shapes = {f"{norm}.weight": (hidden,) for norm in NORMS_BEFORE}
+        if kinds_of(config, sizes)[layer] == "full_attention":
+            return attention_shapes(sizes, bias=config["attention_bias"]) | norms
+        heads, groups, state, reach, factor = (
+            as_count(config, f"mamba_{name}", minimum=1)
+            for name in ("n_heads", "n_groups", "d_state", "d_conv", "expand")
+        )
+        inner = factor * hidden
+        mixed = inner + 2 * groups * state
+        shapes: Shapes = {
+            "mamba.A_log": (heads,),
+            "mamba.D": (heads,),
+            "mamba.dt_bias": (heads,),
+            "mamba.conv1d.weight": (mixed, 1, reach),
+            "mamba.in_proj.weight": (inner + mixed + heads, hidden),
+            "mamba.norm.weight": (inner,),
+            "mamba.out_proj.weight": (hidden, inner),
+        }
+        if config["mamba_conv_bias"]:
+            shapes["mamba.conv1d.bias"] = (mixed,)
+        if config["mamba_proj_bias"]:
+            shapes |= {"mamba.in_proj.bias": (inner + mixed + heads,)}
+            shapes |= {"mamba.out_proj.bias": (hidden,)}
+        return shapes | norms
+
+
+class GraniteMoeHybrid(Twin):
+    """Granite 4 with experts, besides a shared FFN, which adds nothing where none is asked for."""
+
+    name = "granitemoehybrid"
+    title = "GraniteMoE Hybrid"
+    architecture = "GraniteMoeHybridForCausalLM"
+    auto_rank = 14
+    rules = Rules(
+        "num_local_experts",
+        8,
+        1e4,
+        llama_cpp_ropes=("default",),
+        unasked=(VLLM,),
+        per_expert=(),
+        fused=READERS,
+    )
+    defaults: Mapping[str, Any] = DEFAULTS_OF_HYBRID
+    types: Mapping[str, str] = {
+        **GraniteMoe.types,
+        **dict.fromkeys(Multipliers._fields, "int | float | None"),
+    }
+    dense_twin = "granitemoehybrid"
+    blocks = MAMBA
+    layouts = (Layout.FUSED,)
+    block = "block_sparse_moe"
+    own_expert_width = False
+    shared_experts = True
+    dropped = ("layers_block_type",)
+    # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
+    silent_width = 256
+
+    expert_tensors = GraniteMoe.expert_tensors
+    router_name = GraniteMoe.router_name
+    shared_shapes = GraniteMoeShared.shared_shapes
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP and config.get("position_embedding_type") == "rope":
+            yield f"has no rotary embedding in a {self.name}"
+
+    def shared_width(self, parts: Parts) -> int:
+        width = parts.base.sizes.intermediate_size
+        return len(parts.shared_experts) * width or min(self.silent_width, width)
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        width, hidden = self.shared_width(parts), parts.base.sizes.hidden_size
+        gate, up, down = (
+            parts.shared_ffn(layer, role)
+            if parts.shared_experts
+            else parts.silent_ffn(layer, width, role)
+            for role in FFN
+        )
+        yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
+        yield "shared_mlp.output_linear.weight", down
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        base = parts.base
+        kinds = kinds_of(base.config, base.sizes)
+        return {
+            "layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in kinds],
+            "intermediate_size": parts.expert_width,
+            "shared_intermediate_size": self.shared_width(parts),
+            "num_local_experts": parts.num_experts,
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+        }
 
 
 DEFAULTS_OF_GRANITE = {
@@ -235,8 +414,18 @@ DENSE = (
         full_attention=(4, 0),
         sinks=True,
     ),
+    GraniteHybrid(
+        "granitemoehybrid",
+        {key: DEFAULTS_OF_HYBRID[key] for key in DEFAULTS_OF_HYBRID if key != "time_step_limit"},
+        class_name="GraniteMoeHybridForCausalLM",
+        biases=(),
+        aliases={"layers_block_type": "layer_types"},
+        names=((".mlp.down_proj.", ".shared_mlp.output_linear."),),
+        fused=(("shared_mlp.input_linear", ("mlp.gate_proj", "mlp.up_proj")),),
+        blocks=MAMBA,
+    ),
 )
-MOE = (GraniteMoe(), GraniteMoeShared(), GraniteMoeSwa())
+MOE = (GraniteMoe(), GraniteMoeShared(), GraniteMoeSwa(), GraniteMoeHybrid())
 EXPERTS = (
     ExpertAxis(
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),

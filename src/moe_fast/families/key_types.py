@@ -16,51 +16,103 @@ from moe_fast.storage.strict_json import brief
 TYPES: Mapping[str, str] = {
     "attention_bias": "bool",
     "attention_dropout": "float | int",
+    "attention_k_eq_v": "bool",
     "attention_multiplier": "float | int | None",
     "bos_token_id": "int | None",
+    "conv_L_cache": "int",
+    "conv_bias": "bool",
     "decoder_sparse_step": "int",
     "embedding_multiplier": "float | int | None",
+    "enable_moe_block": "bool",
+    "eod_token_id": "int | None",
     "eos_token_id": "int | list[int] | None",
+    "expert_selection_fn": "str",
+    "final_logit_softcapping": "float | None",
     "first_k_dense_replace": "int",
     "head_dim": "int | None",
     "hidden_act": "str",
+    "hidden_activation": "str",
     "hidden_size": "int",
+    "hidden_size_per_layer_input": "int",
     "initializer_range": "float",
     "intermediate_size": "int",
+    "kv_lora_rank": "int",
+    "layer_norm_eps": "float",
     "layer_types": "list[str] | None",
+    "linear_conv_kernel_dim": "int",
+    "linear_key_head_dim": "int",
+    "linear_num_key_heads": "int",
+    "linear_num_value_heads": "int",
+    "linear_value_head_dim": "int",
+    "logit_scale": "float",
     "logits_scaling": "float | int | None",
+    "mamba_chunk_size": "int | None",
+    "mamba_conv_bias": "bool | None",
+    "mamba_d_conv": "int | None",
+    "mamba_d_head": "int | str | None",
+    "mamba_d_state": "int | None",
+    "mamba_expand": "int | None",
+    "mamba_n_groups": "int | None",
+    "mamba_n_heads": "int | None",
+    "mamba_proj_bias": "bool | None",
     "max_position_embeddings": "int",
     "max_window_layers": "int",
+    "mlp_layer_types": "list | None",
     "mlp_only_layers": "list[int] | None",
     "moe_intermediate_size": "int",
+    "moe_topk": "int | list[int]",
     "n_group": "int",
     "n_routed_experts": "int",
     "n_shared_experts": "int",
+    "norm_eps": "float",
     "norm_topk_prob": "bool",
     "num_attention_heads": "int",
+    "num_dense_layers": "int",
     "num_experts": "int",
     "num_experts_per_tok": "int",
     "num_hidden_layers": "int",
     "num_key_value_heads": "int",
+    "num_kv_shared_layers": "int",
     "num_local_experts": "int",
     "num_mtp_layers": "int",
+    "num_shared_experts": "int",
     "output_router_logits": "bool",
     "pad_token_id": "int | None",
+    "position_embedding_type": "str | None",
+    "prefix_dense_intermediate_size": "int | None",
+    "prefix_dense_sliding_window_pattern": "int",
+    "pretraining_tp": "int",
+    "q_lora_rank": "int | None",
+    "qk_nope_head_dim": "int",
+    "qk_rope_head_dim": "int",
     "qkv_bias": "bool",
     "residual_multiplier": "float | int | None",
     "rms_norm_eps": "float",
+    "rope_interleave": "bool | None",
+    "rope_scaling": "dict | None",
+    "rope_theta": "float | int",
     "routed_scaling_factor": "float",
     "router_aux_loss_coef": "float",
     "router_jitter_noise": "float",
+    "sep_token_id": "int | None",
+    "shared_expert_combination_strategy": "str",
     "shared_expert_intermediate_size": "int",
     "shared_intermediate_size": "int",
     "sliding_window": "int | None",
+    "sliding_window_pattern": "int",
     "tie_word_embeddings": "bool",
+    "time_step_limit": "list[float, float] | tuple[float, float] | None",
+    "top_k_experts": "int | None",
     "topk_group": "int",
+    "use_bidirectional_attention": "Optional",
     "use_cache": "bool",
+    "use_double_wide_mlp": "bool",
+    "use_expert_bias": "bool",
     "use_qk_norm": "bool",
     "use_sliding_window": "bool",
+    "v_head_dim": "int | None",
     "vocab_size": "int",
+    "vocab_size_per_layer_input": "int",
 }
 # The keys that are floats in one MoE family at least; in none are they integers.
 FLOAT_KEYS = (
@@ -113,8 +165,20 @@ def find_wrong_types(config: Mapping[str, Any], types: Mapping[str, str]) -> Ite
 
 def has_type(value: Any, expected: str) -> bool:
     """Whether a value of JSON has one of the types of an annotation such as `"int | None"`."""
-    lists = [set(inner.split(" | ")) for inner in LIST.findall(expected)]
-    if isinstance(value, list):
-        return any({type(item).__name__ for item in value} <= items for items in lists)
-    found = "None" if value is None else type(value).__name__
-    return found in LIST.sub("", expected).split(" | ")
+    if expected == "Optional":  # of one of some words
+        return value is None or isinstance(value, str)
+    others = LIST.sub("", expected).split(" | ")
+    if isinstance(value, list) and "list" not in others:
+        found = [type_name(item) for item in value]
+        # Of so many items, each with its type; or of any number with one of some types.
+        fixed = [inner.split(", ") for inner in LIST.findall(expected) if ", " in inner]
+        free = [set(inner.split(" | ")) for inner in LIST.findall(expected) if ", " not in inner]
+        return found in fixed or any(set(found) <= items for items in free)
+    return type_name(value) in others
+
+
+def type_name(value: Any) -> str:
+    """As annotations have it; transformers writes infinity as `{"__float__": "Infinity"}`."""
+    if value is None:
+        return "None"
+    return "float" if isinstance(value, dict) and "__float__" in value else type(value).__name__

@@ -10,7 +10,7 @@ from moe_fast.config import Layout, MoeConfig, RoutingMethod
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import ORIGINAL, ROPE_TYPES
-from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseModel
+from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseFamily, DenseModel
 from moe_fast.families.key_types import TYPES
 from moe_fast.families.rules import Rules
 from moe_fast.request import ExpertSource
@@ -182,6 +182,10 @@ class MoeFamily:
     """What its layers are made of, as a dense family names it, if not of plain attention."""
     names: tuple[tuple[str, str], ...] = ()
     """Parts of names, each with what it is in the family's files."""
+    wrappers: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    """Multimodal models of dense ones, each with `model_type` and class of that with experts."""
+    also_read: tuple[str, ...] = ()
+    """Keys of config.json without a default that say what blocks are like."""
     own_expert_width = True
     """Whether the width of experts has a key beside `intermediate_size`."""
     scaling_key: str | None = None
@@ -223,6 +227,17 @@ class MoeFamily:
             listed = ", ".join(map(str, sorted(layers)))
             yield f"dense_layers {listed}: {self.title} {self.dense_places}"
 
+    def may_take(self, family: DenseFamily) -> bool:
+        """Whether some models of a dense family fit, whatever their configurations say."""
+        if (self.blocks, family.blocks) != (None, None):
+            return self.blocks == family.blocks
+        biases = family.biases is None or family.biases in self.attention_biases
+        norms = family.norms == self.norms and family.qk_norm in self.qk_norms
+        multipliers = self.multipliers or not family.multipliers
+        whole = self.partial_rotary or family.defaults.get("partial_rotary_factor", 1) == 1
+        sinks = self.sinks or not family.sinks
+        return biases and norms and multipliers and whole and sinks
+
     def block_problems(self, base: DenseModel) -> Iterator[str]:
         """What the base's blocks have or lack."""
 
@@ -231,11 +246,11 @@ class MoeFamily:
             return f"{tensor.file.path}: tensor {tensor.name!r}"
 
         config, sizes = f"{base.path / 'config.json'}", base.sizes
-        if base.family.blocks != self.blocks:
+        if (self.blocks, base.family.blocks) != (None, None):
             kind = base.family.model_type
             if base.family.blocks is None:
-                yield f"{config}: model_type {kind} has no {self.blocks}; {self.title} has"
-            else:
+                yield f"{config}: model_type {kind} has no {self.blocks}, {self.title} has"
+            elif base.family.blocks != self.blocks:
                 yield f"{config}: {self.title} has no place for {kind}'s {base.family.blocks}"
             return
         if base.family.norms != self.norms:
@@ -311,7 +326,7 @@ class MoeFamily:
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of `config` that the family reads, and its defaults for missing ones."""
-        keys = (*REQUIRED, *ROPE, *self.defaults, *self.count_keys)
+        keys = (*REQUIRED, *ROPE, *self.defaults, *self.count_keys, *self.also_read)
         read = {key: config[key] for key in keys if key in config}
         return {"rope_theta": self.rules.default_theta, **self.defaults, **read}
 
@@ -336,6 +351,10 @@ class MoeFamily:
             Where a key of it has a value of another kind.
         """
         return frozenset()
+
+    def dense_width(self, config: Mapping[str, Any]) -> int:
+        """The width of the FFN in layers without experts."""
+        return as_count(config, "intermediate_size", minimum=1)
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         """The tensors that hold a layer's experts, in order."""

@@ -1,4 +1,4 @@
-"""Qwen: Qwen2 and Qwen3, and the MoE families Qwen2-MoE and Qwen3-MoE."""
+"""Qwen: Qwen2, Qwen3 and Qwen3.5, and these with experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.dense import DEFAULTS, FFN, QKV, QKVO, DenseFamily
+from moe_fast.families.config import Sizes
+from moe_fast.families.dense import DEFAULTS, FFN, NORMS_BEFORE, QKV, QKVO, DenseFamily
 from moe_fast.families.experts import WHOLE, ExpertAxis
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
@@ -19,6 +20,8 @@ from moe_fast.families.moe import (
     num_experts,
 )
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.twins import OwnBlocks, Twin, attention_shapes, read_kinds
+from moe_fast.families.twins import Shapes as BlockShapes
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
@@ -107,7 +110,34 @@ class Qwen3Moe(Qwen):
                 yield f"has no place for the bias of o_proj in a {self.name}"
 
 
-class Qwen2Moe(Qwen):
+class GatedSharedExpert(MoeFamily):
+    """A shared FFN whose output a sigmoid weighs; one that adds nothing where none is asked for."""
+
+    shared_experts = True
+    shared_gate = True
+    # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
+    silent_width = 256
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        for role in FFN:
+            if parts.shared_experts:
+                weight = parts.shared_ffn(layer, role)
+            else:
+                weight = parts.silent_ffn(layer, self.shared_width(parts), role)
+            yield f"mlp.shared_expert.{role}.weight", weight
+        yield "mlp.shared_expert_gate.weight", parts.shared_gate(layer)
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
+        width = as_count(config, "shared_expert_intermediate_size")
+        shapes = ffn_shapes("mlp.shared_expert", width, hidden)
+        return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
+
+    def shared_width(self, parts: Parts) -> int:
+        width = parts.base.sizes.intermediate_size
+        return len(parts.shared_experts) * width or min(self.silent_width, width)
+
+
+class Qwen2Moe(GatedSharedExpert, Qwen):
     """Qwen2-MoE (Yang et al. 2024): biases on queries, keys and values, one gated shared FFN.
 
     A source without those biases gets zeros. Where no shared expert is asked for, the one that the
@@ -142,10 +172,6 @@ class Qwen2Moe(Qwen):
     dense_twin = "qwen2"
     attention_biases = ((), QKV)
     own_head_dim = False
-    shared_experts = True
-    shared_gate = True
-    # Divides among tensor-parallel ranks and fills a block of llama.cpp's quantisation.
-    silent_width = 256
 
     def twin_name(self, config: Mapping[str, Any]) -> str:
         return "qwen2" if config.get("qkv_bias", True) else "mistral"  # which has no biases
@@ -158,24 +184,6 @@ class Qwen2Moe(Qwen):
                 bias = Weight.zeros(weight.dtype, weight.shape[:1])
                 yield f"self_attn.{projection}.bias", bias
 
-    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
-        for role in FFN:
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, self.shared_width(parts), role)
-            yield f"mlp.shared_expert.{role}.weight", weight
-        yield "mlp.shared_expert_gate.weight", parts.shared_gate(layer)
-
-    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
-        width = as_count(config, "shared_expert_intermediate_size")
-        shapes = ffn_shapes("mlp.shared_expert", width, hidden)
-        return shapes | {"mlp.shared_expert_gate.weight": (1, hidden)}
-
-    def shared_width(self, parts: Parts) -> int:
-        width = parts.base.sizes.intermediate_size
-        return len(parts.shared_experts) * width or min(self.silent_width, width)
-
     def own_config(self, parts: Parts) -> dict[str, Any]:
         windows = parts.base.windows
         kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
@@ -184,6 +192,108 @@ class Qwen2Moe(Qwen):
             "shared_expert_intermediate_size": self.shared_width(parts),
             "qkv_bias": True,
             "layer_types": kinds,
+        }
+
+
+DELTA = "gated delta networks"
+# `layer_types` as the Hub and as transformers 5 have them.
+KINDS = {"full_attention": "full_attention", "linear_attention": "linear_attention"}
+
+
+class Qwen35(OwnBlocks):
+    """Qwen3.5 (2026): in most layers a gated delta network (Yang et al. 2024), gated attention."""
+
+    def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> BlockShapes:
+        hidden = sizes.hidden_size
+        step = as_count(config, "full_attention_interval", 4, minimum=1)
+        default = [
+            "linear_attention" if (n + 1) % step else "full_attention"
+            for n in range(sizes.num_hidden_layers)
+        ]
+        norms: BlockShapes = {f"{norm}.weight": (hidden,) for norm in NORMS_BEFORE}
+        if read_kinds(config, sizes, default, KINDS)[layer] == "full_attention":
+            bias, own = config["attention_bias"], ("q_norm", "k_norm")
+            return attention_shapes(sizes, bias=bias, norms=own, query_factor=2) | norms
+        key_heads, heads, key, value = (
+            as_count(config, f"linear_{name}", minimum=1)
+            for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+        )
+        mixed = 2 * key_heads * key + heads * value
+        return norms | {
+            "linear_attn.A_log": (heads,),
+            "linear_attn.dt_bias": (heads,),
+            "linear_attn.conv1d.weight": (mixed, 1, as_count(config, "linear_conv_kernel_dim")),
+            "linear_attn.in_proj_qkv.weight": (mixed, hidden),
+            "linear_attn.in_proj_z.weight": (heads * value, hidden),
+            "linear_attn.in_proj_a.weight": (heads, hidden),
+            "linear_attn.in_proj_b.weight": (heads, hidden),
+            "linear_attn.norm.weight": (value,),
+            "linear_attn.out_proj.weight": (hidden, heads * value),
+        }
+
+
+DEFAULTS_OF_QWEN35: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "layer_types": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 4,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
+
+class Qwen35Moe(GatedSharedExpert, Twin):
+    """Qwen3.5-MoE: the blocks of Qwen3.5, with the experts of Qwen2-MoE."""
+
+    name = "qwen3_5_moe_text"
+    title = "Qwen3.5-MoE"
+    architecture = "Qwen3_5MoeForCausalLM"
+    auto_rank = 13
+    rules = Rules(
+        "num_experts",
+        256,
+        1e4,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(VLLM, LLAMA_CPP),
+    )
+    defaults: Mapping[str, Any] = DEFAULTS_OF_QWEN35 | {
+        "moe_intermediate_size": 512,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+    }
+    types: Mapping[str, str] = {"head_dim": "int"}
+    dense_twin = "qwen3_5_text"
+    also_read = ("full_attention_interval",)
+    wrappers: Mapping[str, tuple[str, str]] = {
+        "qwen3_5": ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")
+    }
+    blocks = DELTA
+    dropped = ("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        return {
+            "moe_intermediate_size": parts.expert_width,
+            "shared_expert_intermediate_size": self.shared_width(parts),
+            "num_experts": parts.num_experts,
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+            "router_aux_loss_coef": 0.001,
         }
 
 
@@ -203,8 +313,16 @@ DENSE = (
     DenseFamily(
         "qwen3", {**DEFAULTS_OF_QWEN, "head_dim": 128}, qk_norm="head", windows="layer_types"
     ),
+    Qwen35(
+        "qwen3_5_text",
+        DEFAULTS_OF_QWEN35,
+        class_name="Qwen3_5ForCausalLM",
+        biases=(),
+        unread=("mtp.",),
+        blocks=DELTA,
+    ),
 )
-MOE = (Qwen3Moe(), Qwen2Moe())
+MOE = (Qwen3Moe(), Qwen2Moe(), Qwen35Moe())
 EXPERTS = (
     ExpertAxis((*("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),)),
     # Its checkpoints hold each expert's matrices transposed.

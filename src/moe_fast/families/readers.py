@@ -29,6 +29,7 @@ from moe_fast.storage.strict_json import brief
 TAKE_STORED_HEAD = (TRANSFORMERS_5, VLLM, LLAMA_CPP)
 # Readers that refuse a value of another type than transformers 5 expects; vLLM asks it.
 CHECK_TYPES = (TRANSFORMERS_5, VLLM)
+LLAMA_CPP_MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS in its source
 # Where llama.cpp looks for the number of experts, one after the other.
 LLAMA_CPP_COUNT_KEYS = ("num_local_experts", "num_experts")
 REMEDY = "moe-fast convert writes both spellings"
@@ -74,6 +75,16 @@ class Contents:
     missing_code: tuple[str, ...] = ()
     missing_tokenizer_code: tuple[str, ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()
+
+
+def readers_of(rules: Rules) -> tuple[str, ...]:
+    """The readers that were asked and load some checkpoints of a family."""
+    able = {*rules.per_expert, *rules.fused}
+    return tuple(
+        reader
+        for reader in READERS
+        if reader in rules.natively and reader in able and reader not in rules.unasked
+    )
 
 
 def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader, ...]:
@@ -167,6 +178,8 @@ def llama_cpp_problems(
 ) -> Iterator[str]:
     """What llama.cpp has one way of doing, and `config.json` asks for otherwise."""
     family = config.get("model_type")
+    if contents.num_experts > LLAMA_CPP_MOST_EXPERTS:
+        yield f"takes at most {LLAMA_CPP_MOST_EXPERTS} experts, here are {contents.num_experts}"
     if not contents.has_tokenizer:
         yield "needs the tokenizer, and no file of one is here"
     rows, largest = config.get("vocab_size"), contents.largest_token
@@ -193,7 +206,7 @@ def llama_cpp_problems(
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     context = config.get("max_position_embeddings")
     reaches = isinstance(window, int) and isinstance(context, int) and window >= context
-    if window is not None and not reaches:
+    if window is not None and not reaches and not rules.llama_cpp_windows:
         yield f"has no sliding window in a {family}, here it is {window}"
 
 

@@ -64,4 +64,5 @@ def lineages() -> tuple[ModuleType, ...]:
 # The files of this package that are not about one lineage.
 BASES = (
     *("choice", "config", "dense", "experts", "key_types", "moe", "readers", "registry", "rules"),
+    *("twins", "wrappers"),
 )

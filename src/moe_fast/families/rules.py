@@ -34,13 +34,14 @@ class Rules:
     divides the chosen experts' weights by their sum in some and not in others, whatever
     `config.json` says. With `llama_cpp_sentencepiece`, its converter takes a `tokenizer.model` if
     there is one, and leaves out tokens beyond the embedding; `llama_cpp_tokens` are those that the
-    tokenizer must have added. The readers that `want_head` do not take the embedding for a head
-    that is not stored. `unasked` have a class for the family, and nobody has asked them whether
-    they compute what transformers does.
+    tokenizer must have added, and `llama_cpp_windows` says whether it knows sliding windows there.
+    The readers that `want_head` do not take the embedding for a head that is not stored. `unasked`
+    have a class for the family, and nobody has asked them whether they compute what transformers
+    does.
     """
 
     count_key: str
-    default_count: int
+    default_count: int | None
     default_theta: float
     llama_cpp_normalises: bool | None = None
     llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -50,5 +51,6 @@ class Rules:
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
     unasked: tuple[str, ...] = ()
+    llama_cpp_windows: bool = False
     per_expert: tuple[str, ...] = READERS
     fused: tuple[str, ...] = (TRANSFORMERS_5,)

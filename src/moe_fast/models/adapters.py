@@ -79,7 +79,7 @@ class LowRank:
         return Weight(tensor.dtype, tensor.shape, (piece,))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaptedModel(DenseModel):
     """A dense model with the changes of an adapter, none of them computed."""
 
@@ -91,16 +91,16 @@ class AdaptedModel(DenseModel):
     def identity(self) -> str:
         return f"{self.path}+{self.adapter}"
 
-    def changed(self, name: str) -> Weight:
+    def changed(self, name: str, dtype: str | None = None) -> Weight:
         tensor, change = self.tensors[name], self.changes.get(name)
         if change is None:
-            return Weight.of(tensor)
+            return super().changed(name, dtype)
         if isinstance(change, LowRank):
             return change.added_to(tensor)
         return Weight.of(change).converted(tensor.dtype)
 
     def sources(self) -> Iterator[Mapping[str, Tensor]]:
-        yield self.tensors
+        yield from super().sources()
         found: dict[str, Tensor] = {}
         for change in self.changes.values():
             tensors = (change.a, change.b) if isinstance(change, LowRank) else (change,)
@@ -155,6 +155,9 @@ def open_adapted_model(folder: Path, model: DenseModel) -> AdaptedModel:
     """
     config = read_adapter_config(folder)
     problems = list(config_problems(folder / ADAPTER_CONFIG, config))
+    if model.block is not None:
+        what = f"changes {model.path}, which is in FP8; dequantise that before"
+        problems.append(Problem(what, file=folder))
     weights = folder / ADAPTER_WEIGHTS
     if is_absent(weights):
         what = f"has no {ADAPTER_WEIGHTS}"

@@ -9,10 +9,18 @@ from typing import Any
 
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
-from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values, read_sizes
-from moe_fast.families.dense import DenseFamily, DenseModel, read_multipliers, read_windows
+from moe_fast.families.choice import UNFIT
+from moe_fast.families.config import NUM_EXPERTS_KEYS, Sizes, check_values
+from moe_fast.families.dense import (
+    DenseFamily,
+    DenseModel,
+    Wrapper,
+    read_multipliers,
+    read_windows,
+)
 from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint, read_config
+from moe_fast.storage.fp8 import SCALE, Block, find_scales, read_block
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
 
@@ -27,14 +35,20 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     """
     folder = Path(path)
     config_file = folder / "config.json"
-    config = read_config(folder)
+    whole = read_config(folder)
+    config = language_config(whole)
     model_type = config.get("model_type")
     family = dense_families().get(model_type) if isinstance(model_type, str) else None
-    if family is None:
+    if family is None or family.is_moe(config):
         if any(key in config for key in NUM_EXPERTS_KEYS):
             raise CheckpointError(
                 f"the model ({model_type}) is a Mixture of Experts already; experts "
                 "are made from dense models",
+                file=config_file,
+            )
+        if model_type in UNFIT:
+            raise CheckpointError(
+                f"model_type {brief(model_type)} fits no MoE: {UNFIT[model_type]}",
                 file=config_file,
             )
         raise CheckpointError(
@@ -42,13 +56,16 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             f"supported are {', '.join(dense_families())}",
             file=config_file,
         )
-    if config.get("quantization_config") is not None:
+    quantised = config.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
         raise CheckpointError(
-            "the model is quantised; dequantise it before it becomes experts", file=config_file
+            f"quantization_config is {brief(quantised)}; it must be an object or null",
+            file=config_file,
         )
+    block = read_block(quantised, str(config_file))
     config = family.with_defaults(config)
     check_values(config, config_file)
-    sizes = read_sizes(config, config_file)
+    sizes = family.read_sizes(config, config_file)
     rope = family.read_rope(config, sizes, config_file)
     if family.interleaved and int(sizes.head_dim * rope.partial) % 2:
         raise CheckpointError(
@@ -57,10 +74,103 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
             file=config_file,
         )
     stored = read_checkpoint(folder)
-    tensors = check_tensors(folder, family, config, sizes, stored)
+    wrapper = None
+    if config_is_inner(whole):
+        wrapper, stored = take_out(whole, stored, folder)
+    unread = tuple(name for name in stored if name.startswith(family.unread))
+    stored = {name: tensor for name, tensor in stored.items() if name not in unread}
+    scales = find_scales(stored, block)
+    of_scales = {f"{name}{SCALE}" for name in scales}
+    stored = {name: tensor for name, tensor in stored.items() if name not in of_scales}
+    tensors = check_tensors(folder, family, config, sizes, stored, scales)
     windows = read_windows(family, config, sizes, config_file)
     multipliers = read_multipliers(family, config, sizes)
-    return DenseModel(folder, family, config, sizes, rope, windows, multipliers, tensors, stored)
+    return DenseModel(
+        folder,
+        family,
+        config,
+        sizes,
+        rope,
+        windows,
+        multipliers,
+        tensors,
+        stored,
+        wrapper,
+        split_scales(family, tensors, stored, scales, block),
+        block,
+        unread,
+    )
+
+
+def split_scales(
+    family: DenseFamily,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    block: Block | None,
+) -> dict[str, Tensor]:
+    """The scales of each tensor by its name here; those of a fused one are split as it is."""
+    found: dict[str, Tensor] = {}
+    if block is None or not scales:
+        return found
+    by_file = {(stored[name].file, stored[name].name): name for name in scales}
+    for name, part in tensors.items():
+        origin = by_file.get((part.file, part.name))
+        if origin is None:
+            continue
+        start = (part.offset - stored[origin].offset) // part.shape[1]  # of one byte each
+        if start % block[0]:
+            raise CheckpointError(
+                f"is in FP8, and its part for {name} begins in the middle of a block of "
+                f"{block[0]} rows; that cannot be dequantised",
+                file=part.file.path,
+                tensor=part.name,
+            )
+        rows = -(-part.shape[0] // block[0])
+        found[name] = scales[origin].rows(start // block[0], rows)
+    return found
+
+
+def config_is_inner(config: Mapping[str, Any]) -> bool:
+    """Whether the language model is a part of a multimodal one."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict) or config.get("model_type") in dense_families():
+        return False
+    return isinstance(inner.get("model_type"), str)
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model, with what the whole says of it."""
+    if not config_is_inner(config):
+        return config
+    of_both = ("tie_word_embeddings", "quantization_config")
+    return {**config["text_config"], **{key: config[key] for key in of_both if key in config}}
+
+
+def take_out(
+    config: Mapping[str, Any], stored: Mapping[str, Tensor], folder: Path
+) -> tuple[Wrapper, dict[str, Tensor]]:
+    """The tensors of the language model, by the names that they have where it stands alone."""
+    ends = [name for name in stored if name.endswith("language_model.embed_tokens.weight")]
+    ends += [name for name in stored if name.endswith("language_model.model.embed_tokens.weight")]
+    if len(ends) != 1:
+        raise CheckpointError(
+            "has a text_config; its language model is looked for by the name of its embedding, "
+            f"language_model.embed_tokens.weight, of which there are {len(ends)}",
+            file=folder,
+        )
+    prefix = ends[0].removesuffix("embed_tokens.weight")
+    heads = ("lm_head.weight", f"{prefix.removesuffix('model.')}lm_head.weight")
+    head = next((name for name in heads if name in stored), heads[0])
+    found = {
+        f"model.{name.removeprefix(prefix)}": tensor
+        for name, tensor in stored.items()
+        if name.startswith(prefix)
+    }
+    if head in stored:
+        found["lm_head.weight"] = stored[head]
+    rest = {n: t for n, t in stored.items() if not n.startswith(prefix) and n != head}
+    return Wrapper(config, prefix, head, rest), found
 
 
 def check_tensors(
@@ -69,10 +179,12 @@ def check_tensors(
     config: Mapping[str, Any],
     sizes: Sizes,
     stored: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Every expected tensor is there with its shape, and no other is; raise all problems.
 
-    Returns the tensors by the names that they have here, each part of a fused one by itself.
+    Those that have `scales` may be in FP8. Returns the tensors by the names that they have here,
+    each part of a fused one by itself.
     """
     present = {family.name_here(name): tensor for name, tensor in stored.items()}
     numbers = {name.split(".")[2] for name in present if name.startswith("model.layers.")}
@@ -102,9 +214,10 @@ def check_tensors(
         Problem("is missing", file=folder, tensor=family.name_in_files(name))
         for name in whole.keys() - present.keys()
     ]
+    quantised = {family.name_here(name) for name in scales}
     for name, tensor in present.items():
         shape = whole.get(name, optional.get(name))
-        if tensor.shape == shape and tensor.dtype in WEIGHT_DTYPES:
+        if tensor.shape == shape and (tensor.dtype in WEIGHT_DTYPES or name in quantised):
             continue
         if shape is None:
             if name.endswith("rotary_emb.inv_freq"):  # old exports; readers compute it

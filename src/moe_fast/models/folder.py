@@ -30,7 +30,8 @@ MOST_PROBLEMS = 100  # of one folder, before looking for more ends
 MOST_NAMED = 8
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-EMBEDDING = "embed_tokens.weight"
+# The embedding's name inside of the model, and what stands before it in the Hugging Face layout.
+STEMS = {"embed_tokens.weight": "model.", "wte.weight": "transformer."}
 HEAD = "lm_head."
 
 
@@ -68,18 +69,22 @@ def canonical_names(names: Iterable[str]) -> list[str]:
     put before the names of a model that was saved without its head, as `AutoModel` saves it.
     """
     plain = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names]
-    embeddings = [name for name in plain if name == EMBEDDING or name.endswith(f".{EMBEDDING}")]
-    if not embeddings:
+    embeddings = {
+        embedding: [name for name in plain if f".{name}".endswith(f".{embedding}")]
+        for embedding in STEMS
+    }
+    embedding = next((each for each in STEMS if embeddings[each]), None)
+    if embedding is None:
         return plain
-    before = min(embeddings, key=len).removesuffix(EMBEDDING)
-    inner = before == "model." or before.endswith(".model.")
-    prefix = before.removesuffix("model.") if inner else before
+    before, stem = min(embeddings[embedding], key=len).removesuffix(embedding), STEMS[embedding]
+    inner = f".{before}".endswith(f".{stem}")
+    prefix = before.removesuffix(stem) if inner else before
     if not all(name.startswith(prefix) for name in plain):
         return plain
     plain = [name.removeprefix(prefix) for name in plain]
     if inner:
         return plain
-    return [name if name.startswith(HEAD) else f"model.{name}" for name in plain]
+    return [name if name.startswith(HEAD) else f"{stem}{name}" for name in plain]
 
 
 def find_second_weights(folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe_fast.config import Layout
@@ -29,8 +30,11 @@ def structure_problems(model: MoeModel) -> list[Problem]:
     config = family.effective_config(model.config)
     twin = dense_families()[family.twin_name(config)]
     config = {**twin.defaults, **config}  # of what a twin alone has, none is read
+    if "moe_intermediate_size" in config:  # some families have no other width
+        config.setdefault("intermediate_size", config["moe_intermediate_size"])
     sizes = read_sizes(config, file)
-    read_rope(config, file, partial=family.partial_rotary)
+    if family.blocks is None:
+        read_rope(config, file, partial=family.partial_rotary)
     ahead = prediction_tensors(model, sizes.num_hidden_layers)
     present = {
         name.split(".")[2]
@@ -122,7 +126,8 @@ def expected_shapes(
     for layer in range(sizes.num_hidden_layers):
         shapes = dict(twin.layer_shapes(sizes, config, layer))
         if layer in dense_layers:
-            shapes |= twin.ffn_shapes(sizes, config)
+            width = family.dense_width(config)
+            shapes |= twin.ffn_shapes(replace(sizes, intermediate_size=width), config)
         else:
             shapes |= family.shared_shapes(config, hidden)
             expected |= expert_shapes(family, model, config, layer, hidden)
