@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,19 @@ pytest.importorskip("transformers")
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_load
 from safetensors.torch import save_file as torch_save
+from transformers import AutoTokenizer
 
 from command import run
-from moe_fast import CheckpointError, MoeConfigError, ScoreReport, prune_moe, score_experts
+from moe_fast import (
+    CheckpointError,
+    MoeConfigError,
+    ScoreReport,
+    make_dense_model,
+    prune_moe,
+    score_experts,
+)
 from moe_fast.calibration import layers
+from moe_fast.calibration.texts import read_tokens
 from moe_models import NUM_EXPERTS, OWN, TOP_K, save_random_moe
 
 # Sequences of several lengths: none of the padding between may count.
@@ -287,3 +298,41 @@ def test_the_command(tmp_path):
     small(tmp_path / "other", initializer_range=0.1)
     with pytest.raises(CheckpointError, match=r"s\.json: are the scores of another model, 'moe'"):
         prune_moe(tmp_path / "other", tmp_path / "p", num_experts=4, scores=tmp_path / "s.json")
+
+
+def test_conversations_go_through_the_chat_template(smollm2, tmp_path):
+    talks = [
+        [{"role": "user", "content": "What is a router?"}],
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello, wörld"}],
+    ]
+    lines = [json.dumps({"messages": talk}) for talk in talks]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    config = json.loads((smollm2 / "config.json").read_text())
+    found = read_tokens(smollm2, config, texts=tmp_path / "talks.jsonl").sequences
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for sequence, talk in zip(found, talks, strict=True):
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        assert sequence.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+    (tmp_path / "wrong.jsonl").write_text(json.dumps({"messages": [{"role": 3}]}))
+    with pytest.raises(CheckpointError, match=r"wrong\.jsonl:1: messages: the chat template of"):
+        read_tokens(smollm2, config, texts=tmp_path / "wrong.jsonl")
+
+
+def test_a_model_without_a_chat_template(tmp_path):
+    make_dense_model(tmp_path / "dense", seed=0)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(CheckpointError, match=r"a\.jsonl:1: messages: "):
+        read_tokens(tmp_path / "dense", config, texts=tmp_path / "a.jsonl")
+
+
+def test_the_example_prunes_what_it_trained(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "prune_scored.py"
+    steps = ["--steps=2", "--dense-steps=2", "--characters=4000", "--length=32"]
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, *steps], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses) == 11
+    assert np.isfinite(list(losses.values())).all()
