@@ -149,7 +149,7 @@ class Gemma4Moe(Twin):
         None,
         1e4,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
         per_expert=(),
         fused=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
     )
