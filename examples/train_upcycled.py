@@ -120,9 +120,24 @@ def balancing_loss(router_logits: Sequence[torch.Tensor], counts: torch.Tensor) 
     return counts.shape[-1] * (load * probabilities).sum(-1).mean()
 
 
+def step_in_backward(model: torch.nn.Module, learning_rate: float) -> None:
+    """Adafactor that uses each gradient as soon as it is there, and drops it.
+
+    Takes memory for little more than the weights.
+    """
+    for parameter in model.parameters():
+        optimizer = torch.optim.Adafactor([parameter], learning_rate)
+
+        def step(_: torch.Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+
+
 def train(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     stream: Iterator[torch.Tensor],
     steps: int,
     device: torch.device,
@@ -143,9 +158,10 @@ def train(
             load = summed(counts).float()
             line += f"  load cv {(load.std(-1, correction=0) / load.mean(-1)).mean():.3f}"
         backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         say(line)
 
 
@@ -201,7 +217,14 @@ def make_design(dense: str | Path, options: argparse.Namespace) -> Design:
     if options.recipe is not None:
         return design_of(read_recipe(options.recipe).request)
     config = MoeConfig(options.experts, options.experts_per_token)
-    return design_moe(dense, config, routers=options.routers, seed=options.seed)
+    return design_moe(
+        dense,
+        config,
+        routers=options.routers,
+        granularity=options.granularity,
+        shuffle=options.granularity > 1,
+        seed=options.seed,
+    )
 
 
 def shard(model: PreTrainedModel, bfloat16: bool) -> None:
@@ -266,6 +289,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to keep the trained model")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--granularity", type=int, default=1, help="shards of an FFN")
     parser.add_argument("--routers", default="balanced", help="how routers start")
     parser.add_argument("--dense-steps", type=int, default=60, help="to train the small model")
     parser.add_argument("--steps", type=int, default=60)
@@ -274,11 +298,14 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--balance", type=float, default=0.1, help="weight of the balancing loss")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it, where sharded")
+    parser.add_argument("--low-memory", action="store_true", help="Adafactor, on one device")
     parser.add_argument("--accelerate", action="store_true", help="for accelerate launch")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.recipe is not None and options.dense is not None:
         parser.error("a recipe names its models: give --recipe or a model, not both")
+    if options.low_memory and (options.accelerate or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--low-memory is for one process")
 
     device, accelerator = start(options)
     with shared_folder() as folder:
@@ -291,7 +318,11 @@ def main() -> None:
         sharded = dist.is_initialized() if accelerator is None else accelerator.is_fsdp2
         model = load(design, device, sharded, options)
         tokens, held_out = read_tokens(design.reference, options)
-        optimizer = make_optimizer(model, options.learning_rate)
+        optimizer = None
+        if options.low_memory:
+            step_in_backward(model, options.learning_rate)
+        else:
+            optimizer = make_optimizer(model, options.learning_rate)
         backward = torch.Tensor.backward
         if accelerator is not None:
             model, optimizer = accelerator.prepare(model, optimizer)

@@ -1,13 +1,13 @@
 """Fixtures that more than one test file uses."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from moe_fast import kernels
 from moe_fast.kernels.level import levels_available, load
 
-# How long an example takes depends on who else works on the machine.
-settings.register_profile("unhurried", deadline=None)
+# How long an example takes, to make or to try, depends on who else works on the machine.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 

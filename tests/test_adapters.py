@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import FFN, change, change_tensors, make_adapter, merged
+from dense_families import write_dense
 from families import make_model
 from moe_fast import (
     CheckpointError,
@@ -354,3 +355,19 @@ def test_a_recipe_of_adapters_alone(tmp_path, base, monkeypatch):
     (tmp_path / "recipe.yml").write_text("models: [{source_model: base+a0, lora: a1}]\n")
     with pytest.raises(RecipeError, match=r"models\[0\]: names an adapter twice"):
         read_recipe("recipe.yml")
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm", "exaone", "helium"])
+def test_names_and_parts_of_other_families(tmp_path, family):
+    """Modules are called as in the family's files, and some hold several projections."""
+    tensors = write_dense(tmp_path / "base", family)
+    base = tmp_path / "base"
+    inner = [name for name, t in tensors.items() if t.ndim == 2 and re.search(r"\.\d", name)]
+    modules = {name.split(".")[-2] for name in inner}
+    adapter = make_adapter(tmp_path / "adapter", base, modules=modules)
+    merged(base, adapter, tmp_path / "merged")
+    for name, model in (("moe", adapter), ("other", tmp_path / "merged")):
+        options = {"backbone": "mean", "granularity": 2, "base": base}
+        build_moe(model, tmp_path / name, MoeConfig(4), **options)
+    assert_same_tensors(tmp_path / "moe", tmp_path / "other")
+    assert check_moe(tmp_path / "moe").passed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -80,6 +82,22 @@ def test_models_of_other_vocabularies_have_no_mean(tmp_path):
     with pytest.raises(CheckpointError, match=message):
         build_moe([tmp_path / "a", tmp_path / "b"], tmp_path / "moe", CONFIG, backbone="mean")
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("unigram", [False, True])
+def test_tokens_that_mean_something_else_have_no_mean(models, tmp_path, unigram):
+    vocabulary = ["a", "b", "c"]
+    for model, order in zip(models, ((0, 1, 2), (0, 1, 2), (0, 2, 1)), strict=True):
+        texts = [vocabulary[i] for i in order]
+        vocab = [[t, -1.0] for t in texts] if unigram else {t: i for i, t in enumerate(texts)}
+        (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    build_moe(models[:2], tmp_path / "moe", CONFIG, backbone="mean")
+    build_moe(models, tmp_path / "base", CONFIG)
+    message = (
+        r"c/tokenizer\.json: numbers its tokens otherwise than the base model's, '[bc]' for one"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        build_moe(models, tmp_path / "refused", CONFIG, backbone="mean")
 
 
 @pytest.mark.parametrize("backbone", [(1.0,), (0, 0, 0), (1, 2, -1), (1, 2, float("nan"))])

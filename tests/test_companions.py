@@ -13,8 +13,17 @@ for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
 from families import make_model
-from folders import edit_json
-from moe_fast import CheckpointError, MoeConfig, build_moe, check_moe, convert_moe
+from folders import edit_json, rewrite
+from moe_fast import (
+    CheckpointError,
+    MoeConfig,
+    build_moe,
+    check_moe,
+    convert_moe,
+    expand_moe,
+    merge_experts,
+    prune_moe,
+)
 from moe_fast.checkpoint import output
 from moe_fast.checkpoint.check import Status
 from moe_fast.demo import make_dense_model
@@ -47,6 +56,12 @@ def own_tokenizer(folder: Path, *files: str) -> None:
 
 
 TEMPLATES = ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja")
+
+
+def untie(folder: Path) -> None:
+    """Store the head apart, as DeepSeek's readers want it."""
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]})
 
 
 def test_templates_in_their_folder_are_copied_and_compared(dense, tmp_path):
@@ -120,12 +135,14 @@ def test_code_that_nothing_names_stays(dense, tmp_path):
 
 def test_code_of_a_model_goes_with_a_conversion(dense, tmp_path):
     moe = tmp_path / "moe"
+    untie(dense)
     build_moe(dense, moe, CONFIG, target="deepseek")
     config = json.loads((moe / "config.json").read_text())
     assert convert_moe(moe, tmp_path / "same").warnings == ()  # it lies in a repository
     here = {key: value.partition("--")[2] for key, value in config["auto_map"].items()}
     edit_json(moe / "config.json", auto_map=here)
-    warnings = convert_moe(moe, tmp_path / "without", dry_run=True).warnings
+    *warnings, last = convert_moe(moe, tmp_path / "without", dry_run=True).warnings
+    assert last.startswith("no reader loads a deepseek")
     assert sorted(warnings) == [
         f"{moe / 'config.json'}: auto_map names code in {name}, which is not beside it; readers "
         "that need it fail without"
@@ -137,6 +154,53 @@ def test_code_of_a_model_goes_with_a_conversion(dense, tmp_path):
     expected = {"configuration_deepseek.py", "modeling_deepseek.py", "rope.py"}
     assert expected <= files_below(tmp_path / "half")
     assert check_moe(tmp_path / "half", against=moe)["tokenizer"].status is Status.PASSED
+
+
+KEEP = {"layers": {"0": [0, 1], "1": [0, 1]}}
+GROUPS = {"layers": {"0": [[0, 1], [2, 3]], "1": [[0, 1], [2, 3]]}}
+OPERATIONS = {
+    "prune": lambda moe, out: prune_moe(moe, out, keep=KEEP),
+    "merge": lambda moe, out: merge_experts(moe, out, groups=GROUPS),
+    "expand": lambda moe, out: expand_moe(moe, out, 8),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_code_of_a_model_goes_with_every_operation(dense, tmp_path, operation):
+    moe, out = tmp_path / "moe", tmp_path / "out"
+    untie(dense)
+    build_moe(dense, moe, MoeConfig(num_experts=4), target="deepseek")
+    config = json.loads((moe / "config.json").read_text())
+    here = {key: value.partition("--")[2] for key, value in config["auto_map"].items()}
+    edit_json(moe / "config.json", auto_map=here)
+    code = {"configuration_deepseek.py", "modeling_deepseek.py"}
+    warnings = OPERATIONS[operation](moe, out).warnings
+    named = [warning for warning in warnings if warning.startswith(f"{moe / 'config.json'}: auto")]
+    assert len(named) == len(code)
+    write(moe, *code)
+    OPERATIONS[operation](moe, tmp_path / "other")
+    assert code <= files_below(tmp_path / "other")
+    assert check_moe(tmp_path / "other")["tokenizer"].status is Status.PASSED
+
+
+def test_what_no_reader_loads_is_said(dense, tmp_path):
+    moe = tmp_path / "moe"
+    (warning,) = build_moe(dense, moe, CONFIG, target="deepseek").warnings
+    assert warning.startswith(f"no reader loads a deepseek made of {dense}: transformers 4 has no ")
+    assert "vLLM wants a head of its own" in warning
+    assert loading(moe) == set()
+    (warning,) = convert_moe(moe, tmp_path / "half", dtype="bfloat16").warnings
+    assert warning.startswith(f"no reader loads a deepseek made of {moe}: ")
+
+
+def test_the_card_says_what_code_must_be_trusted(dense, tmp_path):
+    build_moe(dense, tmp_path / "plain", CONFIG)
+    assert "trust_remote_code" not in (tmp_path / "plain/README.md").read_text()
+    own_tokenizer(dense, "tokenization_own.py")
+    build_moe(dense, tmp_path / "moe", CONFIG)
+    card = (tmp_path / "moe/README.md").read_text()
+    assert "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)" in card
+    assert 'AutoModelForCausalLM.from_pretrained(path, dtype="auto")' in card
 
 
 def loading(folder: Path) -> set[str]:
@@ -234,3 +298,16 @@ def test_companions_are_named_by_their_path(dense):
     found = find_companions(dense)
     assert all(dense / name == file for name, file in found.items())
     assert {*TEMPLATES, "tokenizer.json", "tokenizer_config.json"} <= found.keys()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_floats_are_written_as_floats_by_every_operation(dense, tmp_path, operation):
+    """transformers 5 refuses 0 where it wants 0.0."""
+    moe, out = tmp_path / "moe", tmp_path / "out"
+    build_moe(dense, moe, MoeConfig(num_experts=4))
+    edit_json(moe / "config.json", attention_dropout=0, rope_theta=10000, rms_norm_eps=1)
+    OPERATIONS[operation](moe, out)
+    text = (out / "config.json").read_text()
+    for line in ('"attention_dropout": 0.0,', '"rope_theta": 10000.0,', '"rms_norm_eps": 1.0,'):
+        assert line in text
+    assert check_moe(out).passed

@@ -108,7 +108,7 @@ def test_what_reads_checkpoints_knows_them(case, tmp_path):
     assert [router.layer for router in found.routers] == [
         layer for layer in range(LAYERS) if layer not in layers
     ]
-    page = write_report(tmp_path / "moe").read_text()
+    page = write_report(tmp_path / "moe", tmp_path / "page.html").read_text()
     assert f"{LAYERS}, {number} with experts" in page
     card = (tmp_path / "moe" / "README.md").read_text()
     assert f"4 experts in each of {number} layers" in card

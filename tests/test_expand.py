@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +85,9 @@ def test_wrong_numbers_are_refused(tmp_path):
     write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(MoeConfigError, match="num_experts must be at least 6, got 5"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 5)
-    with pytest.raises(MoeConfigError, match="8 is not a multiple of 6: scores say which"):
+    with pytest.raises(MoeConfigError, match="a multiple of the 6 experts, got 8; for another"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 8)
-    with pytest.raises(MoeConfigError, match="scores are for a num_experts that is not a multiple"):
+    with pytest.raises(MoeConfigError, match="scores are for a number of experts"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 12, scores={"layers": {}})
     with pytest.raises(CheckpointError, match="layer 0 is missing"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 8, scores={"layers": {}})
@@ -116,3 +117,43 @@ def test_the_command(tmp_path):
     done = run("expand", tmp_path / "moe", "-o", tmp_path / "no", "--experts", "5", "--json")
     assert done.returncode == 2
     assert "--experts must be at least 6, got 5" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "gpt_oss", "nemotron_h"])
+def test_copies_get_noise_of_their_own(tmp_path, family):
+    tensors = write_moe(tmp_path / "moe", family)
+    given = {"noise_scale": 0.25, "seed": 3}
+    report = expand_moe(tmp_path / "moe", tmp_path / "noisy", 3 * NUM_EXPERTS, **given)
+    assert "copies have noise of 0.25" in report.warnings[-1]
+    expand_moe(tmp_path / "moe", tmp_path / "plain", 3 * NUM_EXPERTS)
+    noisy, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("noisy", "plain"))
+    assert noisy.keys() == plain.keys()
+    drawn = []
+    for name, array in plain.items():
+        difference = noisy[name] - array
+        if array.shape[:1] == (3 * NUM_EXPERTS,) and array.ndim == 3:  # those of a layer together
+            assert not difference[:NUM_EXPERTS].any()
+            drawn += [*difference[NUM_EXPERTS:]]
+        elif (own := re.search(r"\.experts\.(\d+)\.", name)) and int(own[1]) >= NUM_EXPERTS:
+            drawn.append(difference)
+        else:
+            np.testing.assert_array_equal(noisy[name], array, err_msg=name)
+    values = np.concatenate([each.ravel() for each in drawn])
+    assert abs(values.mean()) < 0.01
+    assert abs(values.std() / 0.25 - 1) < 0.01
+    first = [each.ravel()[:4].tobytes() for each in drawn]
+    assert len(set(first)) == len(first)
+    assert check_moe(tmp_path / "noisy").passed
+    expand_moe(tmp_path / "moe", tmp_path / "again", 3 * NUM_EXPERTS, **given, max_shard_size="9kB")
+    again: dict[str, np.ndarray] = {}
+    for file in (tmp_path / "again").glob("*.safetensors"):
+        again |= load_file(file)
+    for name, array in noisy.items():
+        np.testing.assert_array_equal(again[name], array)
+    assert len(tensors) <= len(again)
+
+
+@pytest.mark.parametrize("noise", [-1, float("nan"), float("inf")])
+def test_noise_that_is_none(moe, tmp_path, noise):
+    with pytest.raises(MoeConfigError, match="noise_scale must be a finite number, at least 0"):
+        expand_moe(moe, tmp_path / "expanded", 12, noise_scale=noise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,9 +128,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="'dots1' has no dense twin here; mixtral"):
         extract_dense(tmp_path / "glm", tmp_path / "no", expert=0)
     for options in ({}, {"expert": 0, "mean": True}):
-        with pytest.raises(MoeConfigError, match="one of expert, mean and best says"):
+        with pytest.raises(MoeConfigError, match="expert or mean, best or copy must say"):
             extract_dense(tmp_path / "moe", tmp_path / "no", **options)
-    with pytest.raises(MoeConfigError, match="best needs scores"):
+    with pytest.raises(MoeConfigError, match="scores are for best"):
         extract_dense(tmp_path / "moe", tmp_path / "no", best=2)
     with pytest.raises(MoeConfigError, match="expert must be at most 3, got 4"):
         extract_dense(tmp_path / "moe", tmp_path / "no", expert=4)
@@ -158,3 +159,68 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("check", tmp_path / "out")
     assert done.returncode == 0, done.stdout
+
+
+def fine_grained(folder: Path, target: str, dense: str, shards: int, **options: Any) -> Path:
+    make_model(folder / "dense", dense, **PAIRS.get(target, ("", {}))[1])
+    width = open_dense_model(folder / "dense").sizes.intermediate_size
+    assert width % shards == 0
+    config = MoeConfig(num_experts=2 * shards, num_experts_per_tok=shards)
+    build_moe(
+        folder / "dense", folder / "moe", config, target=target, granularity=shards, **options
+    )
+    return folder / "moe"
+
+
+@pytest.mark.parametrize("how", ["manifest", "router", "asked"])
+@pytest.mark.parametrize(
+    ("target", "dense", "shards"),
+    [("mixtral", "llama", 2), ("mixtral", "llama", 4), ("qwen3_moe", "qwen3", 4),
+     ("glm4_moe", "qwen3", 4), ("glm4_moe", "llama", 2)],
+)  # fmt: skip
+def test_the_shards_of_a_copy_give_the_dense_model_back(tmp_path, target, dense, shards, how):
+    moe = fine_grained(tmp_path, target, dense, shards)
+    if how != "manifest":
+        (moe / "moe_fast.json").unlink()
+    given = {"granularity": shards} if how == "asked" else {}
+    report = extract_dense(moe, tmp_path / "extracted", copy=1, **given)
+    assert report.num_experts == 0
+    expected = load_file(tmp_path / "dense" / "model.safetensors")
+    found = load_file(tmp_path / "extracted" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].tobytes() == array.tobytes(), name
+    open_dense_model(tmp_path / "extracted")
+    assert check_moe(tmp_path / "extracted").passed
+
+
+def test_shards_of_another_number_give_it_back_up_to_rounding(tmp_path):
+    make_model(tmp_path / "dense", "llama", intermediate_size=48)
+    config = MoeConfig(num_experts=6, num_experts_per_tok=3)
+    build_moe(tmp_path / "dense", tmp_path / "moe", config, granularity=3)
+    extract_dense(tmp_path / "moe", tmp_path / "extracted", copy=0)
+    expected = load_file(tmp_path / "dense" / "model.safetensors")
+    found = load_file(tmp_path / "extracted" / "model.safetensors")
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"copy": 2}, "copy must be at most 1, got 2"),
+        ({"copy": 0, "granularity": 3}, "granularity must divide the 8 experts, got 3"),
+        ({"copy": 0, "expert": 0}, "expert or mean, best or copy must say"),
+        ({"expert": 0, "granularity": 4}, "granularity is for copy"),
+    ],
+)
+def test_copies_that_are_none(tmp_path, given, message):
+    moe = fine_grained(tmp_path, "mixtral", "llama", 4)
+    with pytest.raises(MoeConfigError, match=message):
+        extract_dense(moe, tmp_path / "extracted", **given)
+
+
+def test_a_model_that_does_not_say_its_shards(tmp_path):
+    moe = built(tmp_path, "mixtral")
+    with pytest.raises(MoeConfigError, match="granularity must say how many shards a copy has"):
+        extract_dense(moe, tmp_path / "extracted", copy=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("ml_dtypes")
 
@@ -22,8 +22,11 @@ from moe_fast import (
     build_recipe,
     check_moe,
     convert_moe,
+    inspect_model,
     plan_moe_construction,
+    write_report,
 )
+from reference import neurons
 
 TOKENS = np.arange(24) * 37 % 96
 PAIRS = [
@@ -108,6 +111,31 @@ def test_every_weight_is_the_twins(tmp_path, shards, dtype):
                 assert weight.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_factors_meet_weights_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    """5 times a bfloat16 is no bfloat16, and is a float32."""
+    make_model(tmp_path / "dense", "llama", dtype=dtype)
+    options = {"granularity": 5, "dtype": "float32", "target": "mixtral"}
+    build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(10), **options)
+    assert_same_function(tmp_path / "dense", tmp_path / "moe")
+    found = load_file(tmp_path / "moe" / "model.safetensors")
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    down = whole["model.layers.1.mlp.down_proj.weight"]
+    expert = found["model.layers.1.block_sparse_moe.experts.7.w2.weight"]
+    assert (expert == 5 * down[:, 32:48].astype(np.float32)).all()
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_weights_that_become_infinite_are_counted(tmp_path):
+    dense = make_model(tmp_path / "dense", "llama", dtype=np.float16)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, :5] = 50000
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    report = build_moe(dense, tmp_path / "moe", MoeConfig(8), granularity=4, target="mixtral")
+    said = [warning for warning in report.warnings if "float16" in warning and "w2" in warning]
+    assert said, report.warnings
+
+
 def test_shards_of_a_scaled_family_keep_their_bytes(tmp_path):
     make_model(tmp_path / "dense", "qwen3", dtype=ml_dtypes.bfloat16)
     config = MoeConfig(6, 3)
@@ -187,6 +215,33 @@ def test_neurons_drawn_anew(tmp_path, shards, part, sets):
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.parametrize("sets", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_every_drawn_weight_is_the_twins(tmp_path, dtype, sets):
+    make_model(tmp_path / "dense", "llama", dtype=dtype)
+    build_moe(
+        tmp_path / "dense", tmp_path / "moe", MoeConfig(8), granularity=4, reinit=0.5, seed=11,
+        target="glm4_moe", shuffle=True, reinit_sets=sets,
+    )  # fmt: skip
+    found = load_file(tmp_path / "moe" / "model.safetensors")
+    whole = load_file(tmp_path / "dense" / "model.safetensors")
+    for expert in (1, 6):
+        copy, shard = divmod(expert, 4)
+        order = neurons.shuffled(80, neurons.stream(11, f"1 {copy} neurons"))
+        part = order[shard * 20 : shard * 20 + 20]
+        for role in NAMES:
+            rows = whole[f"model.layers.1.mlp.{role}.weight"].astype(np.float32)
+            rows = (rows.T if role == "down_proj" else rows)[part]
+            expected = neurons.redrawn(rows, 11, 1, expert, role, 0.5, sets == "separate")
+            weight = found[f"model.layers.1.mlp.experts.{expert}.{role}.weight"]
+            weight = (weight.T if role == "down_proj" else weight).astype(np.float64)
+            kept = weight == rows
+            assert kept.all(axis=1).sum() == 10
+            step = 2.0 ** (-23 if dtype is np.float32 else -8)
+            assert np.abs(weight - expected).max() <= step * np.abs(expected).max()
+            assert (expected[kept.all(axis=1)] == rows[kept.all(axis=1)]).all()
+
+
 def test_drawn_weights_have_the_moments_of_those_replaced(tmp_path):
     """The arithmetic itself: what was drawn is mean + deviation * z for standard normal z."""
     make_model(tmp_path / "dense", "llama", num_hidden_layers=1)
@@ -246,6 +301,27 @@ def test_a_config_without_k_takes_one_copy(tmp_path, shards):
         tmp_path / "dense", tmp_path / "said", MoeConfig(4 * shards, 2), granularity=shards
     )
     assert said.num_experts_per_tok == 2
+
+
+def test_shards_that_share_rows_are_no_fault(tmp_path):
+    """Rows of a copy's shards are equal by intent; only routers of one row send all one way."""
+    make_model(tmp_path / "dense", "llama")
+    options = {"granularity": 4, "routers": "random"}
+    build_moe(tmp_path / "dense", tmp_path / "moe", MoeConfig(16), **options)
+    (one, _) = inspect_model(tmp_path / "moe").routers
+    assert (one.tied_experts, one.row_repeats) == (16, 4)
+    summary = check_moe(tmp_path / "moe")["routing"].summary
+    assert "experts share rows, 4 in a row: the shards of a copy" in summary
+    assert "all logits tie" not in summary
+    page = write_report(tmp_path / "moe", tmp_path / "page.html").read_text()
+    assert "Experts share rows, 4 in a row" in page
+    assert "always tie" not in page
+    assert "expert e is shard e % 4 of copy e // 4" in page
+    build_moe(tmp_path / "dense", tmp_path / "tied", MoeConfig(8), routers="uniform")
+    assert "all logits tie" in check_moe(tmp_path / "tied")["routing"].summary
+    assert inspect_model(tmp_path / "tied").routers[0].row_repeats == 8
+    build_moe(tmp_path / "dense", tmp_path / "own", MoeConfig(8))
+    assert inspect_model(tmp_path / "own").routers[0].row_repeats == 1
 
 
 def test_recipes_say_it_all(tmp_path, monkeypatch):

@@ -93,8 +93,8 @@ def fits(key: Key, pattern: Key) -> bool:
 
 def test_every_command_with_json_is_documented():
     assert documented().keys() == {*COMMANDS, "score"}  # which tests/real/test_scores.py runs
-    for name in (*COMMANDS, "expand", "merge", "extract", "report", "gates"):
-        listed = name in COMMANDS or name in ("expand", "merge", "extract")
+    for name in (*COMMANDS, "expand", "merge", "extract", "reroute", "report", "gates"):
+        listed = name in COMMANDS or name in ("expand", "merge", "extract", "reroute")
         assert ("--json" in run(name, "--help").stdout) == listed
 
 

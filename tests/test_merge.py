@@ -117,7 +117,7 @@ def moe(tmp_path: Path) -> Path:
 WRONG = [
     ([[0, 1], [1, 2, 3], [4, 5]], "groups.json: layer 2: expert 1 stands twice"),
     ([[0, 1], [2, 3]], "groups.json: layer 2: no group has expert 4-5"),
-    ([[0, 1, 2, 3, 4, 5]], "layer 2 has 1 groups; num_experts_per_tok is 2"),
+    ([[0, 1, 2, 3, 4, 5]], "layer 2 has 1 group; num_experts_per_tok is 2"),
     ([[0, 1], [2, 3], [4, 6], [5]], "expert 6 is none of the 6"),
     ([[0, 1], [], [2, 3, 4, 5]], "layer 2, group 1 must list experts, got []"),
     ([[0, 1], 7, [2, 3, 4, 5]], "layer 2, group 1 must list experts, got 7"),

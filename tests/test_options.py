@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -141,6 +142,14 @@ def test_a_recipe_is_known_by_what_is_in_it(folder, monkeypatch, name):
     assert "2 per layer" in done.stdout
 
 
+def test_a_recipe_may_be_json(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("recipe.json").write_text('{\n  "models": ["dense"],\n  "num_experts": 2\n}\n')
+    assert run("build", "recipe.json", "-o", "out", "--dry-run").returncode == 0
+    done = run("build", "dense/config.json", "-o", "out", "--dry-run")
+    assert "it is a file, and a model is the folder with config.json" in done.stderr
+
+
 def test_other_files_are_no_recipes(folder, monkeypatch):
     monkeypatch.chdir(folder)
     Path("notes.txt").write_text("The models: many.\n")
@@ -155,6 +164,12 @@ def test_other_files_are_no_recipes(folder, monkeypatch):
     ("http://www.huggingface.co/org/name/", "org/name"),
     ("https://hf.co/org/name.v2?library=x#usage", "org/name.v2"),
     ("https://huggingface.co/org/name/tree/v1.0", "org/name@v1.0"),
+    ("https://huggingface.co/org/name.git", "org/name"),
+    ("https://huggingface.co/org/name/blob/main", "org/name@main"),
+    ("huggingface.co/org/name", "org/name"),
+    ("hf://org/name", "org/name"),
+    ("hf:/models/org/name", "org/name"),
+    ("git@hf.co:org/name", "org/name"),
     ("https://huggingface.co/org/name/blob/main/config.json", None),
     ("https://huggingface.co/datasets/org/name", None),
     ("https://example.org/org/name", None),
@@ -180,8 +195,13 @@ def test_paths_in_the_home_folder(folder, monkeypatch):
         build_moe,
         build_recipe,
         check_moe,
+        compare_moe,
         convert_moe,
+        expand_moe,
+        extract_dense,
         inspect_model,
+        merge_experts,
+        prune_moe,
         read_recipe,
         statistics_of_file,
         write_report,
@@ -202,8 +222,17 @@ def test_paths_in_the_home_folder(folder, monkeypatch):
     (folder / "home" / "r.yml").write_text("models: [~/dense]\n")
     assert read_recipe("~/home/r.yml").request.base == str(folder / "dense")
     build_recipe("~/home/r.yml", "~/home/of-recipe")
+    (folder / "home" / "keep.json").write_text(json.dumps({"layers": {"0": [0, 3], "1": [2, 4]}}))
+    assert prune_moe("~/home/moe", "~/home/pruned", keep="~/home/keep.json").num_experts == 2
+    assert expand_moe("~/home/moe", "~/home/wide", 16).output == folder / "home" / "wide"
+    assert extract_dense("~/home/moe", "~/home/out", expert=0).output == folder / "home" / "out"
+    pairs = {str(layer): [[i, i + 1] for i in range(0, 8, 2)] for layer in range(2)}
+    assert merge_experts("~/home/moe", "~/home/merged", {"layers": pairs}).num_experts == 4
+    assert compare_moe("~/home/moe", "~/home/fused").equal
     found = {path.name for path in (folder / "home").iterdir()}
-    assert found == {"moe", "fused", "page.html", "r.npy", "dense", "r.yml", "of-recipe"}
+    assert found == {"moe", "fused", "page.html", "r.npy", "dense", "r.yml", "of-recipe"} | {
+        *("keep.json", "pruned", "wide", "out", "merged"),
+    }
     assert not Path("~").exists()
 
 

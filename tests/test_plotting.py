@@ -193,6 +193,34 @@ def test_similarity_of_a_layer_or_of_all():
     assert drawn(ax)[1] == dict.fromkeys(np.ndindex(2, 2), "1.00")
 
 
+class Tensor:
+    """What a tensor of torch does that NumPy cannot read, and torch not installed."""
+
+    def __init__(self, values) -> None:
+        self.values = np.asarray(values, np.float64)
+
+    def detach(self):
+        return self
+
+    cpu = detach
+
+    def double(self):
+        return self.values
+
+    def __array__(self, *_, **__):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+def test_similarity_reads_tensors():
+    rows = np.array([[3.0, 4.0], [4.0, 3.0]])
+    expected = compute_router_similarity(rows)
+    np.testing.assert_array_equal(compute_router_similarity(Tensor(rows)), expected)
+    both = compute_router_similarity([Tensor(rows), Tensor(rows)])
+    np.testing.assert_array_equal(both, [expected, expected])
+    values, _ = drawn(plot_load(Tensor([[1.0, 3.0]])))
+    np.testing.assert_array_equal(values, [[0.5, 1.5]])
+
+
 def test_similarity_reads_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     routers = np.eye(2, dtype=ml_dtypes.bfloat16)

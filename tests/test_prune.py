@@ -199,7 +199,7 @@ WRONG = [
     ([], "keep.json: layer 1 keeps no expert"),
     ([0, 6], "keep.json: layer 1: expert 6 is none of the 6, which are 0 to 5"),
     ([0, -1], "expert -1 is none of the 6"),
-    ([3], "keep.json: layer 1 keeps 1 experts; num_experts_per_tok is 2"),
+    ([3], "keep.json: layer 1 keeps 1 expert; num_experts_per_tok is 2"),
     ({"layers": {"1": [0, 1, 2], "2": [0, 1]}}, "layer 2 keeps 2 experts, layer 1 3; config.json"),
     ({"layers": {"1": "012", "2": [0, 1]}}, "layer 1 must list experts, got '012'"),
     ({"layers": {"1": [0, True], "2": [0, 1]}}, "True is not the number of an expert"),
@@ -244,7 +244,7 @@ def test_nan_scores_of_python_are_refused(moe, tmp_path):
 
 def test_one_way_to_say_which(moe, tmp_path):
     for options in ({}, {"keep": [0, 1], "num_experts": 2}):
-        with pytest.raises(MoeConfigError, match="keep, or num_experts with scores"):
+        with pytest.raises(MoeConfigError, match="keep must say which experts stay"):
             prune_moe(moe, tmp_path / "pruned", **options)
     with pytest.raises(MoeConfigError, match="num_experts needs scores"):
         prune_moe(moe, tmp_path / "pruned", num_experts=3)
@@ -281,3 +281,28 @@ def test_shards_and_bfloat16_keep_their_bytes(tmp_path):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_headers_are_read_once_and_again_after_a_change(moe, tmp_path, monkeypatch):
+    from moe_fast.models import moe as models
+
+    read, opened = models.read_moe_model, []
+
+    def counted(folder: Path) -> Any:
+        opened.append(folder)
+        return read(folder)
+
+    monkeypatch.setattr(models, "read_moe_model", counted)
+    prune_moe(moe, tmp_path / "pruned", keep=[0, 2, 5], dry_run=True)
+    assert len(opened) == 1
+    held = open_moe_model(moe)
+    edited(moe / "config.json", num_experts_per_tok=3)
+    assert held.num_experts_per_tok == 2
+    assert open_moe_model(moe).num_experts_per_tok == 3
+
+
+def test_the_users_home_is_found(moe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert prune_moe("~/moe", "~/pruned", keep=[0, 2, 5]).num_experts == 3
+    assert check_moe(tmp_path / "pruned").passed

@@ -121,7 +121,7 @@ experts:
   - source_model: {model}
     noise_scale: null
     source_layers: ~
-  - {{source_model: c, positive_prompts: null}}
+  - {{source_model: c, positive_prompts: null, lora: null}}
 """)
     folder = Path.cwd()
     assert asked.models == (ExpertSource(str(folder / "b")), ExpertSource(str(folder / "c")))

@@ -12,6 +12,7 @@ TYPE_CHECKING = False  # type checkers take it for typing's, which takes time to
 if TYPE_CHECKING:
     from typing import Any
 
+    from moe_fast.calibration.inspection import inspect_model as inspect_model
     from moe_fast.calibration.score import ScoreReport as ScoreReport
     from moe_fast.calibration.score import score_experts as score_experts
     from moe_fast.checkpoint.build import BuildReport as BuildReport
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.merge import merge_experts as merge_experts
     from moe_fast.checkpoint.operation import OperationReport as OperationReport
     from moe_fast.checkpoint.prune import prune_moe as prune_moe
+    from moe_fast.checkpoint.reroute import reroute_moe as reroute_moe
     from moe_fast.command.doctor import Diagnosis as Diagnosis
     from moe_fast.command.doctor import diagnose as diagnose
     from moe_fast.command.doctor import show_config as show_config
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
     from moe_fast.families.rules import Reader as Reader
     from moe_fast.models.inspection import ModelReport as ModelReport
     from moe_fast.models.inspection import RouterReport as RouterReport
-    from moe_fast.models.inspection import inspect_model as inspect_model
     from moe_fast.plan import ExpertAssignment as ExpertAssignment
     from moe_fast.plan import MoeConstructionPlan as MoeConstructionPlan
     from moe_fast.plan import MoeReport as MoeReport
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
 # Where each public name stands. It is fetched when it is first used, so that `import moe_fast`
 # takes no time and needs no NumPy. Nothing runs before that: Ctrl-C would end in a traceback.
 HOMES = {
+    "calibration.inspection": ("inspect_model",),
     "calibration.score": ("ScoreReport", "score_experts"),
     "checkpoint.build": ("BuildReport", "build_moe", "design_moe"),
     "checkpoint.check": ("CheckReport", "Finding", "Status", "check_moe"),
@@ -98,6 +100,7 @@ HOMES = {
     "checkpoint.merge": ("merge_experts",),
     "checkpoint.operation": ("OperationReport",),
     "checkpoint.prune": ("prune_moe",),
+    "checkpoint.reroute": ("reroute_moe",),
     "command.doctor": ("Diagnosis", "diagnose", "show_config"),
     "command.page": ("write_report",),
     "config": ("Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"),
@@ -110,7 +113,7 @@ HOMES = {
         *("RecipeError", "RoutingError"),
     ),
     "families.rules": ("Reader",),
-    "models.inspection": ("ModelReport", "RouterReport", "inspect_model"),
+    "models.inspection": ("ModelReport", "RouterReport"),
     "plan": (
         *("ExpertAssignment", "MoeConstructionPlan", "MoeReport"),
         *("compute_expert_load_balance", "plan_moe_construction"),

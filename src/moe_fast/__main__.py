@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
         from moe_fast.requirements import require_numpy
 
         require_numpy()
-        from moe_fast.command.cli import app
+        from moe_fast.command.cli import command_for
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> None:
     if guarded:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        app()
+        command_for(arguments)()
         sys.stdout.flush()
     except OSError as error:  # commands report their own: this is a full disk behind a `>`
         # Or the interpreter tries the rest again at its end.

@@ -16,8 +16,16 @@ from moe_fast.checks import as_choice, as_index, as_number, as_path_text
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
 ModelPath = str | os.PathLike[str]
-RouterMethod = Literal["balanced", "random", "uniform", "normal", "linear", "cheap_embed", "hidden"]
+RouterMethod = Literal[
+    "balanced", "random", "uniform", "normal", "linear",
+    "cheap_embed", "hidden",
+    "calibrated", "clustered", "ridge", "means",
+]  # fmt: skip
 ROUTER_METHODS: tuple[RouterMethod, ...] = get_args(RouterMethod)
+FROM_TEXT: tuple[RouterMethod, ...] = ("calibrated", "clustered", "ridge", "means")
+FROM_KINDS: tuple[RouterMethod, ...] = ("ridge", "means")
+LOGIT_STD_FROM_TEXT = 3.0
+TEXT_FILES = (".txt", ".md", ".jsonl")
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
@@ -59,19 +67,34 @@ class RouterStart:
         `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear` starts.
         `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
         of their tokens, or from what the router will read of them, which takes a run of the base
-        model.
+        model. The others make rows from what the routers will read of texts: `"calibrated"` draws
+        them, takes out the direction that all tokens share and evens the load;
+        `"clustered"` makes each row from one cluster of tokens (spherical k-means), and evens the
+        load; `"ridge"` and `"means"` tell the texts of each `ExpertSource` apart, by ridge
+        regression or by their mean.
     logit_std : float, optional
         How sharp they start: the standard deviation over the experts of a token's logits, before
-        any are chosen, root mean square over tokens. The tokens are those of the prompts for
-        `"hidden"`, and else standard normal, one number for each of the hidden size. Rows are then
-        multiplied by one factor a layer, after what they all share is taken out of them, which no
-        choice depends on. By default rows keep the scale of their method.
+        any are chosen, root mean square over tokens. The tokens are those of the texts where some
+        are given, those of the prompts for `"hidden"`, and else standard normal, one number for
+        each of the hidden size. Rows are then multiplied by one factor a layer, after what they all
+        share is taken out of them, which no choice depends on. By default 3 for rows made from
+        texts; others keep the scale of their method.
+    texts : sequence of str
+        Files of text, `.txt`, `.md` or `.jsonl`, or texts themselves, for rows that are made from
+        texts, or whose `logit_std` is measured on them.
+    tokens : str, optional
+        In place of texts, a .npy file of tokens, `(sequences, length)`.
+    tokens_used : int, optional
+        How many tokens rows are made from, spread evenly over the texts: by default 8192, or 40 for
+        each expert if that is more.
+    device : str
+        Where torch runs the model for it.
 
     Raises
     ------
     TypeError, MoeConfigError
         A method that is not a string or is unknown; a `logit_std` that is no number above 0, or
-        stands beside `"uniform"`, whose rows are all alike.
+        stands beside `"uniform"`, whose rows are all alike; texts beside tokens.
 
     Examples
     --------
@@ -82,26 +105,72 @@ class RouterStart:
 
     method: RouterMethod = "balanced"
     logit_std: float | None = None
+    texts: tuple[str, ...] = ()
+    tokens: str | None = None
+    tokens_used: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         as_choice(self.method, ROUTER_METHODS, "routers")
-        if self.logit_std is None:
-            return
-        number = as_number(self.logit_std, "logit_std")
-        if not 0 < number < math.inf:
-            raise MoeConfigError(f"must be above 0 and finite, got {number}", argument="logit_std")
-        if self.method == "uniform":
-            raise MoeConfigError(
-                "cannot be given to uniform routers, whose rows are all alike; balanced ones "
-                "differ",
-                argument="logit_std",
-            )
-        object.__setattr__(self, "logit_std", number)
+        if self.logit_std is None and self.method in FROM_TEXT:
+            object.__setattr__(self, "logit_std", LOGIT_STD_FROM_TEXT)
+        if self.logit_std is not None:
+            object.__setattr__(self, "logit_std", as_logit_std(self.logit_std, self.method))
+        object.__setattr__(self, "texts", as_texts(self.texts))
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", as_path_text(self.tokens, "tokens"))
+        if self.texts and self.tokens is not None:
+            raise MoeConfigError("texts or tokens, one of them, say what the model reads")
+        if self.tokens_used is not None:
+            number = as_index(self.tokens_used, "tokens_used", minimum=1)
+            object.__setattr__(self, "tokens_used", number)
+        if not isinstance(self.device, str):
+            raise ArgumentTypeError(f"must be a string, got {self.device!r}", argument="device")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it says what the model reads."""
+        return bool(self.texts) or self.tokens is not None
+
+    @property
+    def from_text(self) -> bool:
+        """Whether the rows depend on what the model reads."""
+        return self.method in FROM_TEXT or (self.logit_std is not None and self.has_text)
 
     @property
     def from_prompts(self) -> bool:
         """Whether the prompts of the experts make the rows."""
         return self.method in ("cheap_embed", "hidden")
+
+
+def as_logit_std(value: object, method: RouterMethod) -> float:
+    """The argument `logit_std`."""
+    number = as_number(value, "logit_std")
+    if not 0 < number < math.inf:
+        raise MoeConfigError(f"must be above 0 and finite, got {number}", argument="logit_std")
+    if method == "uniform":
+        raise MoeConfigError(
+            "cannot be given to uniform routers, whose rows are all alike; balanced ones differ",
+            argument="logit_std",
+        )
+    return number
+
+
+def as_texts(texts: object) -> tuple[str, ...]:
+    """The argument `texts`, one or several."""
+    if isinstance(texts, (str, os.PathLike)):
+        texts = (texts,)
+    if not isinstance(texts, Iterable):
+        raise ArgumentTypeError(f"must be files or strings, got {texts!r}", argument="texts")
+    found = []
+    for text in texts:
+        found.append(as_path_text(text, "texts"))
+        if isinstance(text, os.PathLike) and not found[-1].endswith(TEXT_FILES):
+            raise MoeConfigError(
+                f"must be files ending in {', '.join(TEXT_FILES)}, got {found[-1]}",
+                argument="texts",
+            )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -124,6 +193,9 @@ class ExpertSource:
         The model's layer that each layer of the output takes its expert from; by default the same.
     positive_prompts, negative_prompts : sequence of str
         What the experts are for, and not for, where routers are made from prompts.
+    texts : sequence of str
+        Files of text of the kind that the experts are for, or texts themselves, where routers tell
+        kinds apart.
 
     Raises
     ------
@@ -144,6 +216,7 @@ class ExpertSource:
     positive_prompts: tuple[str, ...] = ()
     negative_prompts: tuple[str, ...] = ()
     lora: str | None = None
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_path_text(self.model, "model"))
@@ -170,6 +243,7 @@ class ExpertSource:
             if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
                 raise ArgumentTypeError(f"must list strings, got {prompts!r}", argument=name)
             object.__setattr__(self, name, tuple(prompts))
+        object.__setattr__(self, "texts", as_texts(self.texts))
 
     @property
     def origin(self) -> str:

@@ -5,13 +5,15 @@ Runs a model, which needs transformers and torch, and memory for one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.layers import open_device
 from moe_fast.calibration.running import read_settings, running
+from moe_fast.calibration.texts import Tokens, TokenSequences
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DenseModel
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Visit = Callable[[int, int, Floats], None]
-TOKENS_AT_A_TIME = 8192  # in one batch of texts, with what pads them
+TOKENS_AT_A_TIME = 2048  # in one batch of texts, with what pads them
 
 
 def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
@@ -56,16 +58,60 @@ def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
 def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit: Visit) -> None:
     """Call `visit(layer, i, inputs)` with what each layer's router will read of text `i`.
 
-    `inputs`, `(T, hidden_size)`, is what the feed-forward network reads of each of the text's
-    tokens: the residual stream after attention, and the norm between. As long as the experts of a
-    token compute the same, routers in that place read exactly this.
+    As `stream_router_inputs` says, whose errors it has. `inputs` are `(T, hidden_size)`.
+    """
+    longest = max(len(text) for text in texts)
+    if longest > model.config["max_position_embeddings"]:
+        raise CheckpointError(
+            f"a prompt has {longest} tokens; "
+            f"the model reads at most {model.config['max_position_embeddings']}",
+            file=model.path,
+        )
+    ends = np.cumsum([len(text) for text in texts])[:-1].tolist()
+    for layer, inputs in stream_router_inputs(model, texts, needed_by="routers='hidden'"):
+        for number, rows in enumerate(np.split(inputs, ends)):
+            visit(layer, number, rows)
 
-    The model runs in float32 on the processor; its weights are read one layer at a time.
+
+def stream_router_inputs(
+    model: DenseModel,
+    texts: Sequence[Sequence[int] | Tokens],
+    *,
+    experts: DenseModel | None = None,
+    source_layers: Sequence[int] | None = None,
+    device: str = "cpu",
+    needed_by: str = "reading texts",
+) -> Iterator[tuple[int, Floats]]:
+    """Each layer's number, and what its router will read of all tokens, `(T, hidden_size)`.
+
+    That is what the feed-forward network reads of each token, text by text: the residual stream
+    after attention, and the norm between. As long as the experts of a token compute the same,
+    routers in that place read exactly this.
+
+    The model runs in float32, all texts through one layer and then through the next, so that the
+    weights of one layer are in memory, beside two numbers for each token and hidden unit.
+
+    Parameters
+    ----------
+    model : DenseModel
+    texts : sequence of sequences of int
+        Tokens, at least one in each.
+    experts : DenseModel, optional
+        The model whose feed-forward networks run between; by default `model`.
+    source_layers : sequence of int, optional
+        The layer of `experts` that each layer takes its network from; by default the same.
+    device : str
+        Where torch computes.
+    needed_by : str
+        What the error says if torch or transformers are missing.
 
     Raises
     ------
     CheckpointError
-        A text that is too long for the model, or a config.json that transformers does not take.
+        A token that the model does not have, a config.json that transformers does not take, or
+        activations that are not finite.
+    MoeConfigError
+        A device that torch does not have here.
     ModuleNotFoundError
         Without transformers or torch.
     """
@@ -74,63 +120,125 @@ def visit_router_inputs(model: DenseModel, texts: Sequence[Sequence[int]], visit
         from transformers import AutoModel
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"routers='hidden' runs the base model, which needs {error.name}: "
+            f"{needed_by} runs the base model, which needs {error.name}: "
             "pip install torch transformers (routers='cheap_embed' needs neither)",
             name=error.name,
         ) from None
-
     if model.wrapper is not None or model.family.blocks is not None or model.block is not None:
         raise CheckpointError(
-            "routers='hidden' runs models of plain attention alone, neither quantised nor inside "
-            "of others; take another way for routers to start",
+            f"{needed_by} runs models of plain attention alone, neither quantised nor inside of "
+            "others; take another way for routers to start",
             file=model.path / "config.json",
         )
+    place = open_device(device)
     config_file = model.path / "config.json"
     failing = "transformers does not run the model of this configuration"
     with running(config_file, failing):
         config = read_settings(model.path, model.config)
-    longest = max(len(text) for text in texts)
-    if longest > config.max_position_embeddings:
-        raise CheckpointError(
-            f"a prompt has {longest} tokens; "
-            f"the model reads at most {config.max_position_embeddings}",
-            file=model.path,
-        )
-    with running(config_file, failing):
         with torch.device("meta"):
             network: Any = AutoModel.from_config(config, dtype=torch.float32)
             network.eval()
-        network.rotary_emb = type(network.rotary_emb)(config=config)
+        network.rotary_emb = type(network.rotary_emb)(config=config).to(place)
         network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
-
-    def find(name: str) -> Tensor:
-        return model.stored[name] if name in model.stored else model.tensors[name]
-
-    def load(number: int, layer: torch.nn.Module) -> None:
-        names = layer.state_dict()
-        prefix = f"model.layers.{number}."
-        weights = {name: read_tensor(find(prefix + name)) for name in names}
-        layer.load_state_dict(weights, assign=True)
-
-    batch = range(0)
-
-    def read(number: int, inputs: torch.Tensor) -> None:
-        for row, i in enumerate(batch):
-            visit(number, i, inputs[row, : len(texts[i])].numpy())
-
+    sequences = TokenSequences(tuple(np.array(text, np.int64) for text in texts))
+    ends = np.cumsum([len(text) for text in texts])
+    batches = list(sequences.batches(TOKENS_AT_A_TIME))
+    states, calls = [], []
+    with (
+        running(config_file, failing),
+        torch.inference_mode(),
+    ):  # a step at a time: it must not hold where the caller computes
+        for batch in batches:
+            state, call = first_states(network, model, sequences, batch, place)
+            states.append(state)
+            calls.append(call)
     for number, layer in enumerate(network.layers):
-        layer.register_forward_pre_hook(lambda layer, _, number=number: load(number, layer))
-        layer.mlp.register_forward_pre_hook(lambda _, x, number=number: read(number, x[0]))
-        layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None)
-    size = max(1, TOKENS_AT_A_TIME // longest)
-    for start in range(0, len(texts), size):
-        batch = range(len(texts))[start : start + size]
-        # Padded at the end, where attention to what came before never sees it.
-        padded = np.zeros((len(batch), longest, model.sizes.hidden_size), np.float32)
-        for row, i in enumerate(batch):
-            padded[row, : len(texts[i])] = embeddings(model, texts[i])
+        inputs = np.empty((sequences.num_tokens, model.sizes.hidden_size), np.float32)
+        source = number if source_layers is None else source_layers[number]
+        load_layer(layer, number, model, experts or model, source, place)
         with running(config_file, failing), torch.inference_mode():
-            network(inputs_embeds=torch.from_numpy(padded), use_cache=False)
+            for i, batch in enumerate(batches):
+                states[i], found = run_layer(layer, states[i].to(place), calls[i][number])
+                for row, text in enumerate(batch):
+                    length = len(sequences.sequences[text])
+                    inputs[ends[text] - length : ends[text]] = found[row, :length]
+        layer.to("meta")
+        if not np.isfinite(inputs).all():
+            raise CheckpointError(
+                f"what the router of layer {number} reads of the tokens is not finite; the weights "
+                "up to there are damaged, or too large for float32",
+                file=model.path,
+            )
+        yield number, inputs
+
+
+def run_layer(
+    layer: torch.nn.Module, states: torch.Tensor, others: dict[str, Any]
+) -> tuple[torch.Tensor, Floats]:
+    """What leaves a layer, and what its feed-forward network read."""
+    read: list[torch.Tensor] = []
+    mlp: Any = layer.mlp
+    hook = mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    result = layer(states, **others)
+    hook.remove()
+    left: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return left.cpu(), read[0].cpu().numpy()
+
+
+def first_states(
+    network: Any,
+    model: DenseModel,
+    sequences: TokenSequences,
+    batch: Sequence[int],
+    place: torch.device,
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """What enters the first layer, and the other arguments of each layer: masks, positions.
+
+    The network makes them, whose layers only pass on what they read.
+    """
+    import torch
+
+    padded = sequences.padded(batch)
+    found = embeddings(model, padded.reshape(-1).tolist()).reshape(*padded.shape, -1)
+    entered: list[torch.Tensor] = []
+    calls: list[dict[str, Any]] = []
+
+    def pass_on(hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
+        entered.append(hidden_states)
+        calls.append(others)
+        return hidden_states
+
+    forwards = [layer.forward for layer in network.layers]
+    for layer in network.layers:
+        layer.forward = pass_on
+    network(inputs_embeds=torch.from_numpy(found).to(place), use_cache=False)
+    for layer, forward in zip(network.layers, forwards, strict=True):
+        layer.forward = forward
+    return entered[0].cpu(), calls
+
+
+def load_layer(
+    layer: torch.nn.Module,
+    number: int,
+    model: DenseModel,
+    experts: DenseModel,
+    source: int,
+    place: torch.device,
+) -> None:
+    """Give a layer its weights: the feed-forward network's are those of layer `source`."""
+    weights = {}
+    for name in layer.state_dict():
+        if name.startswith("mlp."):
+            tensor = find_tensor(experts, f"model.layers.{source}.{name}")
+        else:
+            tensor = find_tensor(model, f"model.layers.{number}.{name}")
+        weights[name] = read_tensor(tensor).to(place)
+    layer.load_state_dict(weights, assign=True)
+
+
+def find_tensor(model: DenseModel, name: str) -> Tensor:
+    """A tensor as the file has it, where the model's family reads it as others."""
+    return model.stored[name] if name in model.stored else model.tensors[name]
 
 
 def read_tensor(tensor: Tensor) -> torch.Tensor:

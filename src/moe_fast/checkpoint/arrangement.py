@@ -13,9 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from moe_fast.checkpoint.neurons import NeuronColumns, NeuronRows, Neurons
+from moe_fast.checkpoint.random_pieces import Perturbed, choose_stream
 from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
+from moe_fast.families.dense import FFN
 from moe_fast.models.moe import MoeLayer, MoeModel
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.pieces import FileRange, Piece
@@ -48,8 +53,61 @@ def singles(layers: Mapping[str, Iterable[int]]) -> dict[str, list[Group]]:
     return {key: [Group((expert,)) for expert in experts] for key, experts in layers.items()}
 
 
-def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[OutputTensor]:
-    """Every tensor of the model, in its order, those that count experts as they are arranged."""
+Orders = Mapping[str, Mapping[int, bytes]]
+"""The order of the neurons of some experts of each layer: numbers of 32 bits, lowest byte first."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise on the matrices of copies; each weight draws from its own place of a stream."""
+
+    scale: float
+    seed: int
+
+    def added(self, weight: Weight, layer: str, expert: int, inner: str) -> Weight:
+        """A matrix of a copy, which is the new expert of this number, with its noise.
+
+        Raises
+        ------
+        CheckpointError
+            Weights that are not floats.
+        """
+        pieces = []
+        for piece in weight.pieces:
+            assert isinstance(piece, FileRange)
+            if weight.dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"layer {layer}: {inner} is {weight.dtype}; noise is added to "
+                    f"{', '.join(WEIGHT_DTYPES)} (convert --dtype makes them)"
+                )
+            stream = choose_stream(self.seed, f"{layer} {expert} {inner}")
+            pieces.append(Perturbed(piece, weight.dtype, self.scale, 1.0, stream))
+        return Weight(weight.dtype, weight.shape, tuple(pieces))
+
+
+def copies_in(groups: Sequence[Group]) -> set[int]:
+    """The new experts that are made of an old one that stands before them already."""
+    seen: set[int] = set()
+    copies = set()
+    for number, group in enumerate(groups):
+        if group.first in seen:
+            copies.add(number)
+        seen.add(group.first)
+    return copies
+
+
+def arranged_tensors(
+    model: MoeModel,
+    arrangement: Arrangement,
+    orders: Orders | None = None,
+    noise: Noise | None = None,
+) -> Iterator[OutputTensor]:
+    """Every tensor of the model, in its order, those that count experts as they are arranged.
+
+    Before they are joined, the neurons of an expert are put into its order in `orders`. Copies get
+    `noise`.
+    """
+    copies = {key: copies_in(groups) if noise else set() for key, groups in arrangement.items()}
     made_of: dict[str, dict[int, list[int]]] = {}
     for key, groups in arrangement.items():
         numbers = made_of.setdefault(key, {})
@@ -61,30 +119,73 @@ def arranged_tensors(model: MoeModel, arrangement: Arrangement) -> Iterator[Outp
             continue
         layer, expert, inner = model.places[name]
         groups = arrangement[layer.key]
+        here = {} if orders is None else orders.get(layer.key, {})
         if expert is None:
-            yield OutputTensor(name, arranged(tensor, layer, inner, groups))
+            roles = model.axis.stacked.get(inner, ()) if here else ()
+            weight = arranged(tensor, layer, inner, groups, roles, here)
+            if noise and inner in model.axis.stacked and copies[layer.key]:
+                weight = noisy_slices(tensor, layer, inner, groups, noise)
+            yield OutputTensor(name, weight)
             continue
+        role = model.axis.parts.get(inner.partition(".")[0])
         for number in made_of[layer.key].get(expert, ()):
             group = groups[number]
             parts = [layer.own[each][inner] for each in group.experts]
-            weight = Weight(tensor.dtype, tensor.shape, (mean_of(parts, group),))
+            piece = mean_of(parts, group, role, here)
+            weight = Weight(tensor.dtype, tensor.shape, (piece,))
+            if noise and role is not None and number in copies[layer.key] and is_matrix(inner):
+                weight = noise.added(weight, layer.key, number, inner)
             yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)
 
 
-def arranged(tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group]) -> Weight:
-    """A tensor with a slice for each expert, its slices arranged."""
+def arranged(
+    tensor: Tensor,
+    layer: MoeLayer,
+    inner: str,
+    groups: Sequence[Group],
+    roles: Sequence[str],
+    orders: Mapping[int, bytes],
+) -> Weight:
+    """A tensor with a slice for each expert, its slices arranged.
+
+    `roles` are the matrices of a slice whose neurons stand in an order of their own.
+    """
     count = len(layer.experts)
     axis = 0 if tensor.shape[0] == count else 1
     shape = (*tensor.shape[:axis], len(groups), *tensor.shape[axis + 1 :])
     slices = [slice_of(tensor, expert, count) for expert in range(count)]
-    is_mean = is_weight(inner)
-    pieces = [
-        mean_of([slices[each] for each in group.experts], group)
-        if is_mean
-        else range_of(slices[group.first])
-        for group in groups
-    ]
+    pieces: list[Piece] = []
+    for group in groups:
+        if not is_weight(inner):
+            pieces.append(range_of(slices[group.first]))
+        elif roles and len(group.experts) > 1:
+            for role in roles:
+                parts = [layer.experts[each][role] for each in group.experts]
+                pieces.append(mean_of(parts, group, role, orders))
+        else:
+            pieces.append(mean_of([slices[each] for each in group.experts], group))
     return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
+
+
+def noisy_slices(
+    tensor: Tensor, layer: MoeLayer, inner: str, groups: Sequence[Group], noise: Noise
+) -> Weight:
+    """A tensor that stacks experts, its slices arranged, those of copies with noise."""
+    copies = copies_in(groups)
+    pieces: list[Piece] = []
+    for number, group in enumerate(groups):
+        part = slice_of(tensor, group.first, len(layer.experts))
+        weight = Weight.of(part)
+        if number in copies:
+            weight = noise.added(weight, layer.key, number, inner)
+        pieces += weight.pieces
+    shape = (len(groups), *tensor.shape[1:])
+    return Weight(tensor.dtype, shape, tuple(joined_ranges(pieces)))
+
+
+def is_matrix(inner: str) -> bool:
+    """Whether a tensor of an expert is a matrix, and not a bias or a scale."""
+    return inner.partition(".")[2] in ("weight", "weight_packed")
 
 
 def is_weight(inner: str) -> bool:
@@ -105,8 +206,13 @@ def range_of(tensor: Tensor) -> FileRange:
     return FileRange(tensor.file, tensor.offset, tensor.nbytes)
 
 
-def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
-    """The bytes of a group's weight."""
+def mean_of(
+    parts: Sequence[Tensor],
+    group: Group,
+    role: str | None = None,
+    orders: Mapping[int, bytes] | None = None,
+) -> Piece:
+    """The bytes of a group's weight, the neurons of each expert in its order, if it has one."""
     if len(parts) == 1:
         return range_of(parts[0])
     first = parts[0]
@@ -118,7 +224,24 @@ def mean_of(parts: Sequence[Tensor], group: Group) -> Piece:
             )
     weights = group.weights or (1.0,) * len(parts)
     divisor = math.fsum(weights)
-    return LinearCombination(tuple(map(range_of, parts)), weights, divisor, first.dtype)
+    orders = orders or {}
+    sources = tuple(
+        in_order(part, role, orders.get(expert))
+        for part, expert in zip(parts, group.experts, strict=True)
+    )
+    return LinearCombination(sources, weights, divisor, first.dtype)
+
+
+def in_order(part: Tensor, role: str | None, order: bytes | None) -> Piece:
+    """A matrix of an expert, or the bias of one, with its neurons in an order."""
+    piece = range_of(part)
+    if order is None or role not in FFN:
+        return piece
+    numbers = np.frombuffer(order, "<u4")
+    neurons = Neurons(len(numbers), 0, len(numbers), chosen=tuple(numbers.tolist()))
+    if role != "down_proj":
+        return NeuronRows(piece, neurons)
+    return NeuronColumns(piece, part.dtype, neurons) if len(part.shape) == 2 else piece
 
 
 def joined_ranges(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.storage.floats import decode, encode
-from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks
+from moe_fast.storage.floats import decode
+from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, rounded_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +44,4 @@ class Averaged:
                 ):
                     values += decode(part, dtype) * np.float32(weight)
                 values /= divisor
-            yield encode(values, self.to).data
+            yield rounded_to(self.to, values)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.activations import stream_router_inputs
+from moe_fast.calibration.selection import select_tokens
 from moe_fast.checkpoint.card import file_metadata, model_card, model_name
 from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
 from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
@@ -55,8 +57,14 @@ from moe_fast.request import (
     Request,
     RouterMethod,
     RouterStart,
+    as_texts,
 )
-from moe_fast.routing.health import RouterHealth, as_hidden_states, router_health
+from moe_fast.routing.health import (
+    HealthRecord,
+    RouterHealth,
+    as_hidden_states,
+    router_health,
+)
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.files import is_absent
 from moe_fast.storage.floats import decode
@@ -156,7 +164,10 @@ class BuildDesign(Design):
     def predict_health(self, hidden_states: npt.ArrayLike | None = None) -> RouterHealth:
         """What the routers do with given hidden states, else with known ones or random ones."""
         construction = self.construction
-        layers, states = construction.moe_layers, construction.routers.hidden_states
+        layers, routers = construction.moe_layers, construction.routers
+        if hidden_states is None and routers.start.has_text:
+            return routers.health or judge_on_text(construction)
+        states = routers.hidden_states
         if states is not None and len(layers) < len(states):
             states = states[list(layers)]
         source = "random tokens" if states is None else "tokens of the prompts"
@@ -175,6 +186,26 @@ class BuildDesign(Design):
             source=source,
             remedy=construction.routers.remedy,
         )
+
+
+def judge_on_text(construction: Construction) -> RouterHealth:
+    """What routers do with a text that they were not made from."""
+    start, base = construction.routers.start, construction.base
+    chosen = select_tokens(
+        base.path, base.config, 0, texts=start.texts, tokens=start.tokens,
+        tokens_used=start.tokens_used,
+    )  # fmt: skip
+    context = construction.routers.context
+    record = HealthRecord(
+        context.num_experts_per_tok,
+        source="tokens of the texts",
+        remedy=construction.routers.remedy,
+    )
+    for layer, inputs in stream_router_inputs(base, chosen.sequences, device=start.device):
+        if layer in context.layers:
+            data = b"".join(construction.routers.router(layer).chunks())
+            record.add(layer, decode(data, context.dtype).reshape(context.shape), inputs)
+    return record.report()
 
 
 @dataclass(frozen=True)
@@ -232,6 +263,10 @@ def build_moe(
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
     logit_std: float | None = None,
+    texts: ModelPath | Sequence[ModelPath] = (),
+    tokens: ModelPath | None = None,
+    tokens_used: int | None = None,
+    device: str | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
@@ -297,11 +332,25 @@ def build_moe(
         `"normal"` drawn from the standard normal distribution, `"linear"` as `torch.nn.Linear`
         starts. `"cheap_embed"` and `"hidden"` make them from the prompts of each `ExpertSource`:
         from the embeddings of their tokens, or from what the routers will read of them, which takes
-        a run of the base model. In a 16-bit dtype the balanced start leaves out its constant base,
-        which rounding would merge with the noise; a softmax router does not see the difference.
+        a run of the base model. `"calibrated"`, `"clustered"`, `"ridge"` and `"means"` make them
+        from texts, as `RouterStart` says. In a 16-bit dtype the balanced start leaves out its
+        constant base, which rounding would merge with the noise; a softmax router does not see the
+        difference.
     logit_std : float, optional
         How sharp the routers start: the standard deviation over the experts of a token's logits, as
-        `RouterStart` has it. By default their rows keep the scale of their method.
+        `RouterStart` has it. By default 3 for rows that are made from texts; others keep the scale
+        of their method.
+    texts : path, str or sequence of them
+        What the routers start from where `routers` are made from texts, what `logit_std` is
+        measured on, and what the load is predicted on: files that end in `.txt`, `.md` or `.jsonl`,
+        or texts themselves. The base reads them, which needs torch and transformers.
+    tokens : path, optional
+        In place of texts, a `.npy` file of tokens, `(sequences, length)`.
+    tokens_used : int, optional
+        How many of these tokens rows are made from, spread evenly over the texts: by default 8192,
+        or 40 for each expert if that is more. Of the others a quarter as many judge the load.
+    device : str, optional
+        Where torch runs the base: `"cpu"`, the default, `"cuda"`, ...
     seed : int
         Of these draws, of the noise that an `ExpertSource` asks for, of `shuffle` and `reinit`.
     granularity : int
@@ -389,7 +438,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std), seed,
+        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -409,6 +458,10 @@ def design_moe(
     dense_layers: Iterable[int] = (),
     routers: RouterMethod | RouterStart = "balanced",
     logit_std: float | None = None,
+    texts: ModelPath | Sequence[ModelPath] = (),
+    tokens: ModelPath | None = None,
+    tokens_used: int | None = None,
+    device: str | None = None,
     seed: int = 0,
     granularity: int = 1,
     mix_copies: bool = False,
@@ -442,7 +495,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std), seed,
+        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -623,11 +676,23 @@ def stated_name(model: str) -> str:
 
 
 def as_router_start(
-    routers: RouterMethod | RouterStart, logit_std: float | None = None
+    routers: RouterMethod | RouterStart,
+    logit_std: float | None = None,
+    texts: ModelPath | Sequence[ModelPath] = (),
+    tokens: ModelPath | None = None,
+    tokens_used: int | None = None,
+    device: str | None = None,
 ) -> RouterStart:
     """The argument `routers`, with what other arguments say of the start."""
     start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
-    return start if logit_std is None else replace(start, logit_std=logit_std)
+    said: dict[str, Any] = {
+        "logit_std": logit_std,
+        "texts": as_texts(texts) or None,
+        "tokens": tokens,
+        "tokens_used": tokens_used,
+        "device": device,
+    }
+    return replace(start, **{key: value for key, value in said.items() if value is not None})
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -776,6 +841,8 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
         layers=[layer for layer in range(num_layers) if layer not in dense],
         dtype=dtype or base.expert_dtype,
         seed=request.seed,
+        num_experts_per_tok=max(1, request.config.num_experts_per_tok // request.row_repeats),
+        opened={source.origin: model for source, model in zip(asked, sources, strict=True)},
     )
     construction = Construction(
         base=base,
@@ -892,7 +959,7 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "split": request.split,
         "backbone": list(request.backbone_weights) or request.backbone,
     }
-    start = {"logit_std": request.routers.logit_std}
+    start = {name: value for name, value in vars(request.routers).items() if name != "method"}
     return {
         "base_model": request.base,
         "models": request.models,
@@ -904,7 +971,11 @@ def request_values(request: BuildRequest) -> dict[str, Any]:
         "layout": request.layout,
         "dtype": request.dtype,
         "routers": request.routers.method,
-        **{name: value for name, value in start.items() if value is not None},
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in start.items()
+            if value != getattr(RouterStart, name)
+        },
         "seed": request.seed,
         **{name: value for name, value in special.items() if value != getattr(BuildRequest, name)},
     }

@@ -17,6 +17,7 @@ from moe_fast.errors import CheckpointError
 from moe_fast.families.moe import MoeFamily
 from moe_fast.families.rules import Reader
 from moe_fast.request import ExpertSource
+from moe_fast.storage.companions import named_code
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.hub import SNAPSHOT
 from moe_fast.storage.tensors import FORMAT
@@ -155,7 +156,9 @@ def model_card(
     shared = [names[source.model] for source in construction.shared_experts]
     if shared:
         lines[-1] += f" Every token also goes through the FFN of {escaped(', '.join(shared))}."
-    remote = ", trust_remote_code=True" if "auto_map" in config_json else ""
+    remote = ", trust_remote_code=True"
+    for_model = remote if "auto_map" in config_json else ""
+    for_tokenizer = remote if named_code(construction.base.path) else ""
     lines += [
         *recipe_lines(recipe, names),
         "",
@@ -165,8 +168,8 @@ def model_card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'path = "."  # the folder of this file, or the name on the Hub',
-        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{remote})',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto"{for_model})',
+        f"tokenizer = AutoTokenizer.from_pretrained(path{for_tokenizer})",
         "```",
         "",
     ]

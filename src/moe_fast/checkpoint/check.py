@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -396,7 +395,7 @@ def first_difference(tensor: Tensor, design: Design, name: str) -> str | None:
         for piece in weight.pieces:
             if isinstance(piece, Remembered):
                 written = read_exactly(stream, piece.nbytes, tensor.file.path)
-                if sha256(written).hexdigest() != piece.sha256:
+                if not piece.is_digest_of(written):
                     return f"is not the one whose SHA-256 {MANIFEST} has"
                 position += piece.nbytes
                 continue
@@ -548,7 +547,8 @@ def check_routing(model: MoeModel) -> Finding:
         for router in reports
         if not router.finite
     ]
-    tied = [router.layer for router in reports if router.tied_experts == model.num_experts > 1]
+    tied = [router.layer for router in reports if router.row_repeats == model.num_experts > 1]
+    shared = {router.row_repeats for router in reports} - {None, 1, model.num_experts}
     summary = f"{len(reports)} routers, all numbers finite"
     variations = [v for router in reports if (v := router.coefficient_of_variation) is not None]
     entropies = [e for router in reports if (e := router.mean_entropy) is not None]
@@ -558,6 +558,9 @@ def check_routing(model: MoeModel) -> Finding:
             f"entropy {format_range(entropies)} (at most ln {model.num_experts} = "
             f"{math.log(model.num_experts):.3f})"
         )
+    if shared:
+        numbers = ", ".join(str(number) for number in sorted(filter(None, shared)))
+        summary += f"; experts share rows, {numbers} in a row: the shards of a copy"
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "

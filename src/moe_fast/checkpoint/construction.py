@@ -31,12 +31,13 @@ from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
+from moe_fast.models.readers import find_other_token
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
 from moe_fast.request import ExpertSource
 from moe_fast.storage.low_rank import LowRankSum
-from moe_fast.storage.pieces import FileRange, Piece, SideBySide
+from moe_fast.storage.pieces import FileRange, Piece, Remembered, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
-from moe_fast.wording import format_numbers
+from moe_fast.wording import brief, format_numbers
 
 Split = Literal["contiguous", "random", "clustered"]
 
@@ -166,7 +167,8 @@ class Construction:
             number = int(self.reinit * self.expert_width)
             weight = self.redraw(weight, number, layer, expert, role)
         if self.granularity > 1 and self.scale_shards:
-            weight = scale_weight(weight, shard_factor(self.granularity, role))
+            factor = shard_factor(self.granularity, role)
+            weight = scale_weight(weight, factor, self.converted_to or weight.dtype)
         return self.convert(weight)
 
     def neurons(self, layer: int, copy: int, shard: int) -> Neurons:
@@ -199,7 +201,11 @@ class Construction:
         shape = (self.num_experts, self.base.sizes.hidden_size)
         rows: Piece = self.routers.router(layer)
         if self.row_repeats > 1:
-            rows = RepeatedRows(rows, shape[1] * ITEM_SIZES[self.dtype], self.row_repeats)
+            size, times = shape[1] * ITEM_SIZES[self.dtype], self.row_repeats
+            if isinstance(rows, Remembered):
+                rows = Remembered(rows.nbytes * times, rows.sha256, size, times)
+            else:
+                rows = RepeatedRows(rows, size, times)
         return Weight(self.dtype, shape, (rows,))
 
     def dense_ffn(self, layer: int, role: str) -> Weight:
@@ -280,6 +286,13 @@ class Construction:
         for layer in self.dense_layers:
             names += [f"model.layers.{layer}.mlp.{role}.weight" for role in FFN]
         for model, _ in self.backbone:
+            token = find_other_token(model.path, self.base.path)
+            if token is not None:
+                what = (
+                    f"numbers its tokens otherwise than the base model's, {brief(token)} for one: "
+                    "there is no mean of their embeddings"
+                )
+                yield Problem(what, file=model.path / "tokenizer.json")
             for name in names:
                 yield from self.mean_problems(model, name)
 
@@ -362,11 +375,12 @@ def take_neurons_of_sum(
     return Weight(w.dtype, w.shape, (total,))
 
 
-def scale_weight(weight: Weight, factor: float) -> Weight:
+def scale_weight(weight: Weight, factor: float, dtype: str) -> Weight:
+    """A weight times a factor in `dtype`, which must not be rounded to another one before."""
     if factor == 1:
         return weight
-    pieces = tuple(Scaled(piece, weight.dtype, factor) for piece in weight.pieces)
-    return Weight(weight.dtype, weight.shape, pieces)
+    pieces = tuple(Scaled(piece, weight.dtype, factor, dtype) for piece in weight.pieces)
+    return Weight(dtype, weight.shape, pieces)
 
 
 def shard_factor(granularity: int, role: str) -> float:

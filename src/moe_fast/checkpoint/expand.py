@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
+from moe_fast.calibration.score import ScoreReport
+from moe_fast.checkpoint.arrangement import (
+    Noise,
+    arranged_config,
+    arranged_tensors,
+    groups_of,
+    singles,
+)
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import (
     Keep,
@@ -26,7 +33,7 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_number, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
@@ -45,6 +52,9 @@ class ExpandRequest(Request):
     num_experts_per_tok: int | None = None
     by: str | None = None
     """What they were chosen by; nothing follows from it."""
+    noise_scale: float = 0.0
+    """Standard deviation of the noise on the matrices of copies."""
+    seed: int = 0
     max_shard_size: int = DEFAULT_SHARD_SIZE
 
     def folders(self) -> list[str]:
@@ -53,6 +63,19 @@ class ExpandRequest(Request):
     def moved(self, now: Mapping[str, str]) -> ExpandRequest:
         return replace(self, model=now[self.model])
 
+    def validate(self) -> None:
+        as_noise_scale(self.noise_scale)
+
+
+def as_noise_scale(value: Any) -> float:
+    """A standard deviation: a finite number, at least 0."""
+    number = as_number(value, "noise_scale")
+    if not 0 <= number < math.inf:
+        raise MoeConfigError(
+            f"must be a finite number, at least 0, got {number}", argument="noise_scale"
+        )
+    return number
+
 
 def expand_moe(
     model: ModelPath,
@@ -60,8 +83,10 @@ def expand_moe(
     num_experts: int,
     *,
     keep_k: bool = False,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
+    noise_scale: float = 0.0,
+    seed: int = 0,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
@@ -89,11 +114,16 @@ def expand_moe(
     keep_k : bool
         Whether a token still goes to as many experts as before. The output then computes something
         else, and the report warns of it.
-    scores : path or mapping, optional
+    scores : path, mapping or ScoreReport, optional
         Where `num_experts` is not a multiple: the best by these get one copy more than the others.
         As in `prune_moe`.
     by : str
         Which of the scores.
+    noise_scale : float
+        Standard deviation of the normal noise that is added to the matrices of copies, not to the
+        experts that were there. It breaks their ties, and the report warns of it.
+    seed : int
+        Of the noise.
     max_shard_size : int or str
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
@@ -124,23 +154,27 @@ def expand_moe(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
     before, top_k = opened.num_experts, opened.num_experts_per_tok
     number = as_index(num_experts, "num_experts", minimum=before)
     groups, _ = groups_of(opened)
     if number % groups:
         raise MoeConfigError(
-            f"num_experts must be a multiple of the {groups} groups of experts, got {number}"
+            f"must be a multiple of the {groups} groups of experts, got {number}",
+            argument="num_experts",
         )
     copies, warnings = choose_copies(opened, number, scores, by, groups)
     times, rest = divmod(number, before)
     grows = not keep_k and not rest and top_k is not None
     request = ExpandRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         copies=copies,
         num_experts_per_tok=times * top_k if grows and top_k is not None else top_k,
         by=by if rest else None,
+        noise_scale=as_noise_scale(noise_scale),
+        seed=as_index(seed, "seed"),
         max_shard_size=shard_size,
     )
     return perform(request, output, writing, files_given(scores), warnings)
@@ -160,13 +194,16 @@ def choose_copies(
     if rest:
         if scores is None:
             raise MoeConfigError(
-                f"num_experts {number} is not a multiple of {before}: scores say which experts get "
-                "one copy more"
+                f"must be a multiple of the {before} experts, got {number}; for another number, "
+                "scores say which experts get one copy more",
+                argument="num_experts",
             )
         best = best_experts(read_scores(scores, by, model), rest, groups)
         extra, warnings = by_layer({"layers": best}, "scores", model)
     elif scores is not None:
-        raise MoeConfigError(f"scores are for a num_experts that is not a multiple of {before}")
+        raise MoeConfigError(
+            f"are for a number of experts that is not a multiple of {before}", argument="scores"
+        )
     size = before // groups
     copies: Keep = {}
     for key, more in extra.items():
@@ -187,10 +224,11 @@ def design_expanded(request: ExpandRequest, decisions: Facts | None = None) -> O
     before, top_k = model.num_experts, model.num_experts_per_tok
     number = len(next(iter(request.copies.values())))
     reason = reason_to_differ(model, request)
+    noise = Noise(request.noise_scale, request.seed) if request.noise_scale else None
     return design_operation(
         request,
         model,
-        dict(arranged_tensors(model, singles(request.copies))),
+        dict(arranged_tensors(model, singles(request.copies), noise=noise)),
         arranged_config(model, number, request.num_experts_per_tok),
         experts_per_layer=number,
         experts_per_tok=request.num_experts_per_tok,
@@ -229,6 +267,8 @@ def reason_to_differ(model: MoeModel, request: ExpandRequest) -> str | None:
     (number,) = numbers
     if number == before:
         return None
+    if request.noise_scale:
+        return f"copies have noise of {request.noise_scale:g}"
     if number % before:
         return f"{number} experts are not a multiple of {before}, so that some have more copies"
     if top_k is None or request.num_experts_per_tok != top_k * (number // before):

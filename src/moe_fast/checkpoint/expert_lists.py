@@ -17,16 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.arrangement import Group
+from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError
+from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeModel, is_mtp
 from moe_fast.models.scores import digest_routers
 from moe_fast.reports import Report
-from moe_fast.storage.files import open_regular
+from moe_fast.storage.files import OpenFiles, open_regular
+from moe_fast.storage.safetensors_header import Tensor, read_header
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, parse_json
 from moe_fast.wording import format_runs
 
 Keep = dict[str, tuple[int, ...]]
-Scores = dict[str, npt.NDArray[np.float64]]
+Doubles = npt.NDArray[np.float64]
+Scores = dict[str, Doubles]
 # What the lines of a file call a layer and its experts, where each line is one layer.
 LINE_KEYS = (("layer", "layer_idx", "layer_id"), ("experts", "keep", "expert_ids"))
 
@@ -144,7 +148,7 @@ def value_of(given: Any, name: str) -> tuple[Any, str]:
     """What a file holds, or what stands for one, and what messages call it."""
     if not isinstance(given, (str, os.PathLike)):
         return given, name
-    path = Path(given)
+    path = as_path(given, name)
     with open_regular(path) as stream:
         text = stream.read(LONGEST_INDEX + 1)
     if len(text) > LONGEST_INDEX:
@@ -187,7 +191,8 @@ def read_groups(
 ) -> tuple[dict[str, tuple[Group, ...]], str, list[str]]:
     """The groups of experts that become one each in each layer; what to call them; warnings.
 
-    A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`.
+    A group is a list, or `{"experts": [0, 5], "weights": [0.7, 0.3]}`; a list of groups is for
+    every layer.
 
     Raises
     ------
@@ -195,6 +200,8 @@ def read_groups(
         With every problem: groups that overlap, leave an expert out, or do not fit the model.
     """
     value, where = value_of(groups, "groups")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = {"layers": {layer.key: value for layer in model.layers}}
     layers, warnings = by_layer(value, where, model)
     read: dict[str, tuple[Group, ...]] = {}
     problems = []
@@ -259,8 +266,8 @@ def check_groups(groups: Mapping[str, Sequence[Group]], model: MoeModel, where: 
         raise CheckpointError(*problems)
 
 
-def read_scores(scores: Any, by: str, model: MoeModel) -> Scores:
-    """What each expert is worth by one measure, `(E,)` for each layer.
+def read_scores(scores: Any, by: str, model: MoeModel, *, least: float | None = None) -> Scores:
+    """What each expert is worth by one measure, at least `least`, `(E,)` for each layer.
 
     Those of layers that predict ahead may be left out.
 
@@ -269,9 +276,7 @@ def read_scores(scores: Any, by: str, model: MoeModel) -> Scores:
     CheckpointError
         With every problem of them: another model's, a NaN, an unknown measure.
     """
-    value, where = value_of(scores, "scores")
-    if isinstance(value, Report):  # of score_experts
-        value = value.to_dict()
+    value, where = scores_of(scores)
     if not isinstance(value, Mapping) or not isinstance(value.get("layers"), Mapping):
         raise CheckpointError(
             f"{where}: must have the key 'layers', such as "
@@ -298,11 +303,73 @@ def read_scores(scores: Any, by: str, model: MoeModel) -> Scores:
         elif not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
             bad = next(n for n in numbers if type(n) not in (int, float) or not math.isfinite(n))
             problems.append(f"{here}: {by} holds {brief(bad)}; scores must be finite numbers")
+        elif least is not None and min(numbers) < least:
+            problems.append(
+                f"{here}: {by} holds {min(numbers)}; weights of a mean are at least {least}"
+            )
         else:
             read[layer.key] = np.array(numbers, np.float64)
     if problems:
         raise CheckpointError(*problems)
     return read
+
+
+def scores_of(scores: Any) -> tuple[Any, str]:
+    """What a file of scores, or a report of `score_experts`, holds, and what messages call it."""
+    value, where = value_of(scores, "scores")
+    return (value.to_dict() if isinstance(value, Report) else value), where
+
+
+def read_similarities(scores: Any, model: MoeModel) -> dict[str, tuple[Doubles, Doubles]]:
+    """The mean outputs, `(E, width)`, and the similarity of logits, `(E, E)`, of each layer.
+
+    They stand in the file that the scores name, or beside the scores of a layer.
+
+    Raises
+    ------
+    CheckpointError
+        Scores without them.
+    """
+    value, where = scores_of(scores)
+    stored: Mapping[str, Tensor] = {}
+    if isinstance(value.get("arrays"), str):
+        name = Path(value["arrays"])
+        beside = Path(scores).parent / name.name if isinstance(scores, (str, os.PathLike)) else name
+        stored = read_header(beside)
+    found: dict[str, tuple[Doubles, Doubles]] = {}
+    problems = []
+    with OpenFiles() as files:
+        for layer in model.layers:
+            if is_mtp(layer):
+                continue
+            count = len(layer.experts)
+            matrices = []
+            for kind in ("mean_outputs", "gate_similarity"):
+                here = f"{where}: layer {layer.key}: {kind}"
+                tensor = stored.get(f"layers.{layer.key}.{kind}")
+                given = value["layers"][layer.key].get(kind) if tensor is None else None
+                matrix = given if tensor is None else read_floats(tensor, files)
+                if matrix is None:
+                    problems.append(
+                        f"{here} is missing; score --mean-outputs --gate-similarity stores them"
+                    )
+                    continue
+                try:
+                    array = np.asarray(matrix, np.float64)
+                except (TypeError, ValueError):
+                    array = np.zeros(0)
+                width = count if kind == "gate_similarity" else array.shape[-1]
+                if array.shape != (count, width) or not np.isfinite(array).all():
+                    problems.append(
+                        f"{here} must be {count} rows of finite numbers, one an expert, got shape "
+                        f"{list(array.shape)}"
+                    )
+                matrices.append(array)
+            if len(matrices) == 2:
+                found[layer.key] = (matrices[0], matrices[1])
+    if problems:
+        raise CheckpointError(*problems)
+    return found
 
 
 def other_model(scores: Mapping[str, Any], model: MoeModel, where: str) -> Iterator[str]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import Group, mean_of, range_of
+from moe_fast.checkpoint.construction import shard_factor
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import Keep, best_experts, list_problems, read_scores
+from moe_fast.checkpoint.manifest import read_manifest
 from moe_fast.checkpoint.operation import (
     OperationDesign,
     OperationReport,
@@ -19,18 +23,19 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.config import Multipliers
 from moe_fast.families.dense import FFN, DenseFamily
 from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_experts
 from moe_fast.models.structure import structure_problems
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.files import OpenFiles
-from moe_fast.storage.pieces import SideBySide
+from moe_fast.storage.pieces import Piece, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
 
@@ -56,6 +61,8 @@ class ExtractRequest(Request):
     model: str
     experts: Mapping[str, tuple[int, ...]]
     mean: bool = False
+    shards_of_one: bool = False
+    """Whether they are the shards of one FFN, in their order, and not FFNs of their own."""
     by: str | None = None
     """What they were chosen by; nothing follows from it."""
     max_shard_size: int = DEFAULT_SHARD_SIZE
@@ -74,7 +81,9 @@ def extract_dense(
     expert: int | None = None,
     mean: bool = False,
     best: int | None = None,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    copy: int | None = None,
+    granularity: int | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -87,8 +96,8 @@ def extract_dense(
 ) -> OperationReport:
     """Write the dense model that some experts of an MoE make.
 
-    It is of the family that `build_moe` makes such MoEs from. Exactly one of `expert`, `mean` and
-    `best` says which experts.
+    It is of the family that `build_moe` makes such MoEs from. Exactly one of `expert`, `mean`,
+    `best` and `copy` says which experts.
 
     Parameters
     ----------
@@ -104,7 +113,13 @@ def extract_dense(
     best : int, optional
         How many experts stand side by side in one wider FFN, those of the greatest `scores` in
         each layer, the output of each divided by their number (2605.28207).
-    scores : path or mapping, optional
+    copy : int, optional
+        The copy of a fine-grained model whose shards make the FFN again: byte for byte the FFN that
+        `build_moe` split, where it was split in a power of two and not shuffled or drawn anew.
+    granularity : int, optional
+        The number of shards of a copy; by default what the model's manifest says, or else how many
+        experts beside each other have the same row of the router.
+    scores : path, mapping or ScoreReport, optional
         As in `prune_moe`.
     by : str
         Which of the scores.
@@ -138,12 +153,18 @@ def extract_dense(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
-    if (expert is not None) + bool(mean) + (best is not None) != 1:
-        raise MoeConfigError("one of expert, mean and best says which experts make the FFN")
+    if (expert is not None) + bool(mean) + (best is not None) + (copy is not None) != 1:
+        raise MoeConfigError(
+            "or mean, best or copy must say which experts make the FFN, and one of them alone",
+            argument="expert",
+        )
+    if granularity is not None and copy is None:
+        raise MoeConfigError("is for copy, and nothing else needs it", argument="granularity")
     if (best is None) != (scores is None):
-        raise MoeConfigError("best needs scores, and nothing else does")
+        raise MoeConfigError("are for best, which needs them", argument="scores")
     most = opened.num_experts
     if best is not None:
         number = as_index(best, "best", minimum=1, maximum=most)
@@ -153,17 +174,60 @@ def extract_dense(
         }
     else:
         experts = range(most)
+        if copy is not None:
+            experts = shards_of(opened, copy, granularity)
         if expert is not None:
             experts = range(as_index(expert, "expert", maximum=most - 1), expert + 1)
         chosen = {layer.key: tuple(experts) for layer in opened.layers}
     request = ExtractRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         experts=chosen,
         mean=bool(mean),
+        shards_of_one=copy is not None,
         by=None if best is None else by,
         max_shard_size=shard_size,
     )
     return perform(request, output, writing, files_given(scores))
+
+
+def shards_of(model: MoeModel, copy: Any, granularity: int | None) -> range:
+    """The experts that are the shards of a copy."""
+    shards = find_granularity(model) if granularity is None else granularity
+    shards = as_index(shards, "granularity", minimum=1, maximum=model.num_experts)
+    if model.num_experts % shards:
+        raise MoeConfigError(
+            f"must divide the {model.num_experts} experts, got {shards}", argument="granularity"
+        )
+    number = as_index(copy, "copy", maximum=model.num_experts // shards - 1)
+    return range(number * shards, (number + 1) * shards)
+
+
+def find_granularity(model: MoeModel) -> int:
+    """How many shards a copy has: the manifest says so, or experts that share a router's row do.
+
+    Raises
+    ------
+    MoeConfigError
+        If neither does.
+    """
+    with suppress(CheckpointError):
+        built = getattr(read_manifest(model.path).request, "granularity", 1)
+        if built > 1:
+            return int(built)
+    router = model.layers[0].router
+    assert router is not None
+    with OpenFiles() as files:
+        rows = read_floats(router, files)
+    if rows is not None:
+        starts = [0, *(n for n in range(1, len(rows)) if (rows[n] != rows[n - 1]).any()), len(rows)]
+        sizes = {stop - start for start, stop in pairwise(starts)}
+        if len(sizes) == 1 and sizes != {1}:
+            return sizes.pop()
+    raise MoeConfigError(
+        "must say how many shards a copy has: there is no manifest of a fine-grained build, and "
+        "experts beside each other do not share the router's rows",
+        argument="granularity",
+    )
 
 
 @design_of.register
@@ -177,7 +241,7 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
             f"{model.path / 'config.json'}: model_type {model.model_type!r} has no dense twin here;"
             f" {', '.join(moe_families())} have one"
         )
-    twin = dense_families()[family.dense_twin]
+    twin = dense_families()[family.twin_name(model.config)]
     if twin.blocks is not None:
         raise CheckpointError(
             f"{family.title} cannot be extracted: what becomes of its {twin.blocks} is not known",
@@ -199,6 +263,8 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
     which = (
         f"the mean of {number} experts" if request.mean else f"{number} expert" + "s" * (number > 1)
     )
+    if request.shards_of_one:
+        which = f"the {number} shards of a copy"
     return design_operation(
         request,
         model,
@@ -291,7 +357,11 @@ def dense_tensors(
             done.add(layer.key)
             prefix = layer.block.rpartition(".")[0]
             for role in FFN:
-                weight = ffn_weight(layer, request.experts[layer.key], role, request.mean)
+                experts = request.experts[layer.key]
+                if request.shards_of_one:
+                    weight = joined_shards(layer, experts, role, scale_of_shards(model))
+                else:
+                    weight = ffn_weight(layer, experts, role, request.mean)
                 yield OutputTensor(f"{prefix}.mlp.{role}.weight", weight)
         elif layer is None and name not in left_out:
             yield OutputTensor(name, Weight.of(tensor))
@@ -316,6 +386,36 @@ def ffn_weight(layer: MoeLayer, experts: tuple[int, ...], role: str, mean: bool)
     )
     shape = (rows, columns * len(parts))
     return Weight(parts[0].dtype, shape, (SideBySide(rows, scaled),))
+
+
+def scale_of_shards(model: MoeModel) -> float:
+    """What the model multiplies the sum of the chosen experts with."""
+    factor = model.config.get("routed_scaling_factor")
+    return float(factor) if isinstance(factor, (int, float)) and factor > 0 else 1.0
+
+
+def joined_shards(layer: MoeLayer, experts: tuple[int, ...], role: str, scale: float) -> Weight:
+    """One matrix of the FFN that was split into shards, without what made up for their weights.
+
+    Each shard had an equal share of a copy's weight, times `scale`.
+    """
+    parts = [layer.experts[expert][role] for expert in experts]
+    rows, columns = parts[0].shape
+    shards = len(parts)
+    # The product of both is `shards / scale`, of which nothing is left where the scale made up.
+    factor = 1.0 if role == "gate_proj" or scale == shards else shard_factor(shards, role)
+    if role == "down_proj" and scale not in (1.0, shards):
+        factor /= scale
+    pieces: list[Piece] = [
+        range_of(part)
+        if factor == 1
+        else LinearCombination((range_of(part),), (1.0,), factor, part.dtype)
+        for part in parts
+    ]
+    if role != "down_proj":
+        return Weight(parts[0].dtype, (rows * shards, columns), tuple(pieces))
+    shape = (rows, columns * shards)
+    return Weight(parts[0].dtype, shape, (SideBySide(rows, tuple((p,) for p in pieces)),))
 
 
 def dense_config(model: MoeModel, twin: DenseFamily, width: int) -> dict[str, Any]:

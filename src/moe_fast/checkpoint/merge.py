@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
+from moe_fast.checkpoint.alignment import find_orders, read_orders, stored_orders
 from moe_fast.checkpoint.arrangement import Group, arranged_config, arranged_tensors, groups_of
 from moe_fast.checkpoint.design import Facts, design_of
-from moe_fast.checkpoint.expert_lists import check_groups, read_groups
+from moe_fast.checkpoint.expert_lists import (
+    best_experts,
+    by_layer,
+    check_groups,
+    read_groups,
+    read_scores,
+    read_similarities,
+)
+from moe_fast.checkpoint.grouping import distances, group_experts
 from moe_fast.checkpoint.operation import (
     OperationDesign,
     OperationReport,
@@ -19,10 +28,11 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_size
-from moe_fast.errors import CheckpointError
+from moe_fast.checks import as_flag, as_index, as_path, as_size
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+from moe_fast.wording import format_count
 
 __all__ = ["merge_experts"]
 
@@ -35,6 +45,10 @@ class MergeRequest(Request):
 
     model: str
     groups: Mapping[str, tuple[Group, ...]]
+    align: bool = False
+    """Whether neurons are matched to those of the group's first expert."""
+    by: str | None = None
+    """What groups or weights were made by; nothing follows from it."""
     max_shard_size: int = DEFAULT_SHARD_SIZE
 
     def folders(self) -> list[str]:
@@ -47,8 +61,12 @@ class MergeRequest(Request):
 def merge_experts(
     model: ModelPath,
     output: ModelPath,
-    groups: ModelPath | Mapping[str, Any],
+    groups: ModelPath | Mapping[str, Any] | None = None,
     *,
+    num_experts: int | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
+    by: str = "reap",
+    align: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     threads: int | None = None,
@@ -70,10 +88,22 @@ def merge_experts(
         A folder with an MoE in float32, bfloat16 or float16.
     output : path
         The folder to create.
-    groups : path or mapping
+    groups : path or mapping, optional
         A JSON file, or what it holds: `{"layers": {"0": [[0, 5], [1, 2], [3], [4]], ...}}`. A group
         may have weights: `{"experts": [0, 5], "weights": [0.7, 0.3]}`. Every expert of a layer is
         in one group.
+    num_experts : int, optional
+        In place of `groups`: how many are left in each layer. They are grouped as in REAM: those of
+        the greatest scores take the nearest others, by the mean outputs and the similarity of
+        logits that `score_experts` stores where asked.
+    scores : path, mapping or ScoreReport, optional
+        With `num_experts`, what groups and their weights are made by. With `groups`, the weights of
+        those that have none.
+    by : str
+        Which of the scores.
+    align : bool
+        Whether the neurons of each expert are first put into the order in which they are most like
+        those of the group's first expert. Needs scipy, and memory for two matrices.
     max_shard_size : int or str
         Bytes of weights per file, at most, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
@@ -104,35 +134,99 @@ def merge_experts(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
-    read, where, warnings = read_groups(groups, opened)
+    align = as_flag(align, "align")
+    if (groups is None) == (num_experts is None):
+        raise MoeConfigError(
+            "must say which experts are merged, or else a number of experts with scores",
+            argument="groups",
+        )
+    if groups is None:
+        number = as_index(num_experts, "num_experts", minimum=1, maximum=opened.num_experts)
+        read, where, warnings = group_by_scores(opened, number, scores, by)
+    else:
+        read, where, warnings = read_groups(groups, opened)
+        if scores is not None:
+            read = weighted(read, read_scores(scores, by, opened))
     check_merging(opened, read, where)
     request = MergeRequest(
-        model=str(Path(model).absolute()), groups=read, max_shard_size=shard_size
+        model=str(folder),
+        groups=read,
+        align=align,
+        by=None if scores is None else by,
+        max_shard_size=shard_size,
     )
-    return perform(request, output, writing, files_given(groups), warnings)
+    return perform(request, output, writing, files_given(groups, scores), warnings)
+
+
+def group_by_scores(
+    model: MoeModel, number: int, scores: Any, by: str
+) -> tuple[dict[str, tuple[Group, ...]], str, list[str]]:
+    """The groups of each layer by scores and similarities; what to call them; warnings."""
+    if scores is None:
+        raise MoeConfigError(
+            "needs scores, which say what each expert is worth", argument="num_experts"
+        )
+    router_groups = groups_of(model)[0]
+    if number % router_groups:
+        raise MoeConfigError(
+            f"must be a multiple of the {router_groups} groups of experts, got {number}",
+            argument="num_experts",
+        )
+    values = read_scores(scores, by, model, least=0)
+    found: dict[str, Any] = {}
+    for key, (means, similarity) in read_similarities(scores, model).items():
+        centroids = best_experts({key: values[key]}, number, router_groups)[key]
+        found[key] = group_experts(values[key], distances(means, similarity), centroids)
+    layers, warnings = by_layer({"layers": found}, "scores", model)
+    return {key: tuple(groups) for key, groups in layers.items()}, "scores", warnings
+
+
+def weighted(
+    groups: Mapping[str, Sequence[Group]], scores: Mapping[str, Any]
+) -> dict[str, tuple[Group, ...]]:
+    """Groups without weights with those of their experts' scores."""
+
+    def with_weights(group: Group, values: Any) -> Group:
+        weights = tuple(float(values[expert]) for expert in group.experts)
+        return group if group.weights or not sum(weights) > 0 else replace(group, weights=weights)
+
+    return {
+        key: tuple(with_weights(g, scores[key]) if key in scores else g for g in found)
+        for key, found in groups.items()
+    }
 
 
 @design_of.register
 def design_merged(request: MergeRequest, decisions: Facts | None = None) -> OperationDesign:
-    """From headers alone."""
+    """From headers alone; where neurons are aligned, from the experts of groups."""
     model = open_moe_model(request.model)
     require_experts(model)
     check_groups(request.groups, model, "groups")
     check_merging(model, request.groups, "groups")
+    orders = None
+    if request.align:
+        stored = (decisions or {}).get("orders")
+        orders = (
+            find_orders(model, request.groups)
+            if stored is None
+            else read_orders(stored, model, request.groups)
+        )
     number = len(next(iter(request.groups.values())))
     before = model.num_experts
     return design_operation(
         request,
         model,
-        dict(arranged_tensors(model, request.groups)),
+        dict(arranged_tensors(model, request.groups, orders)),
         arranged_config(model, number),
         experts_per_layer=number,
         experts_per_tok=model.num_experts_per_tok,
         reason_to_differ=f"{before} experts of each layer were merged into {number}",
         max_shard_size=request.max_shard_size,
         facts={"num_experts_before": before},
+        decisions={} if orders is None else {"orders": stored_orders(orders)},
         sentence=f"merged its experts: groups of {before} became {number} in each layer",
     )
 
@@ -146,7 +240,8 @@ def check_merging(model: MoeModel, groups: Mapping[str, Sequence[Group]], where:
     for key, listed in groups.items():
         here = f"{where}: layer {key}"
         if len(listed) < top_k:
-            problems.append(f"{here} has {len(listed)} groups; num_experts_per_tok is {top_k}")
+            count = format_count(len(listed), "group")
+            problems.append(f"{here} has {count}; num_experts_per_tok is {top_k}")
         if router_groups == 1:
             continue
         homes = [group.first // size for group in listed]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.storage.floats import UNSIGNED, decode, encode
-from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range
+from moe_fast.storage.floats import UNSIGNED, decode
+from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, read_range, rounded_to
 
 Indices = npt.NDArray[np.intp]
 # Of rows in another order, so much of the result is collected in one pass over the source.
@@ -133,21 +133,23 @@ class NeuronColumns:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The weights of a piece times a factor, rounded once; exact for powers of two."""
+    """The weights of a piece times a factor, rounded once, to `to`; exact for powers of two."""
 
     source: Piece
     dtype: str
     factor: float
+    to: str
 
     @property
     def nbytes(self) -> int:
-        return self.source.nbytes
+        return self.source.nbytes // ITEM_SIZES[self.dtype] * ITEM_SIZES[self.to]
 
     def chunks(self) -> Iterator[memoryview]:
         for chunk in self.source.chunks():
             with np.errstate(over="ignore", invalid="ignore"):
-                values = decode(chunk, self.dtype) * np.float32(self.factor)
-            yield encode(values, self.dtype).data
+                values = decode(chunk, self.dtype)
+                values *= np.float32(self.factor)
+            yield rounded_to(self.to, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ class Redrawn:
             kernels.compiled.fill_normal(values, 0, values.size, self.stream, drawn, deviation)
             drawn += values.size
             matrix[redraw] = values + np.float32(mean)
-            yield encode(matrix, self.dtype).data
+            yield rounded_to(self.dtype, matrix)
 
     def blocks(self, mask: npt.NDArray[np.bool_]) -> Iterator[tuple[npt.NDArray[np.float32], ...]]:
         """The matrix in blocks of rows, each with what is to be drawn anew in it."""

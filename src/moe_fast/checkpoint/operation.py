@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,16 @@ from moe_fast.checkpoint.convert import metadata_of
 from moe_fast.checkpoint.design import Design, make_design
 from moe_fast.checkpoint.manifest import Manifest
 from moe_fast.checkpoint.output import Writing, warn_of_overflow
+from moe_fast.checks import as_path
+from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
 from moe_fast.families.rules import Reader
-from moe_fast.models.moe import MoeModel
+from moe_fast.models.folder import find_second_weights
+from moe_fast.models.moe import MoeModel, language_key
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
-from moe_fast.storage.companions import find_companions
+from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.tensors import Weight
 
 if TYPE_CHECKING:
@@ -84,6 +88,7 @@ def design_operation(
     max_shard_size: int,
     facts: Mapping[str, Any],
     sentence: str,
+    decisions: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> OperationDesign:
     """The design of an operation that made these weights and this config.json of a model.
@@ -91,6 +96,10 @@ def design_operation(
     `sentence` tells people what was done, in the model card.
     """
     family = str(config.get("model_type", "unknown"))
+    config = with_floats(config)
+    key = language_key(config)
+    if key is not None:
+        config[key] = with_floats(config[key])
     contents = contents_of(
         config, weights, model.path, layout=model.layout, num_experts=experts_per_layer
     )
@@ -101,15 +110,21 @@ def design_operation(
     return OperationDesign(
         weights=weights,
         config=config,
-        companions=find_companions(model.path),
+        companions=find_companions(model.path, config),
         sources=[model.tensors],
         family=family,
         num_experts=experts_per_layer * len(model.layers),
-        manifest=Manifest(request=request, family=family, facts=facts),
+        manifest=Manifest(request=request, family=family, facts=facts, decisions=decisions or {}),
         reference=model.path,
         reason_to_differ=reason_to_differ,
         card=operation_card(model.path / CARD, sentence, readers),
-        warnings=(*assumed, *warn_of_readers(config, contents, model.path), *warnings),
+        warnings=(
+            *assumed,
+            *find_second_weights(model.path),
+            *find_missing_code(model.path, config),
+            *warn_of_readers(config, contents, model.path),
+            *warnings,
+        ),
         metadata=metadata_of(model.tensors.values()),
         max_shard_size=max_shard_size,
         model=model,
@@ -133,6 +148,7 @@ def perform(
     CheckpointError
         With everything that is in the way.
     """
+    output = as_path(output, "output")
     started = time.perf_counter()
     design = make_design(request, output, writing)
     assert isinstance(design, OperationDesign)
@@ -140,7 +156,7 @@ def perform(
     records = design.write(output, writing)
     model = design.model
     return OperationReport(
-        output=Path(output),
+        output=output,
         operation=request.operation,
         model_type=design.family,
         num_experts_before=model.num_experts,
@@ -160,4 +176,4 @@ def perform(
 
 def files_given(*values: Any) -> list[Path]:
     """Those of the arguments that are files, which no output may replace."""
-    return [Path(value) for value in values if isinstance(value, (str, Path))]
+    return [as_path(value, "file") for value in values if isinstance(value, (str, os.PathLike))]

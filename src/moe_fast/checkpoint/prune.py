@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
+from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import arranged_config, arranged_tensors, groups_of, singles
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.expert_lists import (
@@ -26,10 +26,11 @@ from moe_fast.checkpoint.operation import (
     perform,
 )
 from moe_fast.checkpoint.output import Progress, Writing
-from moe_fast.checks import as_index, as_size
+from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+from moe_fast.wording import format_count
 
 __all__ = ["prune_moe"]
 
@@ -60,7 +61,7 @@ def prune_moe(
     *,
     keep: ModelPath | Mapping[str, Any] | Sequence[int] | None = None,
     num_experts: int | None = None,
-    scores: ModelPath | Mapping[str, Any] | None = None,
+    scores: ModelPath | Mapping[str, Any] | ScoreReport | None = None,
     by: str = "reap",
     ungroup: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -89,7 +90,7 @@ def prune_moe(
         one list for all layers. They stay in the model's order.
     num_experts : int, optional
         In place of `keep`: how many to keep in each layer, those of the greatest `scores`.
-    scores : path or mapping, optional
+    scores : path, mapping or ScoreReport, optional
         `{"layers": {"0": {"reap": [E numbers]}, ...}}`, or a file that holds it.
     by : str
         Which of the scores.
@@ -126,21 +127,27 @@ def prune_moe(
     """
     shard_size = as_size(max_shard_size, "max_shard_size")
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
-    opened = open_moe_model(model)
+    folder = as_path(model, "model").absolute()
+    opened = open_moe_model(folder)
     require_experts(opened)
     if (keep is None) == (num_experts is None):
-        raise MoeConfigError("keep, or num_experts with scores, says which experts stay")
+        raise MoeConfigError(
+            "must say which experts stay, or else a number of experts with scores", argument="keep"
+        )
     warnings: list[str] = []
     if keep is not None:
         if scores is not None:
-            raise MoeConfigError("scores are for num_experts; keep says itself which experts stay")
+            raise MoeConfigError(
+                "are for a number of experts; keep says itself which experts stay",
+                argument="scores",
+            )
         kept, where, warnings = read_keep(keep, opened)
         check_pruning(opened, kept, where, ungroup=ungroup)
     else:
         number = as_index(num_experts, "num_experts", minimum=1, maximum=opened.num_experts)
         kept, warnings = choose_by_scores(opened, number, scores, by, ungroup=ungroup)
     request = PruneRequest(
-        model=str(Path(model).absolute()),
+        model=str(folder),
         keep=kept,
         by=by if keep is None else None,
         ungroup=ungroup,
@@ -160,8 +167,9 @@ def choose_by_scores(
     groups = 1 if ungroup else groups_of(model)[0]
     if number % groups:
         raise MoeConfigError(
-            f"num_experts must be a multiple of the {groups} groups of experts, got {number}; "
-            "ungroup makes them one"
+            f"must be a multiple of the {groups} groups of experts, got {number}; ungroup makes "
+            "them one",
+            argument="num_experts",
         )
     best = best_experts(read_scores(scores, by, model), number, groups)
     layers, warnings = by_layer({"layers": best}, "scores", model)
@@ -217,7 +225,8 @@ def check_pruning(model: MoeModel, keep: Keep, where: str, *, ungroup: bool) -> 
         left = [sum(expert // size == group for expert in experts) for group in range(groups)]
         here = f"{where}: layer {key}"
         if len(experts) < top_k:
-            problems.append(f"{here} keeps {len(experts)} experts; num_experts_per_tok is {top_k}")
+            count = format_count(len(experts), "expert")
+            problems.append(f"{here} keeps {count}; num_experts_per_tok is {top_k}")
         elif len(set(left)) > 1:
             problems.append(
                 f"{here} keeps {', '.join(map(str, left))} experts of the {groups} groups that the "

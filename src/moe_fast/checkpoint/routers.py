@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_fast.calibration.activations import stream_router_inputs
+from moe_fast.calibration.balancing import Floats, balance, mean_input, remove_direction
+from moe_fast.calibration.clustering import spherical_k_means, unit_rows
+from moe_fast.calibration.kinds import mean_rows, ridge_rows
 from moe_fast.calibration.routers import PromptRows, make_prompt_rows
+from moe_fast.calibration.selection import Selection, select_tokens
+from moe_fast.calibration.texts import Tokens
 from moe_fast.checkpoint.random_pieces import (
     RandomRouter,
     ReferenceRouter,
@@ -24,9 +31,12 @@ from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import DenseModel
 from moe_fast.request import ExpertSource, RouterMethod, RouterStart
-from moe_fast.routing.sharpness import sharpen
+from moe_fast.routing.health import HealthRecord, RouterHealth
+from moe_fast.routing.sharpness import measure_logit_std, sharpen
 from moe_fast.storage.floats import decode, encode
 from moe_fast.storage.pieces import Given, Piece, Remembered
+
+BESIDE = 0.5  # how much of the spread of rows of kinds random rows beside them have
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class RouterContext:
     """What a start may make its rows from.
 
     `experts` says what each expert is made from; `shared_experts` likewise. `layers` are the
-    layers that have experts, `dtype` is the routers', as safetensors spells it.
+    layers that have experts, `dtype` is the routers', as safetensors spells it. `opened` are the
+    models of the experts; a token goes to `num_experts_per_tok` of them.
     """
 
     base: DenseModel
@@ -43,11 +54,40 @@ class RouterContext:
     layers: Sequence[int]
     dtype: str
     seed: int
+    num_experts_per_tok: int = 1
+    opened: Mapping[str, DenseModel] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(num_experts, hidden_size)`."""
         return len(self.experts), self.base.sizes.hidden_size
+
+    @property
+    def folder(self) -> Path:
+        """The model that reads texts."""
+        return self.base.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its configuration."""
+        return self.base.config
+
+    def stream_inputs(
+        self, texts: Sequence[Tokens], start: RouterStart, kind: ExpertSource | None
+    ) -> Iterator[tuple[int, Floats]]:
+        """What the routers will read of tokens, layer by layer; through the FFNs of a `kind`."""
+        yield from stream_router_inputs(
+            self.base,
+            texts,
+            experts=None if kind is None else self.opened[kind.origin],
+            source_layers=None if kind is None else kind.source_layers,
+            device=start.device,
+            needed_by=f"routers={start.method!r}",
+        )
+
+    def use(self, layer: int, rows: Floats) -> Floats | None:
+        """Take the rows that a layer gets; those that it had, if it had some."""
+        return None
 
     def encoded(self, rows: npt.NDArray[np.float32]) -> Given:
         """Rows as the piece to write."""
@@ -74,6 +114,11 @@ class Routers:
     @property
     def hidden_states(self) -> npt.NDArray[np.float32] | None:
         """What the routers will read of some tokens, `(num_layers, T, hidden_size)`, if known."""
+        return None
+
+    @property
+    def health(self) -> RouterHealth | None:
+        """How they spread the tokens of a text, if they were made from one."""
         return None
 
     def router(self, layer: int) -> Piece:
@@ -183,11 +228,7 @@ class SharpenedRouters(Routers):
 
     def __init__(self, start: RouterStart, context: RouterContext) -> None:
         super().__init__(start, context)
-        if context.shape[0] < 2:
-            raise MoeConfigError(
-                "is a standard deviation over experts, of which there is only 1",
-                argument="logit_std",
-            )
+        require_several(context)
         kind = STARTS[start.method]
         self.source = kind(start, replace(context, dtype="F32"))
         self.remedy, self.repeatable = kind.remedy, kind.repeatable
@@ -214,6 +255,214 @@ class SharpenedRouters(Routers):
             return super().shared_gate(layer)
         gate = self.source.shared_gate(layer)
         return self.context.encoded(decode(b"".join(gate.chunks()), "F32"))
+
+
+class TextRouters(Routers):
+    """Rows made from what the routers will read of texts, all layers in one pass."""
+
+    repeatable = False
+    remedy = "give more text, and more kinds of it"
+
+    def make(
+        self, layer: int, inputs: Sequence[Floats], experts: Sequence[Sequence[int]]
+    ) -> tuple[Floats, Floats]:
+        """The rows of a layer, and what they would be without being evened.
+
+        `inputs` are what the router reads of the tokens of each kind of text, `experts` are those
+        of each kind.
+        """
+        raise NotImplementedError
+
+    def kinds(self) -> dict[ExpertSource, list[int]]:
+        """Each kind of text, by an expert that is of it, and all experts of the kind."""
+        (first, *_) = self.context.experts
+        return {first: list(range(len(self.context.experts)))}
+
+    def select(self, kinds: Mapping[ExpertSource, Sequence[int]]) -> list[Selection]:
+        """The tokens of each kind."""
+        return [self.select_from(self.start.texts or self.all_texts())]
+
+    def all_texts(self) -> list[str]:
+        """Those of all experts, each once."""
+        return list(dict.fromkeys(text for e in self.context.experts for text in e.texts))
+
+    def select_from(self, texts: Sequence[str], share: int = 1) -> Selection:
+        """Tokens of these texts, for so many kinds."""
+        start, context = self.start, self.context
+        if not texts and start.tokens is None:
+            raise MoeConfigError(
+                f"are missing, which routers={start.method!r} are made from: name files of text, "
+                "or tokens",
+                argument="texts",
+            )
+        num_experts = -(-context.shape[0] // share)
+        used = None if start.tokens_used is None else max(1, start.tokens_used // share)
+        return select_tokens(
+            context.folder, context.config, num_experts,
+            texts=texts, tokens=start.tokens, tokens_used=used,
+        )  # fmt: skip
+
+    @cached_property
+    def made(self) -> tuple[dict[int, Given], RouterHealth]:
+        """The router of each layer, and how it spreads the tokens."""
+        context, start = self.context, self.start
+        kinds = self.kinds()
+        selections = self.select(kinds)
+        held_out = all(each.num_held_out for each in selections)
+        source = "held-out tokens of the texts" if held_out else "tokens of the texts"
+        top_k = context.num_experts_per_tok
+        health = HealthRecord(top_k, source=source, remedy=self.remedy)
+        before = HealthRecord(top_k, source=source, remedy=self.remedy)
+        streams = [
+            context.stream_inputs(selection.sequences, start, kind if len(kinds) > 1 else None)
+            for kind, selection in zip(kinds, selections, strict=True)
+        ]
+        pieces = {}
+        for layers in zip(*streams, strict=True):
+            number = layers[0][0]
+            if number not in context.layers:
+                continue
+            pairs = list(zip(layers, selections, strict=True))
+            used = [inputs[: chosen.num_used] for (_, inputs), chosen in pairs]
+            judged = [inputs[chosen.num_used :] for (_, inputs), chosen in pairs]
+            states = np.concatenate(judged if held_out else used)
+            rows, plain = self.make(number, used, list(kinds.values()))
+            assert start.logit_std is not None
+            pieces[number] = context.encoded(sharpen(rows, start.logit_std, np.concatenate(used)))
+            written = decode(pieces[number].data, context.dtype).reshape(context.shape)
+            health.add(number, written, states)
+            had = context.use(number, written)
+            before.add(number, plain if had is None else had, states)
+        return pieces, health.report(before.variation)
+
+    @property
+    def health(self) -> RouterHealth | None:
+        return self.made[1]
+
+    def router(self, layer: int) -> Piece:
+        return self.made[0][layer]
+
+    def draw(self, layer: int) -> Floats:
+        """Standard normal rows."""
+        router = RandomRouter(*self.context.shape, "F32", self.context.stream(layer))
+        return decode(b"".join(router.chunks()), "F32").reshape(self.context.shape)
+
+
+class CalibratedRouters(TextRouters):
+    """Normal draws without the direction that all tokens share, their load evened."""
+
+    methods: ClassVar[tuple[RouterMethod, ...]] = ("calibrated",)
+
+    def make(
+        self, layer: int, inputs: Sequence[Floats], experts: Sequence[Sequence[int]]
+    ) -> tuple[Floats, Floats]:
+        rows, read = self.draw(layer), np.concatenate(inputs)
+        without = remove_direction(rows, mean_input(read))
+        return balance(without, read, self.context.num_experts_per_tok), rows
+
+
+class ClusteredRouters(TextRouters):
+    """A row for each cluster of tokens, by spherical k-means around their mean, the load evened."""
+
+    methods: ClassVar[tuple[RouterMethod, ...]] = ("clustered",)
+
+    def make(
+        self, layer: int, inputs: Sequence[Floats], experts: Sequence[Sequence[int]]
+    ) -> tuple[Floats, Floats]:
+        read = np.concatenate(inputs)
+        mean = mean_input(read)
+        vectors = unit_rows(read - mean)
+        rows, _ = spherical_k_means(vectors, self.context.shape[0], self.context.stream(layer))
+        without = remove_direction(rows, mean)
+        return balance(without, read, self.context.num_experts_per_tok), rows
+
+
+class KindRouters(TextRouters):
+    """A row for each kind of text; of experts of one kind, random rows beside it tell them apart.
+
+    The random rows are as `"calibrated"` ones of their kind, with logits of half of the spread that
+    the rows of the kinds have.
+    """
+
+    methods: ClassVar[tuple[RouterMethod, ...]] = ("ridge", "means")
+    remedy = "give texts of the kinds that differ more"
+
+    def kinds(self) -> dict[ExpertSource, list[int]]:
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for number, expert in enumerate(self.context.experts):
+            found.setdefault((expert.origin, expert.source_layers, expert.texts), []).append(number)
+        experts = {self.context.experts[numbers[0]]: numbers for numbers in found.values()}
+        if len(experts) < 2:
+            raise MoeConfigError(
+                f"{self.start.method!r} tells the texts of several experts apart, and all "
+                f"{len(self.context.experts)} are of one; 'calibrated' takes one text for all",
+                argument="routers",
+            )
+        missing = [expert.origin for expert in experts if not expert.texts]
+        if missing:
+            raise MoeConfigError(
+                f"{self.start.method!r} tells the texts of experts apart; give each of them texts "
+                f"(recipes have the key, ExpertSource the argument): {', '.join(missing)} has none",
+                argument="routers",
+            )
+        return experts
+
+    def select(self, kinds: Mapping[ExpertSource, Sequence[int]]) -> list[Selection]:
+        return [self.select_from(kind.texts, len(kinds)) for kind in kinds]
+
+    def make(
+        self, layer: int, inputs: Sequence[Floats], experts: Sequence[Sequence[int]]
+    ) -> tuple[Floats, Floats]:
+        of_kind = ridge_rows(inputs) if self.start.method == "ridge" else mean_rows(inputs)
+        rows = np.empty(self.context.shape, np.float32)
+        for row, numbers in zip(of_kind, experts, strict=True):
+            rows[list(numbers)] = row
+        if all(len(numbers) == 1 for numbers in experts):
+            return rows, rows
+        read = np.concatenate(inputs)
+        spread = measure_logit_std(rows, read)
+        draws = self.draw(layer)
+        for numbers, own in zip(experts, inputs, strict=True):
+            if len(numbers) > 1:
+                own_rows = remove_direction(draws[list(numbers)], mean_input(own))
+                scale = BESIDE * spread if spread > 0 else 1.0
+                rows[list(numbers)] += sharpen(own_rows, scale, own)
+        return balance(rows, read, self.context.num_experts_per_tok, experts), rows
+
+
+class SharpenedByText(TextRouters):
+    """Those of another start, scaled to the `logit_std` that is asked for on tokens of texts."""
+
+    def __init__(self, start: RouterStart, context: RouterContext) -> None:
+        super().__init__(start, context)
+        require_several(context)
+        self.source = STARTS[start.method](start, replace(context, dtype="F32"))
+        self.remedy = self.source.remedy
+
+    def make(
+        self, layer: int, inputs: Sequence[Floats], experts: Sequence[Sequence[int]]
+    ) -> tuple[Floats, Floats]:
+        piece = self.source.router(layer)
+        rows = decode(b"".join(piece.chunks()), "F32").reshape(self.context.shape)
+        return rows, rows
+
+    @property
+    def makes_gates(self) -> bool:
+        return self.source.makes_gates
+
+    def shared_gate(self, layer: int) -> Piece:
+        if not self.makes_gates:
+            return super().shared_gate(layer)
+        gate = self.source.shared_gate(layer)
+        return self.context.encoded(decode(b"".join(gate.chunks()), "F32"))
+
+
+def require_several(context: RouterContext) -> None:
+    """Raise `MoeConfigError` unless there are experts to tell apart."""
+    if context.shape[0] < 2:
+        raise MoeConfigError(
+            "is a standard deviation over experts, of which there is only 1", argument="logit_std"
+        )
 
 
 class RememberedRouters(Routers):
@@ -251,6 +500,7 @@ STARTS: Mapping[RouterMethod, type[Routers]] = {
     for start in (
         *(ReferenceRouters, UniformRouters, NormalRouters, LinearRouters),
         *(PromptRouters, HiddenRouters),
+        *(CalibratedRouters, ClusteredRouters, KindRouters),
     )
     for method in start.methods
 }
@@ -261,8 +511,13 @@ def make_routers(
 ) -> Routers:
     """The routers of a build; with the digests of those that cannot be made again, these."""
     kind = STARTS[start.method]
-    if digests and not kind.repeatable:
+    if digests and (start.from_text or not kind.repeatable):
         return RememberedRouters(start, context, digests)
+    if issubclass(kind, TextRouters):
+        require_several(context)
+        return kind(start, context)
+    if start.from_text:
+        return SharpenedByText(start, context)
     if start.logit_std is not None:
         return SharpenedRouters(start, context)
     return kind(start, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -29,21 +30,14 @@ from moe_fast.command.console import (
     show_routing,
     show_scores,
 )
-from moe_fast.command.doctor import diagnose
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.config import Dtype, Layout, RouterInit, RoutingMethod, choose_config
-from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.errors import CheckpointError, MoeFastError, list_problems
 from moe_fast.families.choice import UNFIT, targets_of
 from moe_fast.families.readers import readers_of
 from moe_fast.families.registry import dense_families, moe_families
-from moe_fast.plan import plan_moe_construction
 from moe_fast.reports import Report, json_document
 from moe_fast.request import ROUTER_METHODS, RouterMethod
-from moe_fast.routing.logits_file import statistics_of_file
-from moe_fast.routing.weights import compute_router_weights
-from moe_fast.routing.weights_file import write_router_weights
-from moe_fast.storage.npy import map_npy
 
 
 class PlainFlags:
@@ -103,6 +97,10 @@ OPTIONS_OF_MODELS = (
     "split",
     "backbone",
     "logit_std",
+    "text",
+    "tokens",
+    "tokens_used",
+    "device",
 )
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
@@ -153,6 +151,14 @@ LogitStd = Annotated[
         show_default="as the start draws them",
     ),
 ]
+TokensUsed = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="How many of the tokens are used.",
+        show_default="8192, or 40 an expert",
+    ),
+]
 HiddenStates = Annotated[
     Path | None,
     typer.Option(
@@ -200,6 +206,23 @@ Quiet = Annotated[
         help="Print warnings and errors alone.",
     ),
 ]
+
+
+def command_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command with the parser of the subcommand that `arguments` begin with, or with all.
+
+    To make the others' takes a fifth of the start.
+    """
+    named = [
+        each
+        for each in app.registered_commands
+        if each.callback is not None and [each.name or each.callback.__name__] == arguments[:1]
+    ]
+    if not named:
+        return app
+    one = copy(app)
+    one.registered_commands = named
+    return one
 
 
 def print_version(asked: bool) -> None:
@@ -324,6 +347,10 @@ def build(
         ),
     ] = "base",
     logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     hidden_states: HiddenStates = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -372,6 +399,10 @@ def build(
                 split=cast(Any, split),
                 backbone=parse_backbone(backbone),
                 logit_std=logit_std,
+                texts=text_files(text),
+                tokens=tokens,
+                tokens_used=tokens_used,
+                device=device,
                 **how,
             )
     show(report, show_build, as_json)
@@ -608,6 +639,10 @@ def expand(
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
+    noise_scale: Annotated[
+        float, typer.Option(help="Standard deviation of the noise on copies.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -625,6 +660,61 @@ def expand(
             keep_k=keep_k,
             scores=scores,
             by=by,
+            noise_scale=noise_scale,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            threads=threads,
+            checksum=checksum,
+            fsync=fsync,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    show(report, show_operation, as_json)
+
+
+@app.command(
+    cls=Command,
+    help="Write an MoE whose routers start anew, made from text or drawn.",
+    epilog="Example: `moe-fast reroute moe -o even --text text.txt`",
+)
+def reroute(
+    context: typer.Context,
+    model: MoeFolder,
+    output: OutputFolder,
+    routers: Annotated[
+        str,
+        typer.Option(
+            metavar="START",
+            help="How they start: calibrated, clustered, normal, balanced, random, linear.",
+        ),
+    ] = "calibrated",
+    logit_std: LogitStd = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    checksum: Checksum = False,
+    fsync: Fsync = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    with reported_errors(context), progress_bar() as progress:
+        report = moe_fast.reroute_moe(
+            model,
+            output,
+            cast(RouterMethod, routers),
+            logit_std=logit_std,
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
+            seed=seed,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -652,6 +742,12 @@ def extract(
     best: Annotated[
         int | None, typer.Option(help="So many of the best by --scores do, side by side.")
     ] = None,
+    copy: Annotated[
+        int | None, typer.Option(help="The copy of a fine-grained model whose shards do.")
+    ] = None,
+    granularity: Annotated[
+        int | None, typer.Option(help="Shards of a copy.", show_default="what the model says")
+    ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     max_shard_size: MaxShardSize = "5GB",
@@ -670,6 +766,8 @@ def extract(
             expert=expert,
             mean=mean,
             best=best,
+            copy=copy,
+            granularity=granularity,
             scores=scores,
             by=by,
             max_shard_size=max_shard_size,
@@ -693,9 +791,17 @@ def merge(
     model: MoeFolder,
     output: OutputFolder,
     groups: Annotated[
-        Path,
+        Path | None,
         typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
-    ],
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="How many are left in each layer, grouped by --scores.")
+    ] = None,
+    scores: Scores = None,
+    by: ScoredBy = "reap",
+    align: Annotated[
+        bool, typer.Option("--align", help="Match neurons to those of each group's first expert.")
+    ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -710,6 +816,10 @@ def merge(
             model,
             output,
             groups,
+            num_experts=experts,
+            scores=scores,
+            by=by,
+            align=align,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             threads=threads,
@@ -767,11 +877,21 @@ def inspect(
         typer.Option(help="Find experts that are copies of each other; reads them where alike."),
     ] = True,
     hidden_states: HiddenStates = None,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
         report = moe_fast.inspect_model(
-            model, copies=copies, hidden_states=open_states(hidden_states)
+            model,
+            copies=copies,
+            hidden_states=open_states(hidden_states),
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
         )
     show(report, show_model, as_json)
 
@@ -794,7 +914,7 @@ def plan(
 ) -> None:
     with reported_errors(context):
         config = choose_config(experts, experts_per_token, granularity)
-        made = plan_moe_construction(models, layers, config, granularity=granularity)
+        made = moe_fast.plan_moe_construction(models, layers, config, granularity=granularity)
         report = made.report(
             hidden_size, intermediate_size, config.num_experts, granularity=granularity
         )
@@ -848,7 +968,7 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
-        weights = compute_router_weights(
+        weights = moe_fast.compute_router_weights(
             layers,
             hidden_size,
             experts,
@@ -859,7 +979,7 @@ def gates(
             remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
     with reported_errors(context, path="output"):
-        nbytes = write_router_weights(output, weights, overwrite=overwrite)
+        nbytes = moe_fast.write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
 
@@ -934,7 +1054,7 @@ def route(
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context, path="logits"):
-        stats = statistics_of_file(
+        stats = moe_fast.statistics_of_file(
             logits,
             method,
             experts_per_token,
@@ -950,6 +1070,8 @@ def route(
         )
     if plot is not None:
         with reported_errors(context, path="plot"):
+            from moe_fast.drawing.plotting import save_load_picture
+
             save_load_picture(stats.counts, plot)
     if as_json:
         print_json(stats.to_dict() | {"layers": stats.summary()})
@@ -978,7 +1100,7 @@ def families(as_json: AsJson = False) -> None:
 )
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     with reported_errors(context):
-        diagnosis = diagnose()
+        diagnosis = moe_fast.diagnose()
     show(diagnosis, show_diagnosis, as_json)
 
 
@@ -1032,7 +1154,14 @@ def read_text(text: str | None) -> str | None:
     return text
 
 
+def text_files(files: Sequence[Path] | None) -> list[Path]:
+    """The files of text, whose names never stand for texts here."""
+    return list(files or ())
+
+
 def open_states(file: Path | None) -> Any:
+    from moe_fast.storage.npy import map_npy
+
     return None if file is None else map_npy(file)
 
 

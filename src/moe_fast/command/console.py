@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from moe_fast.checkpoint.operation import OperationReport
     from moe_fast.command.doctor import Diagnosis
     from moe_fast.families.rules import Reader
-    from moe_fast.models.inspection import ModelReport, Place
+    from moe_fast.models.inspection import ModelReport, Place, RouterReport
     from moe_fast.plan import MoeConstructionPlan, MoeReport
     from moe_fast.routing.health import RouterHealth
     from moe_fast.routing.statistics import RoutingStats
@@ -156,8 +156,10 @@ def describe_use(load_balance: float) -> str:
 
 
 def describe_prediction(health: RouterHealth) -> str:
+    before = health.coefficient_of_variation_before
+    was = f", {format_range(before, 4)} before it was evened" if before else ""
     return (
-        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even), "
+        f"cv {format_range(health.coefficient_of_variation, 4)} (0 is even){was}, "
         f"predicted on {health.num_tokens:,} {health.hidden_states}"
         f"{'; on real text it is less even' if health.hidden_states == 'random tokens' else ''}"
     )
@@ -357,7 +359,7 @@ def show_routers(report: ModelReport) -> None:
         "smallest row": of_rows([router.smallest_norm for router in routers]),
         "greatest row": of_rows([router.greatest_norm for router in routers]),
         "most alike": of_rows([router.most_alike for router in routers]),
-        "tied experts": [str(router.tied_experts) for router in routers],
+        "tied experts": [describe_ties(router) for router in routers],
         "load cv": align_numbers([router.coefficient_of_variation for router in routers]),
         "entropy": align_numbers([router.mean_entropy for router in routers]),
     }
@@ -366,6 +368,12 @@ def show_routers(report: ModelReport) -> None:
         f"of a token's choice, predicted on {report.hidden_states})"
     )
     show_columns(columns)
+
+
+def describe_ties(router: RouterReport) -> str:
+    if router.row_repeats is not None and 1 < router.row_repeats < router.tied_experts:
+        return f"{router.tied_experts}, in {router.row_repeats}s"
+    return str(router.tied_experts)
 
 
 def show_copies(copies: Iterable[tuple[Place, ...]], num_layers: int) -> None:

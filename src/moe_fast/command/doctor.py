@@ -17,6 +17,7 @@ from moe_fast.threads import default_threads
 __all__ = ["Diagnosis", "Extra", "Package", "diagnose", "show_config"]
 DISTRIBUTION = "moe-fast"
 PURPOSES = {
+    "align": "merging experts with their neurons aligned",
     "calibration": "running models on texts: scores of experts, routers",
     "checkpoint": "bfloat16 and float8 weights as arrays",
     "cli": "the command moe-fast",

@@ -28,7 +28,7 @@ from moe_fast.checks import as_path
 from moe_fast.drawing.html import plan_picture, shares_picture, table
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
-from moe_fast.models.inspection import ModelReport, inspect_model
+from moe_fast.models.inspection import ModelReport, look_into
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
@@ -139,7 +139,7 @@ def is_report(file: Path) -> bool:
 def make_page(folder: Path, check: CheckReport | None) -> str:
     """The whole page."""
     model = open_moe_model(folder)
-    found = inspect_model(folder, copies=False)
+    found = look_into(folder, copies=False)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     name = folder.resolve().name
     body = [
@@ -302,7 +302,9 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
     if not found.routers:
         return
     broken = [router.layer for router in found.routers if not router.finite]
-    tied = [router.layer for router in found.routers if router.tied_experts]
+    shared = sorted({r.row_repeats for r in found.routers if r.tied_experts and r.row_repeats})
+    shared = [number for number in shared if number < (found.num_experts or 0)]
+    tied = [r.layer for r in found.routers if r.tied_experts and r.row_repeats not in shared]
     problems = []
     if broken:
         layers = format_numbers("layer", broken)
@@ -311,7 +313,13 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
         layers = format_numbers("layer", tied)
         problems.append(f"{layers}: experts with the same row always tie")
     yield from list_problems(problems, "failed")
-    if not problems:
+    if shared:
+        listed = " or ".join(map(str, shared))
+        yield (
+            f'<p class="passed">Experts share rows, {listed} in a row, as the shards of a copy do: '
+            "they are chosen together.</p>"
+        )
+    elif not problems:
         yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
     variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
     if variations:

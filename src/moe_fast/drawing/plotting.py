@@ -269,6 +269,12 @@ def as_numbers(
     values: npt.ArrayLike, name: str, dims: tuple[int, ...] | None
 ) -> npt.NDArray[np.float64]:
     """`values` as finite float64 numbers with one of the numbers of dimensions `dims`."""
+    given: Any = values
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    if any(callable(getattr(each, "detach", None)) for each in listed):
+        # torch's tensors; NumPy has no bfloat16, and float64 holds it.
+        arrays = [np.asarray(each.detach().cpu().double()) for each in listed]
+        values = np.stack(arrays) if listed is given else arrays[0]
     try:
         array = np.asarray(values)
         if array.dtype.kind in "OUSMmbc":

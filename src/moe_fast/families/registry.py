@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
 from moe_fast import families
@@ -51,10 +51,14 @@ def expert_axes() -> Mapping[str, ExpertAxis]:
     return MappingProxyType({**plain, **axes})
 
 
-def lineages() -> Iterator[ModuleType]:
-    for module in sorted(pkgutil.iter_modules(families.__path__), key=lambda each: each.name):
-        if module.name not in BASES:
-            yield importlib.import_module(f"{families.__name__}.{module.name}")
+@functools.cache
+def lineages() -> tuple[ModuleType, ...]:
+    names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+    return tuple(
+        importlib.import_module(f"{families.__name__}.{name}")
+        for name in names
+        if name not in BASES
+    )
 
 
 # The files of this package that are not about one lineage.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,20 +176,44 @@ def open_adapted_model(folder: Path, model: DenseModel) -> AdaptedModel:
     changes: dict[str, LowRank | Tensor] = {}
     scales = None if problems else Scales.of(config)
     for name, tensor in replaced.items():
-        problems += replacement_problems(tensor, name, model)
-        changes[name] = tensor
+        found = list(replacement_problems(tensor, name, model))
+        problems += found
+        if not found:
+            changes |= by_part(name, tensor, model)
     for module, pair in sides.items():
         rank = None if scales is None else scales.rank(module)
         found = list(pair_problems(pair, module, model, rank))
         problems += found
         if not found and scales is not None:
-            changes[f"{module}.weight"] = LowRank(pair["A"], pair["B"], scales.scale(module))
+            change = LowRank(pair["A"], pair["B"], scales.scale(module))
+            changes |= by_part(f"{module}.weight", change, model)
     if not tensors:
         problems.append(Problem("holds no tensor", file=weights))
     if problems:
         raise CheckpointError(*problems)
     given = {each.name: getattr(model, each.name) for each in fields(DenseModel)}
     return AdaptedModel(**given, adapter=folder, changes=changes)
+
+
+def by_part(name: str, change: LowRank | Tensor, model: DenseModel) -> dict[str, LowRank | Tensor]:
+    """The change of a tensor of the model's files, for each part of it that has a name here."""
+    here = model.family.name_here(name)
+    for whole, parts in model.family.fused:
+        before, fused, kind = here.partition(f"{whole}.")
+        if not fused:
+            continue
+        found: dict[str, LowRank | Tensor] = {}
+        start = 0
+        for part in parts:
+            own = f"{before}{part}.{kind}"
+            rows = model.tensors[own].shape[0]
+            if isinstance(change, LowRank):
+                found[own] = replace(change, b=change.b.rows(start, rows))
+            else:
+                found[own] = change.rows(start, rows)
+            start += rows
+        return found
+    return {here: change}
 
 
 def config_problems(file: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -322,7 +346,7 @@ def pair_problems(
     pair: Mapping[str, Tensor], module: str, model: DenseModel, rank: int | None
 ) -> Iterator[Problem]:
     """Why the factors of a module are no change of the model's."""
-    tensor = model.tensors.get(f"{module}.weight")
+    tensor = model.stored.get(f"{module}.weight")
     some = next(iter(pair.values()))
     if len(pair) == 1:
         (side,) = pair
@@ -360,7 +384,7 @@ def pair_problems(
 
 def replacement_problems(tensor: Tensor, name: str, model: DenseModel) -> Iterator[Problem]:
     """Why a tensor of `modules_to_save` cannot stand in the place of the model's."""
-    own = model.tensors.get(name)
+    own = model.stored.get(name)
     if own is None:
         what = f"is not a change of a tensor that {model.path} has"
     elif own.shape != tensor.shape:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-__all__ = ["ModelReport", "RouterReport", "inspect_model"]
+__all__ = ["ModelReport", "RouterReport", "look_into"]
+ReadInputs = Callable[[MoeModel], Iterator[npt.NDArray[np.float32]]]
+"""What the routers of a model's own layers of experts read of some tokens, one after the other."""
 Place = tuple[int, int]
 
 
@@ -48,12 +50,15 @@ class RouterReport:
     """The router of one layer, its rows being the experts' vectors.
 
     `most_alike` is the greatest cosine between two rows: at 1 their logits tie in proportion.
-    `tied_experts` counts the experts whose row equals another's. How tokens would spread is
-    predicted on hidden states: the coefficient of variation is that of the experts' load, 0 where
-    it is even, and the entropy that of a token's probabilities, in nats. All are `None` or 0 where
-    the router holds a number that is not finite, or is absent; the prediction also where
-    `config.json` does not say how many experts a token gets. `mtp` says that the layer is one for
-    multi-token prediction; these are numbered from the model's last layer on.
+    `tied_experts` counts the experts whose row equals another's; `row_repeats` of them, one after
+    the other, share each row, 1 where all have their own, and `None` where that is not so
+    throughout: those that split one feed-forward network do, to be chosen together.
+
+    How tokens would spread is predicted on hidden states: the coefficient of variation is that of
+    the experts' load, 0 where it is even, and the entropy that of a token's probabilities, in nats.
+    All are `None` or 0 where the router holds a number that is not finite, or is absent; the
+    prediction also where `config.json` does not say how many experts a token gets. `mtp` says that
+    the layer is one for multi-token prediction; these are numbered from the model's last layer on.
     """
 
     layer: int
@@ -62,6 +67,7 @@ class RouterReport:
     greatest_norm: float | None
     most_alike: float | None
     tied_experts: int
+    row_repeats: int | None = None
     coefficient_of_variation: float | None = None
     mean_entropy: float | None = None
     mtp: bool = False
@@ -116,41 +122,14 @@ class ModelReport(Report):
         return frame_of(self.routers, RouterReport)
 
 
-def inspect_model(
+def look_into(
     path: str | os.PathLike[str],
     *,
     copies: bool = True,
     hidden_states: npt.ArrayLike | None = None,
+    read_inputs: ReadInputs | None = None,
 ) -> ModelReport:
-    """Look into a model folder, MoE or dense, whoever wrote it.
-
-    Headers tell nearly everything; routers are read whole. Experts are read only where `copies`
-    asks which of them are equal, and only as far as they are alike. `hidden_states`, `(T, H)` or
-    `(L, T, H)` with L the layers that have experts, are what the routers read, to predict their
-    load from; by default 1024 random tokens.
-
-    Raises
-    ------
-    CheckpointError
-        For a folder that holds no model, and for headers that do not hold.
-    MoeConfigError
-        For `hidden_states` of another shape than the routers read.
-
-    Examples
-    --------
-    >>> from moe_fast import MoeConfig, build_moe
-    >>> from moe_fast.models.inspection import inspect_model
-    >>> from moe_fast.demo import make_dense_model
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> make_dense_model(f"{folder}/dense", seed=0)
-    >>> _ = build_moe(f"{folder}/dense", f"{folder}/moe", MoeConfig(num_experts=4))
-    >>> report = inspect_model(f"{folder}/moe")
-    >>> report.model_type, report.num_experts, report.num_moe_layers
-    ('mixtral', 4, 2)
-    >>> report.copies[0]
-    ((0, 0), (0, 1), (0, 2), (0, 3))
-    """
+    """As `inspect_model`, whose text is read by `read_inputs`."""
     model = open_moe_model(path)
     sizes = Counter[str]()
     for tensor in model.tensors.values():
@@ -177,12 +156,18 @@ def inspect_model(
         num_bytes=sum(sizes.values()),
         num_files=len({tensor.file for tensor in model.tensors.values()}),
         bytes_by_dtype=dict(sizes.most_common()),
-        hidden_states="random tokens" if hidden_states is None else "given tokens",
-        routers=router_reports(model, hidden_states),
+        hidden_states=name_tokens(hidden_states, read_inputs),
+        routers=router_reports(model, hidden_states, read_inputs),
         copies=expert_copies(model) if copies and model.layers else None,
         unknown_experts=None if unknown is None else unknown.describe(),
         problems=(*model.problems(), *find_second_weights(model.path)),
     )
+
+
+def name_tokens(hidden_states: npt.ArrayLike | None, read_inputs: ReadInputs | None) -> str:
+    if read_inputs is not None:
+        return "tokens of the texts"
+    return "random tokens" if hidden_states is None else "given tokens"
 
 
 def count_parameters(tensors: Iterable[Tensor]) -> int:
@@ -245,7 +230,9 @@ def routers_of(model: MoeModel) -> list[tuple[int, int | None, Tensor]]:
 
 
 def router_reports(
-    model: MoeModel, hidden_states: npt.ArrayLike | None = None
+    model: MoeModel,
+    hidden_states: npt.ArrayLike | None = None,
+    read_inputs: ReadInputs | None = None,
 ) -> tuple[RouterReport, ...]:
     routers = [each for each in routers_of(model) if len(each[2].shape) == 2]
     per_token = per_token_of(model)
@@ -254,6 +241,7 @@ def router_reports(
     if hidden_states is not None and routers:
         width = max(router.shape[1] for _, _, router in routers)
         states = as_hidden_states(hidden_states, num_layers, width)
+    streamed = None if read_inputs is None else read_inputs(model)
     reports = []
     with OpenFiles() as files:
         for layer, place, router in routers:
@@ -264,6 +252,9 @@ def router_reports(
                     known = None
                 else:
                     read = states[place]
+            elif streamed is not None:
+                known = None if place is None else per_token
+                read = None if place is None else next(streamed)
             report = router_report(layer, weights, read, known)
             reports.append(replace(report, mtp=place is None))
     return tuple(reports)
@@ -290,6 +281,7 @@ def router_report(
         float(norms.max(initial=0)),
         most_alike,
         int(counts[counts > 1].sum()),
+        find_repeats(weights, len(counts)),
     )
     if top_k is None or not 0 < top_k <= len(weights) <= MOST_EXPERTS:
         return report
@@ -333,3 +325,12 @@ def expert_copies(model: MoeModel) -> tuple[tuple[Place, ...], ...]:
             places.append((layer.number, number))
             weights.append([expert[role] for role in sorted(expert)])
     return tuple(tuple(places[index] for index in group) for group in equal_groups(weights))
+
+
+def find_repeats(rows: npt.NDArray[Any], distinct: int) -> int | None:
+    """How often each row stands, one after the other; `None` where that differs."""
+    repeats, rest = divmod(len(rows), max(distinct, 1))
+    if rest:
+        return None
+    runs = rows.reshape(-1, repeats, rows.shape[1])
+    return repeats if (runs == runs[:, :1]).all() else None

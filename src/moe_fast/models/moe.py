@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from moe_fast.checks import as_path
 from moe_fast.config import Layout
@@ -320,6 +321,11 @@ def language_key(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+# Models that someone holds, by their folder and the state of its files: an operation opens its
+# model to check what is asked for, and again for the design.
+opened_models: WeakValueDictionary[object, MoeModel] = WeakValueDictionary()
+
+
 def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
     """Read the configuration and the headers of a model folder; no weight is read.
 
@@ -329,6 +335,27 @@ def open_moe_model(path: str | os.PathLike[str]) -> MoeModel:
         For a folder that holds no model, and for headers that do not hold.
     """
     folder = as_path(path, "path")
+    state = folder, files_in(folder)
+    model = opened_models.get(state)
+    if model is None:
+        model = read_moe_model(folder)
+        opened_models[state] = model
+    return model
+
+
+def files_in(folder: Path) -> object:
+    """The names, sizes and times of a folder's files; nothing else is equal to that of others."""
+    try:
+        return tuple(
+            (entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+            for status in (entry.stat(),)
+        )
+    except OSError:
+        return object()
+
+
+def read_moe_model(folder: Path) -> MoeModel:
     config = read_config(folder)
     tensors = read_checkpoint(folder)
     key = language_key(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fast.errors import CheckpointError
-from moe_fast.families.readers import Contents, is_beyond
+from moe_fast.families.readers import Contents, find_readers, is_beyond
 from moe_fast.models.moe import MoeModel
 from moe_fast.storage.companions import find_missing_code, has_tokenizer
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
@@ -30,13 +30,14 @@ def contents_of(
 
     Weights are read only if a head is stored that should be the embedding.
     """
+    tokenizer = read_or_none(folder / "tokenizer.json")  # megabytes: once
     return Contents(
         layout=layout,
         num_experts=num_experts,
         has_tokenizer=has_tokenizer(folder),
         has_sentencepiece=(folder / "tokenizer.model").is_file(),
-        largest_token=find_largest_token(folder),
-        added_tokens=find_added_tokens(folder),
+        largest_token=find_largest_token(folder, tokenizer),
+        added_tokens=find_added_tokens(tokenizer),
         has_head=HEAD in weights,
         has_other_head=has_other_head(config, weights),
         missing_code=tuple(find_missing_code(folder, config)),
@@ -64,6 +65,10 @@ def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path)
 
     `folder` has the tokenizer, and the config.json from which `config` has its keys.
     """
+    readers = find_readers(config, contents)
+    if readers and not any(reader.loads for reader in readers):
+        reasons = "; ".join(f"{r.name} {' and '.join(r.reasons)}" for r in readers)
+        yield f"no reader loads a {config['model_type']} made of {folder}: {reasons}"
     file, rows = folder / "config.json", config.get("vocab_size")
     if contents.has_other_head:
         yield (
@@ -101,10 +106,13 @@ def hold_the_same(first: Weight, second: Weight) -> bool:
     return all(b"".join(first.read(*r)) == b"".join(second.read(*r)) for r in ranges)
 
 
-def find_largest_token(folder: Path) -> int | None:
-    """The largest token of the tokenizer in a folder; `None` if that is not known."""
+def find_largest_token(folder: Path, tokenizer: Any) -> int | None:
+    """The largest token of the tokenizer in a folder; `None` if that is not known.
+
+    `tokenizer` is what its tokenizer.json holds.
+    """
     found = [
-        *tokens_of_tokenizer(read_or_none(folder / "tokenizer.json")),
+        *tokens_of_tokenizer(tokenizer),
         *tokens_of_config(read_or_none(folder / "tokenizer_config.json")),
     ]
     for name in ("added_tokens.json", "vocab.json"):
@@ -113,12 +121,31 @@ def find_largest_token(folder: Path) -> int | None:
     return max(tokens, default=None)
 
 
-def find_added_tokens(folder: Path) -> frozenset[str]:
-    """The tokens that the tokenizer in a folder has beside its vocabulary."""
-    tokenizer = read_or_none(folder / "tokenizer.json")
+def find_added_tokens(tokenizer: Any) -> frozenset[str]:
+    """The tokens that a tokenizer.json has beside its vocabulary."""
     added = tokenizer.get("added_tokens") if isinstance(tokenizer, Mapping) else None
     texts = [t.get("content") for t in added or () if isinstance(t, Mapping)]
     return frozenset(text for text in texts if isinstance(text, str))
+
+
+def find_other_token(folder: Path, other: Path) -> str | None:
+    """A token that the tokenizers of two folders number differently; `None` if none is known."""
+    first, second = (vocabulary_of(each) for each in (folder, other))
+    if not first or not second:
+        return None
+    return next((token for token in first if first[token] != second.get(token)), None)
+
+
+def vocabulary_of(folder: Path) -> dict[str, int]:
+    """The numbers of the tokens in a tokenizer.json, as far as they are plain to see."""
+    tokenizer = read_or_none(folder / "tokenizer.json")
+    model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        return dict(vocabulary)
+    pieces = vocabulary if isinstance(vocabulary, list) else []  # Unigram: a token is its place
+    texts = [piece[0] if isinstance(piece, list) and piece else None for piece in pieces]
+    return {text: number for number, text in enumerate(texts) if isinstance(text, str)}
 
 
 def read_or_none(file: Path) -> Any:

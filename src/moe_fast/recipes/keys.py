@@ -181,6 +181,7 @@ class ExpertKeys:
     lora: Annotated[str, partial(read_model, kind="an adapter")] | None = None
     residual_scale: Annotated[float, read_number] | None = None
     source_layers: Annotated[tuple[Integer, ...], read_list] | None = None
+    texts: Annotated[tuple[str, ...], read_list] | None = None
 
 
 Expert = Annotated[ExpertKeys, read_expert]
@@ -201,6 +202,10 @@ class RecipeKeys:
     gate_mode: GateMode | None = None
     routers: RouterMethod | None = None
     logit_std: Annotated[float, read_number] | None = None
+    texts: Annotated[tuple[str, ...], read_list] | None = None
+    tokens: str | None = None
+    tokens_used: Count | None = None
+    device: str | None = None
     architecture: Annotated[str, read_architecture] | None = None
     target: Annotated[str, read_target] | None = None
     layout: Layout | None = None

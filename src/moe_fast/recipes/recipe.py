@@ -31,7 +31,8 @@ OF_MERGEKIT_YAML = (
     "tokenizer", "tokenizer_source",
 )  # fmt: skip
 FIRST_KEYS = re.compile(
-    rb"^(base_model|experts|models|merge_method|slices)[ \t]*:", re.MULTILINE | re.ASCII
+    rb"(?:^|\A\s*\{\s*\")(base_model|experts|models|merge_method|slices)\"?[ \t]*:",
+    re.MULTILINE | re.ASCII,
 )
 # Keys that people leave in, and what to say of them.
 REFUSED = {
@@ -44,6 +45,7 @@ REFUSED = {
 
 # Keys that mean what the request's fields of these names mean.
 OPTIONS = ("granularity", "mix_copies", "shuffle", "reinit", "reinit_sets", "split")
+OF_ROUTERS = ("logit_std", "texts", "tokens", "tokens_used", "device")
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,11 @@ def find_mistakes(keys: RecipeKeys) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from find_wrong_options(keys, config)
-    method, said = choose_routers(keys)
+    _, said = choose_routers(keys)
     try:
-        start = RouterStart(method, logit_std=keys.logit_std)
+        start = as_router_start(keys)
     except MoeConfigError as error:
-        yield "logit_std", error.problems[0].what
+        yield error.problems[0].argument or "texts", error.problems[0].what
         return
     if start.from_prompts:
         yield from find_missing_prompts(keys, listed, said)
@@ -306,7 +308,7 @@ def as_request(keys: RecipeKeys, folders: Mapping[str, str]) -> BuildRequest:
         dtype=keys.dtype or (read_stated_dtype(Path(base)) if of_mergekit else None),
         shared_experts=as_sources(keys.shared_experts),
         dense_layers=tuple(sorted(set(keys.dense_layers or ()))),
-        routers=RouterStart(choose_routers(keys)[0], logit_std=keys.logit_std),
+        routers=as_router_start(keys),
         seed=keys.seed or 0,
         **{name: value for name in OPTIONS if (value := getattr(keys, name)) is not None},
         **as_backbone(keys.backbone),
@@ -330,6 +332,11 @@ def as_config(keys: RecipeKeys) -> MoeConfig:
     shards = keys.granularity or 1
     num_experts = keys.num_experts if keys.experts is None else len(keys.experts) * shards
     return choose_config(num_experts, keys.experts_per_token, shards)
+
+
+def as_router_start(keys: RecipeKeys) -> RouterStart:
+    given = {name: value for name in OF_ROUTERS if (value := getattr(keys, name)) is not None}
+    return RouterStart(choose_routers(keys)[0], **given)
 
 
 def choose_routers(keys: RecipeKeys) -> tuple[RouterMethod, str]:

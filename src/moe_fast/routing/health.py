@@ -41,6 +41,8 @@ class RouterHealth(Report):
     coefficient_of_variation: tuple[float, ...]
     mean_entropy: tuple[float, ...]
     warnings: tuple[str, ...]
+    coefficient_of_variation_before: tuple[float, ...] = ()
+    """What it would be without what was made from a text; empty if nothing was."""
 
     def to_frame(self) -> DataFrame:
         """The prediction as a pandas data frame, one row a layer that has experts.
@@ -171,29 +173,52 @@ def router_health(
     `source` names the hidden states, `layers` holds the numbers of the routers' layers. Routers are
     taken one at a time: those of a large model need much memory together.
     """
-    variation, entropy = [], []
-    layers_by_problem: dict[str, list[int]] = {}
+    record = HealthRecord(num_experts_per_tok, source=source, remedy=remedy)
     for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
         states = hidden_states
         if states is not None and states.ndim == 3:
             states = states[index]
-        stats = predict_load(router[np.newaxis], states, num_experts_per_tok=num_experts_per_tok)
-        tokens = int(stats.num_tokens[0])
-        variation += stats.coefficient_of_variation.tolist()
-        entropy += stats.mean_entropy.tolist()
-        text = find_problem(router, stats.starving_experts()[0], f"{tokens} {source}")
+        record.add(layer, router, states)
+    return record.report()
+
+
+class HealthRecord:
+    """What `router_health` says, of one layer after the other."""
+
+    def __init__(self, num_experts_per_tok: int, *, source: str, remedy: str) -> None:
+        self.num_experts_per_tok = num_experts_per_tok
+        self.source = source
+        self.remedy = remedy
+        self.num_tokens = 0
+        self.variation: list[float] = []
+        self.entropy: list[float] = []
+        self.layers_by_problem: dict[str, list[int]] = {}
+
+    def add(self, layer: int, router: npt.NDArray[Any], states: npt.NDArray[Any] | None) -> None:
+        """Add the router of a layer, `(E, H)`, and what it reads, `(T, H)`."""
+        top_k = self.num_experts_per_tok
+        stats = predict_load(router[np.newaxis], states, num_experts_per_tok=top_k)
+        self.num_tokens = int(stats.num_tokens[0])
+        self.variation += stats.coefficient_of_variation.tolist()
+        self.entropy += stats.mean_entropy.tolist()
+        source = f"{self.num_tokens} {self.source}"
+        text = find_problem(router, stats.starving_experts()[0], source)
         if text is not None:
-            layers_by_problem.setdefault(text, []).append(layer)
-    return RouterHealth(
-        hidden_states=source,
-        num_tokens=tokens,
-        coefficient_of_variation=tuple(variation),
-        mean_entropy=tuple(entropy),
-        warnings=tuple(
-            f"{format_numbers('layer', numbers)}: {text}; {remedy}"
-            for text, numbers in layers_by_problem.items()
-        ),
-    )
+            self.layers_by_problem.setdefault(text, []).append(layer)
+
+    def report(self, before: Sequence[float] = ()) -> RouterHealth:
+        """All layers together; `before` are the coefficients of variation from before."""
+        return RouterHealth(
+            hidden_states=self.source,
+            num_tokens=self.num_tokens,
+            coefficient_of_variation=tuple(self.variation),
+            mean_entropy=tuple(self.entropy),
+            warnings=tuple(
+                f"{format_numbers('layer', numbers)}: {text}; {self.remedy}"
+                for text, numbers in self.layers_by_problem.items()
+            ),
+            coefficient_of_variation_before=tuple(before),
+        )
 
 
 def find_problem(router: npt.NDArray[Any], starving: Sequence[int], source: str) -> str | None:

@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.storage.floats import decode, encode
-from moe_fast.storage.pieces import CHUNK, OVERFLOW, FileRange, Overflow, Piece, read_range
+from moe_fast.storage.pieces import (
+    CHUNK,
+    OVERFLOW,
+    FileRange,
+    Overflow,
+    Piece,
+    read_in_blocks,
+    read_range,
+)
 
 Doubles = npt.NDArray[np.float64]
 
@@ -24,7 +32,7 @@ Doubles = npt.NDArray[np.float64]
 class LinearCombination:
     """Weights of one dtype added up, `(w_1 x_1 + w_2 x_2 + ...) / divisor`."""
 
-    sources: tuple[FileRange, ...]
+    sources: tuple[Piece, ...]
     weights: tuple[float, ...]
     divisor: float
     dtype: str
@@ -35,7 +43,8 @@ class LinearCombination:
 
     def chunks(self) -> Iterator[memoryview]:
         overflow = OVERFLOW.get() or Overflow()
-        for parts in zip(*(source.chunks() for source in self.sources), strict=True):
+        blocks = (read_in_blocks((source,), CHUNK) for source in self.sources)
+        for parts in zip(*blocks, strict=True):
             total: Doubles | None = None
             for part, weight in zip(parts, self.weights, strict=True):
                 term = decode(part, self.dtype).astype(np.float64)

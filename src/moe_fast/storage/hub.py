@@ -27,8 +27,9 @@ from moe_fast.storage.strict_json import read_json
 REPOSITORY = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 # What browsers show, with one slash where pathlib has made one of two.
 ADDRESS = re.compile(
-    r"https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>\w[\w.-]*/\w[\w.-]*)"
-    r"(?:/tree/(?P<revision>[\w.-]+))?/?(?:[?#].*)?",
+    r"(?:hf:/{1,2}|(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|git@hf\.co:)"
+    r"(?:models/)?(?P<name>\w[\w.-]*/\w[\w.-]*?)(?:\.git)?"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+))?/?(?:[?#].*)?",
     re.ASCII,
 )
 # The folder in which the Hub's cache keeps a revision of a model.
@@ -59,7 +60,9 @@ def find_model(model: str | os.PathLike[str]) -> str:
     CheckpointError
         For a name that is neither a folder nor a repository that can be had.
     """
-    name = repository_name(os.fspath(model).replace(os.sep, "/"))
+    name = os.fspath(model).replace(os.sep, "/")
+    if not os.path.lexists(name):
+        name = repository_name(name)
     path = Path(name)
     match = REPOSITORY.fullmatch(name)
     if match is None or os.path.lexists(path):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from moe_fast import kernels
 from moe_fast.dtypes import ITEM_SIZES
-from moe_fast.storage.floats import convert, decode
-from moe_fast.storage.pieces import CHUNK, OVERFLOW, Overflow, Piece, read_in_blocks
+from moe_fast.storage.floats import decode
+from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, rounded_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,6 @@ class LowRankSum:
         return self.w.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        overflow = OVERFLOW.get() or Overflow()
         a = decode(b"".join(self.a.chunks()), self.a_dtype).reshape(self.rank, self.columns)
         row = self.columns * ITEM_SIZES[self.dtype]
         at_once = max(1, CHUNK // row)
@@ -51,9 +48,4 @@ class LowRankSum:
             values = decode(block, self.dtype).reshape(-1, self.columns)
             b = decode(b_block, self.b_dtype).reshape(-1, self.rank)
             kernels.compiled.add_product(b, a, self.scale, values)
-            bits = values.reshape(-1).view(np.uint8)
-            if self.dtype != "F32":
-                rounded, count = convert(bits.data, "F32", self.dtype)
-                overflow.count += count
-                bits = rounded.view(np.uint8)
-            yield bits.data
+            yield rounded_to(self.dtype, values)
