@@ -221,3 +221,21 @@ def test_who_was_not_asked_is_not_said_to_load(tmp_path):
     assert reasons["llama.cpp"] == ("has been asked for no gemma4_text yet, it may load it",)
     assert reasons["transformers 4"] == ("has no gemma4_text of its own",)
     assert not reasons["transformers 5"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("cohere2", {"sliding_window": 7}, "takes the sliding window of a cohere2_moe to be one"),
+        ("cohere2", {"sliding_window": 64}, None),
+        ("lfm2", {}, "computed something else of a lfm2_moe"),
+        ("youtu", {}, "computed something else of a deepseek_v3"),
+        ("granite_swa", {}, None),
+        ("granitemoehybrid", {}, None),
+    ],
+)
+def test_what_vllm_does_not_compute(tmp_path, family, changes, reason):
+    make_model(tmp_path / "dense", family, **changes)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    reasons = reasons_of(tmp_path / "moe")["vLLM"]
+    assert reasons == () if reason is None else about(reasons, reason)

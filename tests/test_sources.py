@@ -482,3 +482,32 @@ def test_names_that_training_left(tmp_path, family, before):
     found, expected = built(tmp_path / "moe"), built(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "gemma4_text"])
+def test_what_has_experts_already(tmp_path, family):
+    write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    with pytest.raises(CheckpointError, match=f"{family}.* is a Mixture of Experts already"):
+        build_moe(tmp_path / "moe", tmp_path / "again", CONFIG)
+
+
+STRANGE = (None, True, -1, 0, 1.5, "x", [], [1], {}, {"0": []}, 10**30, ["x", "x", "x"])
+
+
+@pytest.mark.parametrize("family", (*TWINS, "gemma4_text", "phi3", "smollm3", "olmo3"))
+def test_strange_values_of_any_key_are_refused_or_make_a_model(tmp_path, family):
+    """And never end in another error."""
+    write_dense(tmp_path / "dense", family)
+    config = config_of(tmp_path / "dense")
+    outcomes = set()
+    for key in {*config, *dense_families()[family].defaults} - {"model_type"}:
+        for value in STRANGE:
+            (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, dry_run=True)
+            except CheckpointError:
+                outcomes.add("refused")
+            else:
+                outcomes.add("made")
+    assert outcomes == {"refused", "made"}

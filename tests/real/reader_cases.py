@@ -35,11 +35,11 @@ MAMBA = {
 }
 LATENT = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,
     "q_lora_rank": 64,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
 }
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

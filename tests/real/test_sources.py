@@ -5,6 +5,9 @@ Norms and biases are random, and the sizes as small as the families allow.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +305,33 @@ def test_language_models_inside_of_others(tmp_path, outer):
     else:
         logits = likely(tmp_path / "moe")
     assert_same(logits, expected, 2e-4)
+
+
+# Of what transformers 4 knows, one of each kind.
+TRANSFORMERS_4 = {
+    "helium": "mixtral",
+    "phi3, partly rotated, tied": "glm4_moe",
+    "glm": "glm4_moe",
+    "hunyuan": "hunyuan_v1_moe",
+    "granite hybrid": "granitemoehybrid",
+    "youtu": "deepseek_v3",
+}
+
+
+def test_transformers_4_computes_the_same(dense, tmp_path):
+    python = os.environ.get("MOE_FAST_TRANSFORMERS4")
+    assert python, "MOE_FAST_TRANSFORMERS4 must name a Python with torch and transformers 4"
+    for i, (source, target) in enumerate(TRANSFORMERS_4.items()):
+        build_moe(dense(source)[0], tmp_path / str(i), CONFIG, target=target)
+    jobs = [[str(tmp_path / str(i)), TOKENS] for i in range(len(TRANSFORMERS_4))]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("logits.py")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [python, script, tmp_path / "jobs.json", tmp_path / "logits.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "logits.npz") as file:
+        assert str(file["version"]).startswith("4.")
+        for i, source in enumerate(TRANSFORMERS_4):
+            assert file[f"problems{i}"].tolist() == [], source
+            assert_same(file[f"logits{i}"], dense(source)[1], 2e-4)

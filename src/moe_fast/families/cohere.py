@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.errors import CheckpointError
@@ -48,7 +48,6 @@ class Cohere2Moe(Twin):
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
         llama_cpp_ropes=("default",),
         llama_cpp_windows=True,
-        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,
@@ -120,6 +119,12 @@ class Cohere2Moe(Twin):
         number = as_count(config, "num_shared_experts", 0)
         width = number * as_count(config, "intermediate_size")
         return ffn_shapes("mlp.shared_experts", width, hidden) if number else {}
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+        short = isinstance(window, int) and isinstance(context, int) and window < context
+        if reader == VLLM and short and "sliding_attention" in (config.get("layer_types") or ()):
+            yield f"takes the sliding window of a {self.name} to be one token wider"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base

@@ -180,7 +180,6 @@ class DeepSeekV3(GroupedExperts, Twin):
         256,
         1e4,
         llama_cpp_ropes=("default",),
-        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,
@@ -229,12 +228,19 @@ class DeepSeekV3(GroupedExperts, Twin):
     blocks = LATENT
     dropped = ("embedding_initializer_range",)
 
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == VLLM:
+            yield f"computed something else of a {self.name} on the processor"
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         spread = parts.base.config["initializer_range"]
         return {
             **super().own_config(parts),
             "num_experts_per_tok": parts.config.num_experts_per_tok,
             "initializer_range": 0.02 if spread is None else spread,
+            # vLLM has a bias of selection where these say so.
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
         }
 
 

@@ -121,13 +121,14 @@ class Gemma4(OwnBlocks):
         """Full attention may have heads of its own, in the spelling of the Hub or of 5.24."""
         own = config.get("per_layer_config")
         if isinstance(own, dict):
-            own = own.get(str(layer), {})
+            own = own.get(str(layer))
         elif full:
             own = {"head_dim": config.get("global_head_dim", 512)}
             if config["attention_k_eq_v"] and config.get("num_global_key_value_heads"):
                 own["num_key_value_heads"] = config["num_global_key_value_heads"]
         else:
             own = {}
+        own = own if isinstance(own, dict) else {}
         named = {key: own.get(key) for key in ("head_dim", "num_key_value_heads")}
         changes = {key: as_count(named, key, minimum=1) for key in named if named[key] is not None}
         return replace(sizes, **changes)
@@ -149,7 +150,7 @@ class Gemma4Moe(Twin):
         None,
         1e4,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
         per_expert=(),
         fused=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
     )

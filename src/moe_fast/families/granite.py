@@ -148,7 +148,6 @@ class GraniteMoeSwa(GraniteMoeShared):
         1e4,
         llama_cpp_windows=True,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM,),
         per_expert=(),
         fused=READERS,
     )
@@ -196,6 +195,7 @@ class GraniteMoeSwa(GraniteMoeShared):
         }
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
         if reader != LLAMA_CPP:
             return
         if SLIDING not in (config.get("layer_types") or [SLIDING]):
@@ -330,7 +330,6 @@ class GraniteMoeHybrid(Twin):
         8,
         1e4,
         llama_cpp_ropes=("default",),
-        unasked=(VLLM,),
         per_expert=(),
         fused=READERS,
     )

@@ -42,8 +42,7 @@ class HunYuanMoe(Twin):
         "num_experts",
         1,
         1e4,
-        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM,),
+        natively=(TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,

@@ -82,7 +82,6 @@ class Lfm2Moe(Twin):
         1e6,
         llama_cpp_ropes=("default",),
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM,),
     )
     defaults: Mapping[str, Any] = {
         "bos_token_id": 1,
@@ -136,6 +135,8 @@ class Lfm2Moe(Twin):
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         if reader == LLAMA_CPP and not config.get("tie_word_embeddings", True):
             yield f"has no place for a head of its own in a {self.name}"
+        if reader == VLLM:
+            yield f"computed something else of a {self.name} on the processor"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base

@@ -40,7 +40,7 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     model_type = config.get("model_type")
     family = dense_families().get(model_type) if isinstance(model_type, str) else None
     if family is None or family.is_moe(config):
-        if any(key in config for key in NUM_EXPERTS_KEYS):
+        if family is not None or any(key in config for key in NUM_EXPERTS_KEYS):
             raise CheckpointError(
                 f"the model ({model_type}) is a Mixture of Experts already; experts "
                 "are made from dense models",
@@ -133,8 +133,8 @@ def split_scales(
 
 def config_is_inner(config: Mapping[str, Any]) -> bool:
     """Whether the language model is a part of a multimodal one."""
-    inner = config.get("text_config")
-    if not isinstance(inner, dict) or config.get("model_type") in [*dense_families()]:
+    inner, outer = config.get("text_config"), config.get("model_type")
+    if not isinstance(inner, dict) or not isinstance(outer, str) or outer in dense_families():
         return False
     return isinstance(inner.get("model_type"), str)
 
