@@ -478,7 +478,7 @@ def test_what_has_experts_already(tmp_path, family):
 STRANGE = (None, True, -1, 0, 1.5, "x", [], [1], {}, {"0": []}, 10**30, ["x", "x", "x"])
 
 
-@pytest.mark.parametrize("family", (*TWINS, "gemma4_text", "phi3", "smollm3", "olmo3"))
+@pytest.mark.parametrize("family", [*TWINS, "gemma4_text", "phi3", "smollm3", "olmo3"])
 def test_strange_values_of_any_key_are_refused_or_make_a_model(tmp_path, family):
     """And never end in another error."""
     write_dense(tmp_path / "dense", family)
