@@ -1089,7 +1089,7 @@ def families(as_json: AsJson = False) -> None:
         name: [target.name for target in targets_of(dense)]
         for name, dense in dense_families().items()
     }
-    readers = {name: list(readers_of(moe.rules)) for name, moe in moe_families().items()}
+    readers = {name: list(readers_of(moe)) for name, moe in moe_families().items()}
     if as_json:
         print_json({"becomes": becomes, "readers": readers, "fit_nothing": UNFIT})
     else:

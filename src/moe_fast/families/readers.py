@@ -77,13 +77,15 @@ class Contents:
     other_names: tuple[tuple[str, str], ...] = ()
 
 
-def readers_of(rules: Rules) -> tuple[str, ...]:
+def readers_of(family: MoeFamily) -> tuple[str, ...]:
     """The readers that were asked and load some checkpoints of a family."""
-    able = {*rules.per_expert, *rules.fused}
+    rules = family.rules
+    able = {*rules.per_expert, *rules.fused} & {*rules.natively} - {*rules.unasked}
+    # What they object to whatever config.json says, they object to in an empty one.
     return tuple(
         reader
         for reader in READERS
-        if reader in rules.natively and reader in able and reader not in rules.unasked
+        if reader in able and not any(family.reader_problems(reader, {}))
     )
 
 
