@@ -83,6 +83,7 @@ class BuildKernels(build_ext):
             raise SystemExit(f"error: {refusal[1]}")
 
     def build_extensions(self):
+        self.parallel = self.parallel or os.cpu_count()
         for extension in self.extensions:
             level = extension.name.rpartition(".")[2]
             if self.compiler.compiler_type == "msvc":
