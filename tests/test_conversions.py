@@ -161,7 +161,8 @@ def test_models_that_no_expert_comes_from_may_be_more_than_memory_holds():
     ("CheckReport", ["check", "status", "summary", "problems"], "headers"),
     ("ConvertReport", ["name", "loads", "reasons"], "transformers 4"),
     ("ModelReport", ["layer", "finite", "smallest_norm", "greatest_norm", "most_alike",
-                     "tied_experts", "row_repeats", "coefficient_of_variation", "mean_entropy"], 1),
+                     "tied_experts", "row_repeats", "coefficient_of_variation", "mean_entropy",
+                     "mtp"], 1),
 ])  # fmt: skip
 def test_reports_as_data_frames(reports, kind, columns, first):
     pytest.importorskip("pandas")
