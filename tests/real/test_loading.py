@@ -159,7 +159,7 @@ def test_tensors_are_read_as_they_are_stored(dtype, tmp_path):
         assert tensor.view(torch.uint8).numpy().tobytes() == design.read_bytes(name)
         for rows in (slice(1, 3), slice(-1, None), slice(2, 2)):
             assert torch.equal(moe_fast.torch.read(design, name, rows), tensor[rows])
-    with pytest.raises(MoeConfigError, match="name must be that of a tensor .* 'lm_hat'"):
+    with pytest.raises(MoeConfigError, match=r"name must be that of a tensor .* 'lm_hat'"):
         moe_fast.torch.read(design, "lm_hat")
 
 
