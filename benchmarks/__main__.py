@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.3g} MB"
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def processor() -> str:
