@@ -19,7 +19,8 @@ from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
 from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
-from moe_fast.errors import CheckpointError, MoeConfigError, Problem
+from moe_fast.errors import CheckpointError, Problem
+from moe_fast.families.choice import check_layout
 from moe_fast.families.config import read_rope
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.moe import ExpertTensor, MoeFamily, joined
@@ -258,11 +259,7 @@ def choose_layout(model: MoeModel, family: MoeFamily | None, wanted: Layout | No
     if model.assumed is not None:
         layouts = (before,)
     layout = wanted or before
-    if layout not in (*layouts, before):
-        title = model.model_type if family is None else family.title
-        raise MoeConfigError(
-            f"must be {str(layouts[0])!r} for {title}, got {str(layout)!r}", argument="layout"
-        )
+    check_layout(layout, (*layouts, before), model.model_type if family is None else family.title)
     return layout
 
 

@@ -27,15 +27,11 @@ Threads = Annotated[
 ]
 Checksum = Annotated[
     bool,
-    typer.Option(
-        "--checksum", metavar="", help="Record the SHA-256 of every file in the manifest."
-    ),
+    typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest."),
 ]
 Fsync = Annotated[
     bool,
-    typer.Option(
-        "--fsync", metavar="", help="Wait until the output would last through a power cut."
-    ),
+    typer.Option("--fsync", help="Wait until the output would last through a power cut."),
 ]
 DryRun = Annotated[
     bool,

@@ -176,9 +176,7 @@ def report(
     ] = None,
     with_check: Annotated[
         bool,
-        typer.Option(
-            "--check", metavar="", help="Check the model first; reads it and its sources."
-        ),
+        typer.Option("--check", help="Check the model first; reads it and its sources."),
     ] = False,
     quiet: Quiet = False,
 ) -> None:

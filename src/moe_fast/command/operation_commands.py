@@ -170,9 +170,7 @@ def prune(
     by: ScoredBy = "reap",
     ungroup: Annotated[
         bool,
-        typer.Option(
-            "--ungroup", metavar="", help="Make the groups of experts one; routing changes."
-        ),
+        typer.Option("--ungroup", help="Make the groups of experts one; routing changes."),
     ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_fast.checks import unknown_choice
@@ -80,12 +80,11 @@ def as_target_name(name: Any) -> str:
     return key
 
 
-def check_layout(layout: Layout | None, family: MoeFamily) -> None:
-    """Raise `MoeConfigError` for a layout that the family does not have."""
-    if layout not in (None, *family.layouts):
+def check_layout(layout: Layout | None, layouts: Sequence[Layout], title: str) -> None:
+    """Raise `MoeConfigError` for a layout that is none of a family's."""
+    if layout not in (None, *layouts):
         raise MoeConfigError(
-            f"must be {str(family.layouts[0])!r} for {family.title}, got {str(layout)!r}",
-            argument="layout",
+            f"must be {str(layouts[0])!r} for {title}, got {str(layout)!r}", argument="layout"
         )
 
 
@@ -106,7 +105,7 @@ def choose(
         wanted = GROUPS[name](families)
     else:
         wanted = [families[as_target_name(name)]]
-        check_layout(layout, wanted[0])
+        check_layout(layout, wanted[0].layouts, wanted[0].title)
     problems = {family.name: tuple(family.problems(parts, layout)) for family in wanted}
     fitting = [family for family in wanted if not problems[family.name]]
     if fitting:

@@ -171,7 +171,7 @@ def fetch(
     except Exception as error:
         try:
             config = hf_hub_download(name, CONFIG, revision=revision, local_files_only=True)
-        except Exception:
+        except Exception:  # the cache has nothing of it, so the first error says why
             raise error from None
         return Path(config).parent, error
     return Path(folder), None
