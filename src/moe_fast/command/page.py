@@ -65,7 +65,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; ma
   background: Canvas; color: CanvasText }
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere } h2 { margin: 2.2rem 0 .6rem }
 p { margin: .5rem 0 } .lead { font-size: 1.1rem }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .7rem;
   margin: 1.2rem 0; padding: 0 }
 .facts div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
 .facts dt { font-size: .85rem } .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600 }
