@@ -68,7 +68,8 @@ p { margin: .5rem 0 } .lead { font-size: 1.1rem }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .7rem;
   margin: 1.2rem 0; padding: 0 }
 .facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .6rem }
-.facts dt { font-size: .85rem } .facts dd { margin: 0; font-size: 1.05rem; font-weight: 600; white-space: nowrap }
+.facts dt { font-size: .85rem }
+.facts dd { margin: 0; font-size: 1.05rem; font-weight: 600; white-space: nowrap }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
   border-bottom: 1px solid var(--line) }
