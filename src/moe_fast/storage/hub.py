@@ -66,7 +66,7 @@ def find_model(model: str | os.PathLike[str]) -> str:
     name = os.fspath(model).replace(os.sep, "/")
     if not os.path.lexists(name):
         name = repository_name(name)
-        if "://" in name:
+        if re.match("[a-z]{2,}:/", name):  # a Path has one slash
             raise CheckpointError(
                 "is not a model's address on the Hugging Face Hub; download it and give its folder",
                 file=name,
