@@ -1,4 +1,4 @@
-"""Upcycle a dense model into a Mixture of Experts and go on training it, on one or many devices.
+"""Upcycle a dense model into a Mixture of Experts and continue training it, on one or many devices.
 
     python examples/train_upcycled.py                        # a small model, trained on the way
     python examples/train_upcycled.py path/to/dense/model    # any model that moe_fast builds from
@@ -216,7 +216,8 @@ def make_design(dense: str | Path, options: argparse.Namespace) -> Design:
     """Every tensor of the upcycled model, none made yet."""
     if options.recipe is not None:
         return design_of(read_recipe(options.recipe).request)
-    config = MoeConfig(options.experts, options.experts_per_token)
+    # Without a number of experts per token it is one whole copy, as the dense model has.
+    config = MoeConfig(options.experts or 8 * options.granularity, options.experts_per_token)
     return design_moe(
         dense,
         config,
@@ -283,24 +284,28 @@ def start(options: argparse.Namespace) -> tuple[torch.device, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("dense", nargs="?", help="a dense model: a folder, or on the Hub")
-    parser.add_argument("--recipe", type=Path, help="a recipe of experts, in place of a model")
-    parser.add_argument("--text", type=Path, help="a text file, in place of a text made here")
-    parser.add_argument("--output", type=Path, help="where to keep the trained model")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--experts-per-token", type=int, default=2)
-    parser.add_argument("--granularity", type=int, default=1, help="shards of an FFN")
-    parser.add_argument("--routers", default="balanced", help="how routers start")
-    parser.add_argument("--dense-steps", type=int, default=60, help="to train the small model")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process")
-    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--balance", type=float, default=0.1, help="weight of the balancing loss")
-    parser.add_argument("--bfloat16", action="store_true", help="compute in it, where sharded")
+    parser.add_argument("dense", nargs="?", help="a dense model: a folder or a name on the Hub")
+    parser.add_argument("--recipe", type=Path, help="a recipe, instead of a model")
+    parser.add_argument("--text", type=Path, help="a text file to train on")
+    parser.add_argument("--output", type=Path, help="folder for the trained model")
+    parser.add_argument("--experts", type=int, help="experts per layer (8 times the granularity)")
+    parser.add_argument(
+        "--experts-per-token", type=int, help="experts per token (2, or one whole copy)"
+    )
+    parser.add_argument("--granularity", type=int, default=1, help="parts per FFN (1)")
+    parser.add_argument("--routers", default="balanced", help="initial router weights (balanced)")
+    parser.add_argument("--dense-steps", type=int, default=60, help="of the small model (60)")
+    parser.add_argument("--steps", type=int, default=60, help="of the MoE (60)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences per process and step (8)"
+    )
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence (64)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the optimizer (2e-3)")
+    parser.add_argument("--balance", type=float, default=0.1, help="weight of its loss (0.1)")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, if sharded")
     parser.add_argument("--low-memory", action="store_true", help="Adafactor, on one device")
     parser.add_argument("--accelerate", action="store_true", help="for accelerate launch")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of random numbers (0)")
     options = parser.parse_args()
     if options.recipe is not None and options.dense is not None:
         parser.error("a recipe names its models: give --recipe or a model, not both")
@@ -315,6 +320,8 @@ def main() -> None:
             make_small_model(dense, options, device)
 
         design = make_design(dense, options)
+        for warning in design.warnings:
+            say(f"warning: {warning}")
         sharded = dist.is_initialized() if accelerator is None else accelerator.is_fsdp2
         model = load(design, device, sharded, options)
         tokens, held_out = read_tokens(design.reference, options)

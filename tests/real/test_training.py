@@ -103,6 +103,16 @@ def test_two_processes_train_one_model(launcher, tmp_path):
     assert report.copies == ()
 
 
+def test_fine_grained_experts_start_at_the_loss_of_the_dense_model():
+    options = ["--granularity", 4, "--steps", 1, "--dense-steps", 20]
+    printed = run(*options)
+    losses = held_out(printed)
+    assert losses["upcycled"] == pytest.approx(losses["dense model"], abs=2e-4)
+    assert "multiple of granularity" not in printed
+    printed = run(*options, "--experts-per-token", 2)
+    assert "warning: num_experts_per_tok 2 is not a multiple of granularity 4" in printed
+
+
 def test_a_recipe_and_a_start_for_its_routers(tmp_path):
     for seed in range(2):
         make_dense_model(tmp_path / f"dense{seed}", seed=seed)
