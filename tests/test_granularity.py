@@ -371,7 +371,7 @@ def test_what_is_lost_is_said(tmp_path):
         "num_experts_per_tok 3 is not a multiple of granularity 4" in w for w in report.warnings
     )
     assert any(
-        "experts are 20 wide, no multiple of 8 (transformers 5" in w for w in report.warnings
+        "experts are 20 wide, not a multiple of 8 (transformers 5" in w for w in report.warnings
     )
 
 

@@ -269,6 +269,15 @@ def test_the_help_of_a_command_fits_in_eighty_columns(name):
     assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout  # where rich cuts an option or a word
 
 
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
+def test_the_help_of_each_option_is_shown_whole(name):
+    """Words in brackets, which rich takes for markup, included."""
+    done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"})
+    shown = " ".join(done.stdout.split())
+    for parameter in typer.main.get_command(app).commands[name].params:
+        assert (getattr(parameter, "help", None) or "") in shown
+
+
 @pytest.mark.parametrize(("words", "values"), [
     ("build --target ", ["auto", *moe_families()]),
     ("build --target f", ["flex_olmo"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -114,3 +115,42 @@ def test_help_by_one_letter_shows_no_type_of_flags(folder, arguments):
     assert done.returncode == 0
     assert "<bool>" not in done.stdout
     assert done.stdout == run(*arguments, "--help", cwd=folder).stdout
+
+
+def test_scores_are_whole_tokens_and_three_digits(capsys):
+    from moe_fast.calibration.score import ScoreReport
+    from moe_fast.command.console import show_scores
+
+    layer = {"frequency": [1234, 56], "reap": [0.00123456, 0.5], "ean_mean": [2.0, 2.0]}
+    show_scores(ScoreReport("moe", "scores.json", 645, 2, {"0": layer}, "", None, 0.1))
+    header, line, *_ = capsys.readouterr().out.splitlines()
+    assert re.split(r"\s{2,}", header.strip()) == [
+        "layer",
+        "tokens per expert",
+        "reap",
+        "mean norm",
+    ]
+    assert re.split(r"\s{2,}", line.strip()) == ["0", "56 to 1,234", "0.00123 to 0.5", "2"]
+
+
+def test_the_use_of_models_is_even_or_a_number(folder):
+    even = run("plan", "2", "4", cwd=folder).stdout
+    assert re.search(
+        "^use of models +even: every model gives the same number of experts$", even, re.M
+    )
+    uneven = run("plan", "3", "4", cwd=folder).stdout
+    assert re.search("^use of models +uneven: cv 0.1768 of the number of experts per", uneven, re.M)
+
+
+def test_a_bar_says_preparing_until_bytes_flow(monkeypatch):
+    from rich.console import Console
+
+    from moe_fast.command import console
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(console, "error_console", terminal)
+    with console.progress_bar("writing") as progress:
+        assert "writing" not in terminal.file.getvalue()
+        progress(1, 2)
+    shown = terminal.file.getvalue()
+    assert shown.index("preparing") < shown.index("writing")

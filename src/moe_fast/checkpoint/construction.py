@@ -330,8 +330,8 @@ class Construction:
         ]
         if unsuited:
             yield (
-                f"experts are {self.expert_width} wide, no multiple of {', '.join(unsuited)}: "
-                "such readers run or store experts of this width slowly or not at all"
+                f"experts are {self.expert_width} wide, not a multiple of {', '.join(unsuited)}: "
+                "these may be slow or fail with experts of this width"
             )
 
     def all_sources(self) -> Iterator[tuple[DenseModel, ExpertSource]]:

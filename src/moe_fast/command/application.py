@@ -48,9 +48,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Grow a Mixture-of-Experts model out of dense models on disk: plan it, build it, check "
-    "it, look into it. Start with `moe-fast demo`, which makes two small models to play with; then "
-    "`moe-fast build MODEL... -o OUTPUT`, and `moe-fast COMMAND --help` for the rest.",
+    help="Grow a Mixture-of-Experts model out of dense models on disk, check it, and prune, merge "
+    "or convert any MoE. `moe-fast demo` makes two small models to try it on; then run "
+    "`moe-fast build MODEL... -o OUTPUT`. `moe-fast COMMAND --help` shows a command's options.",
 )
 
 

@@ -15,7 +15,7 @@ from moe_fast.command.console import (
 from moe_fast.config import RouterInit, RoutingMethod
 
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
@@ -31,40 +31,40 @@ Checksum = Annotated[
 ]
 Fsync = Annotated[
     bool,
-    typer.Option("--fsync", help="Wait until the output would last through a power cut."),
+    typer.Option("--fsync", help="Wait until the output would survive a power failure."),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Find every problem, show the plan, write nothing."),
+    typer.Option("--dry-run", help="Report every problem and show the plan, but write nothing."),
 ]
 Granularity = Annotated[
-    int, typer.Option(help="Experts that each FFN is split into; --experts counts the split ones.")
+    int, typer.Option(help="Split each FFN into this many experts; --experts counts the parts.")
 ]
 Experts = Annotated[
-    int | None, typer.Option(help="Experts per layer.", show_default="8, or 8 copies split")
+    int | None, typer.Option(help="Experts per layer.", show_default="8, times the granularity")
 ]
 ExpertsPerToken = Annotated[
     int | None,
-    typer.Option(help="Experts per token.", show_default="2, or those of one split copy"),
+    typer.Option(help="Experts per token.", show_default="2, or the granularity"),
 ]
 RouterStart = Annotated[
     RouterInit,
-    typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+    typer.Option(metavar="START", help="Initial router weights: balanced, random or uniform."),
 ]
 LogitStd = Annotated[
     float | None,
     typer.Option(
         metavar="NUMBER",
-        help="How sharp they start: the standard deviation over the experts of a token's logits.",
-        show_default="as the start draws them",
+        help="Standard deviation of a token's router logits over the experts.",
+        show_default="as the method gives",
     ),
 ]
 TokensUsed = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="How many of the tokens are used.",
-        show_default="8192, or 40 an expert",
+        help="Number of tokens to use.",
+        show_default="8192, or 40 per expert if more",
     ),
 ]
 HiddenStates = Annotated[
@@ -72,30 +72,39 @@ HiddenStates = Annotated[
     typer.Option(
         "--hidden-states",
         metavar="FILE.npy",
-        help="What the routers read, [T, H] or [L, T, H], to predict the load from.",
+        help="Router inputs, [T, H] or [L, T, H], on which the load is predicted.",
         show_default="random tokens",
     ),
 ]
 MoeFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
 ]
 Scores = Annotated[
-    Path | None, typer.Option(metavar="SCORES.json", help="What each expert is worth.")
+    Path | None,
+    typer.Option(
+        metavar="SCORES.json", help="The scores of the experts, as written by moe-fast score."
+    ),
 ]
 ScoredBy = Annotated[
-    str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
+    str,
+    typer.Option(metavar="MEASURE", help="The score to use, such as reap, frequency or ean_sum."),
 ]
 TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."
+        metavar="FILE",
+        help="A file of text: .txt, .md or .jsonl (text or messages). May be repeated.",
     ),
 ]
 TokensFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
+    typer.Option(
+        metavar="FILE.npy", help="Instead of --text: token ids of shape (sequences, length)."
+    ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Device on which torch runs the model: cpu, cuda, ...")
+]
 
 
 def ask_for_quiet(asked: bool) -> None:
@@ -110,7 +119,7 @@ Quiet = Annotated[
         "-q",
         callback=ask_for_quiet,
         expose_value=False,
-        help="Print warnings and errors alone.",
+        help="Print only warnings and errors.",
     ),
 ]
 

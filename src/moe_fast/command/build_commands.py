@@ -90,7 +90,7 @@ OPTIONS_OF_MODELS = (
 @app.command(
     cls=Command,
     rich_help_panel=GROW,
-    help="Build one Mixture-of-Experts checkpoint from dense models, or what a recipe asks for.",
+    help="Build a Mixture-of-Experts checkpoint from dense models or from a recipe.",
     epilog="Example: `moe-fast build Qwen/Qwen3-0.6B -o moe --experts 8`",
 )
 def build(
@@ -99,8 +99,8 @@ def build(
         list[Path],
         typer.Argument(
             metavar="MODEL",
-            help="Dense models or LoRA adapters, folders or names on the Hub, also MODEL+ADAPTER; "
-            "or one recipe, a YAML file.",
+            help="Dense models or LoRA adapters: folders, names on the Hub, or MODEL+ADAPTER. Or "
+            "one recipe, a YAML file.",
         ),
     ],
     output: OutputFolder,
@@ -116,7 +116,9 @@ def build(
     ] = "auto",
     layout: Annotated[
         Layout | None,
-        typer.Option(help="How experts are stored.", show_default="per-expert where there is one"),
+        typer.Option(
+            help="How experts are stored.", show_default="per-expert, if the family has it"
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -130,7 +132,8 @@ def build(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Gives attention, embeddings, norms and tokenizer.", show_default="the first model"
+            help="The model to take attention, embeddings, norms and tokenizer from.",
+            show_default="the first model",
         ),
     ] = None,
     dense_layers: Annotated[
@@ -141,33 +144,35 @@ def build(
         str,
         typer.Option(
             metavar="START",
-            help=f"How routers start: {', '.join(ROUTER_METHODS)}.",
+            help=f"How routers are initialised: {', '.join(ROUTER_METHODS)}.",
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "balanced",
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     granularity: Granularity = 1,
     mix_copies: Annotated[
         bool,
         typer.Option(
-            "--mix-copies", help="Let tokens take parts of several copies, where groups keep apart."
+            "--mix-copies",
+            help="Put all experts in one group, so that tokens can mix parts of copies.",
         ),
     ] = False,
     shuffle: Annotated[
         bool,
-        typer.Option("--shuffle", help="Put each copy's neurons in another order before a split."),
+        typer.Option("--shuffle", help="Shuffle the neurons of each copy before they are split."),
     ] = False,
     reinit: Annotated[
         float,
         typer.Option(
-            metavar="PART", help="Of each expert's neurons, draw so many anew: 0 to 1; 0.5 is good."
+            metavar="FRACTION",
+            help="Fraction of each expert's neurons to reinitialise, such as 0.5.",
         ),
     ] = 0.0,
     reinit_sets: Annotated[
         str,
         typer.Option(
             metavar="SETS",
-            help="shared: the same neurons in gate, up and down; separate: others in each.",
+            help="shared: the same neurons in gate, up and down; separate: different ones in each.",
             autocompletion=lambda: ["shared", "separate"],
         ),
     ] = "shared",
@@ -184,8 +189,8 @@ def build(
         str,
         typer.Option(
             metavar="MEAN",
-            help="Where all but the experts comes from: base, mean of the models, or their weights "
-            "in it, such as 2,1,1.",
+            help="The weights outside the experts: those of the base (base), the mean of the "
+            "models (mean), or a weighted mean, such as 2,1,1.",
             autocompletion=lambda: ["base", "mean"],
         ),
     ] = "base",
@@ -265,18 +270,18 @@ def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
 @app.command(
     cls=Command,
     rich_help_panel=GROW,
-    help="Show which model every expert would come from, by numbers alone.",
+    help="Show which model each expert would come from, without reading any model.",
     epilog="Example: `moe-fast plan 2 32 --experts 8`",
 )
 def plan(
     context: typer.Context,
     models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
-    layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Layers of each.")],
+    layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Number of layers of each.")],
     experts: Experts = None,
     experts_per_token: ExpertsPerToken = None,
     granularity: Granularity = 1,
-    hidden_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
-    intermediate_size: Annotated[int, typer.Option(help="For counting parameters.")] = 0,
+    hidden_size: Annotated[int, typer.Option(help="To estimate the parameters.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="To estimate the parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     with reported_errors(context):
@@ -294,7 +299,7 @@ def plan(
 @app.command(
     cls=Command,
     rich_help_panel=GROW,
-    help="Write the weights of new routers to a file.",
+    help="Write initial router weights to a file.",
     epilog="Example: `moe-fast gates 2048 8 -o gates.safetensors --layers 24`",
 )
 def gates(
@@ -317,15 +322,14 @@ def gates(
         ),
     ] = "float32",
     transpose: Annotated[
-        bool, typer.Option(help="One row an expert, as checkpoints have it.")
+        bool, typer.Option(help="Write one row per expert, as checkpoints do.")
     ] = True,
     remove_base: Annotated[
         bool | None,
         typer.Option(
             "--remove-base/--keep-base",
-            help="Leave out the 1 / EXPERTS that all experts share, which 16 bits leave no room "
-            "beside.",
-            show_default="removed from balanced rows of 16 bits",
+            help="Leave out the constant 1 / EXPERTS, beside which the noise is lost in 16 bits.",
+            show_default="removed if balanced and in 16 bits",
         ),
     ] = None,
     full_range: Annotated[
@@ -359,7 +363,7 @@ def rounds_base(init: RouterInit, dtype: str) -> bool:
 @app.command(
     cls=Command,
     rich_help_panel=GROW,
-    help="Show which dense models become which MoEs, and which programs load those.",
+    help="Show which dense models become which MoEs, and which programs load them.",
 )
 def families(as_json: AsJson = False) -> None:
     becomes = {
@@ -376,7 +380,7 @@ def families(as_json: AsJson = False) -> None:
 @app.command(
     cls=Command,
     rich_help_panel=GROW,
-    help="Make two small dense models, dense-a and dense-b, build moe from them, check it.",
+    help="Make two small dense models, build an MoE from them, and check it.",
 )
 def demo(
     context: typer.Context,

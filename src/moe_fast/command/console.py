@@ -151,9 +151,10 @@ def show_layout(report: BuildReport) -> None:
 
 
 def describe_use(load_balance: float) -> str:
-    """How evenly the models give experts: the reference's load balance of a plan."""
-    evenly = "evenly, " if load_balance == 0 else ""
-    return f"{evenly}cv {load_balance:.4f} of the experts that each gives (0 is even)"
+    """How evenly experts are taken from the models: the reference's load balance of a plan."""
+    if load_balance == 0:
+        return "even: every model gives the same number of experts"
+    return f"uneven: cv {load_balance:.4f} of the number of experts per model"
 
 
 def describe_prediction(health: RouterHealth) -> str:
@@ -246,13 +247,20 @@ def show_operation(report: OperationReport) -> None:
 
 
 def show_scores(report: ScoreReport) -> None:
-    table = Table("layer", "tokens per expert", "reap", "mean norm", box=None)
-    for key, scores in list(report.layers.items())[:MOST_LINES]:
-        table.add_row(
-            key,
-            *(format_range(scores[name]) for name in ("frequency", "reap", "ean_mean")),
-        )
-    output_console.print(table)
+    def range_of(numbers: Sequence[float], form: str) -> str:
+        ends = (min(numbers), max(numbers))
+        return " to ".join(dict.fromkeys(format(number, form) for number in ends))
+
+    layers = list(report.layers.items())[:MOST_LINES]
+    show_columns(
+        {
+            "layer": [key for key, _ in layers],
+            "tokens per expert": [range_of(scores["frequency"], ",.0f") for _, scores in layers],
+            "reap": [range_of(scores["reap"], ".3g") for _, scores in layers],
+            "mean norm": [range_of(scores["ean_mean"], ".3g") for _, scores in layers],
+        }
+    )
+    say("")
     pairs = {
         "output": str(report.output),
         "experts": f"{report.num_experts} per layer",
@@ -563,5 +571,6 @@ def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
         transient=True,
     )
     with bar:
-        number = bar.add_task(task, total=None)
-        yield lambda done, total: bar.update(number, completed=done, total=total)
+        # A model may run for minutes before the first byte: nothing is being written then.
+        number = bar.add_task("preparing", total=None)
+        yield lambda done, total: bar.update(number, description=task, completed=done, total=total)

@@ -52,25 +52,25 @@ LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
 @app.command(
     cls=Command,
     rich_help_panel=LOOK,
-    help="Check an MoE: its files, each expert byte for byte, its configuration, who can load it.",
+    help="Check an MoE: its files, experts, configuration, and which programs can load it.",
     epilog="Examples: `moe-fast check moe`; `moe-fast check moe --text letter.txt`",
 )
 def check(
     context: typer.Context,
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, whoever made it.")
+        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, made by any tool.")
     ],
     against: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A source model; repeat for each. Needed if it moved or the manifest is gone."
+            help="A source model, if it was moved or there is no manifest. May be repeated."
         ),
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
             metavar="FILE or TEXT",
-            help="Run it through the MoE and its dense model, and compare their logits.",
+            help="Compare the logits of the MoE and of its dense model on this text.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -106,14 +106,16 @@ def read_text(text: str | None) -> str | None:
 @app.command(
     cls=Command,
     rich_help_panel=LOOK,
-    help="Say whether two checkpoints hold the same model, however stored; exit 1 if not.",
+    help="Compare two checkpoints, whatever their layout; exit code 1 if the models differ.",
     epilog="Example: `moe-fast compare moe moe-fused`",
 )
 def compare(
     context: typer.Context,
     first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
-    tolerance: Annotated[float, typer.Option(help="By how much numbers may differ.")] = 0.0,
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another folder with a model.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of two numbers that count as equal.")
+    ] = 0.0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -127,7 +129,7 @@ def compare(
 @app.command(
     cls=Command,
     rich_help_panel=LOOK,
-    help="Show what is in a model: experts, sizes, dtypes, routers, copies.",
+    help="Show what a model contains: experts, sizes, dtypes, routers, copies.",
     epilog="Example: `moe-fast inspect moe`",
 )
 def inspect(
@@ -137,7 +139,7 @@ def inspect(
     ],
     copies: Annotated[
         bool,
-        typer.Option(help="Find experts that are copies of each other; reads them where alike."),
+        typer.Option(help="Look for experts that are copies of each other, by comparing bytes."),
     ] = True,
     hidden_states: HiddenStates = None,
     text: TextFiles = None,
@@ -168,7 +170,7 @@ def inspect(
 def report(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
     ],
     output: Annotated[
         Path | None,
@@ -176,7 +178,7 @@ def report(
     ] = None,
     with_check: Annotated[
         bool,
-        typer.Option("--check", help="Check the model first; reads it and its sources."),
+        typer.Option("--check", help="Also check the model, which reads it and its sources."),
     ] = False,
     text: TextFiles = None,
     tokens: TokensFile = None,
@@ -204,7 +206,7 @@ def report(
 @app.command(
     cls=Command,
     rich_help_panel=LOOK,
-    help="Show what routers do with saved logits: load, losses, collapse, drops.",
+    help="Route tokens by saved logits: load, losses, collapse, dropped tokens.",
     epilog="Example: `moe-fast route logits.npy --experts-per-token 2 --plot load.png`",
 )
 def route(
@@ -213,14 +215,14 @@ def route(
         Path,
         typer.Argument(
             metavar="LOGITS",
-            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors, a tensor a "
-            "layer.",
+            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors with a "
+            "tensor per layer.",
         ),
     ],
     method: Annotated[
         RoutingMethod,
         typer.Option(
-            metavar="METHOD", help="Who chooses: top_k, switch_transformer or expert_choice."
+            metavar="METHOD", help="Routing method: top_k, switch_transformer or expert_choice."
         ),
     ] = RoutingMethod.TOP_K,
     experts_per_token: Annotated[
@@ -229,35 +231,35 @@ def route(
     scores: Annotated[
         str,
         typer.Option(
-            help="What a logit becomes: softmax or sigmoid.",
+            help="Function applied to the logits: softmax or sigmoid.",
             autocompletion=lambda: ["softmax", "sigmoid"],
         ),
     ] = "softmax",
     norm: Annotated[
         bool | None,
-        typer.Option(help="Weights of a token sum to 1.", show_default="for top-k"),
+        typer.Option(help="Divide the weights of a token by their sum.", show_default="for top-k"),
     ] = None,
     groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
     groups_per_token: Annotated[
-        int | None, typer.Option(help="Groups that a token chooses from.", show_default="all")
+        int | None, typer.Option(help="Groups from which a token may choose.", show_default="all")
     ] = None,
     capacity_factor: Annotated[
         float | None,
         typer.Option(
-            help="Limits the tokens of an expert.",
+            help="Limit the tokens per expert to this multiple of the mean.",
             show_default="no limit for top-k, 1.25 for Switch, 1 for expert choice",
         ),
     ] = None,
     drop_policy: Annotated[
         str | None,
         typer.Option(
-            help="Who stays in a full expert: position or probs.",
+            help="Which tokens a full expert keeps: the first (position) or the likeliest (probs).",
             autocompletion=lambda: ["position", "probs"],
             show_default="probs, for Switch position",
         ),
     ] = None,
     capacity_factors: Annotated[
-        str, typer.Option(help="Show what each of these factors would drop.")
+        str, typer.Option(help="Show the share of tokens that each of these factors would drop.")
     ] = "1,1.25,1.5,2",
     tokens_per_batch: Annotated[
         int | None,
@@ -265,7 +267,7 @@ def route(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads that route.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+        typer.Option(help="Number of threads.", show_default="MOE_FAST_NUM_THREADS, or 1"),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the load per layer and expert into this file.")
@@ -301,7 +303,7 @@ def route(
 @app.command(
     cls=Command,
     rich_help_panel=LOOK,
-    help="Show what is installed, which kernels run, and what is missing for what.",
+    help="Show what is installed, what is missing, and which kernels are used.",
 )
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     with reported_errors(context):

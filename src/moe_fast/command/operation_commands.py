@@ -54,13 +54,13 @@ from moe_fast.request import RouterMethod
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes.",
+    help="Convert an MoE to another layout or dtype.",
     epilog="Example: `moe-fast convert moe -o moe-fused --layout fused`",
 )
 def convert(
     context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
     ],
     output: OutputFolder,
     layout: Annotated[
@@ -105,7 +105,7 @@ def convert(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Run an MoE over texts and write what each of its experts is worth.",
+    help="Run an MoE on texts and write how important each expert is.",
     epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
 )
 def score(
@@ -119,14 +119,20 @@ def score(
     tokens: TokensFile = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
+        typer.Option(
+            help="Truncate texts to this many tokens.",
+            show_default="the model's context, at most 2048",
+        ),
     ] = None,
     mean_outputs: Annotated[
-        bool, typer.Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
+        bool,
+        typer.Option("--mean-outputs", help="Store the experts' mean outputs, for merge --scores."),
     ] = False,
     gate_similarity: Annotated[
         bool,
-        typer.Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
+        typer.Option(
+            "--gate-similarity", help="Store the similarity of router logits, for merge --scores."
+        ),
     ] = False,
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -152,7 +158,7 @@ def score(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write an MoE with fewer experts: those of a list, or the best by their scores.",
+    help="Keep some experts of an MoE: a list of them, or those with the best scores.",
     epilog="Example: `moe-fast prune moe -o pruned --experts 4 --scores scores.json`",
 )
 def prune(
@@ -164,13 +170,13 @@ def prune(
         typer.Option(metavar="KEEP.json", help="The experts to keep in each layer."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="How many to keep in each layer, the best by --scores.")
+        int | None, typer.Option(help="Keep this many experts per layer, the best by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     ungroup: Annotated[
         bool,
-        typer.Option("--ungroup", help="Make the groups of experts one; routing changes."),
+        typer.Option("--ungroup", help="Put all experts in one group, which changes the routing."),
     ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -204,7 +210,7 @@ def prune(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write an MoE in which each group of experts is one, their mean.",
+    help="Merge each group of experts of an MoE into their mean.",
     epilog="Example: `moe-fast merge moe -o merged --groups groups.json`",
 )
 def merge(
@@ -213,15 +219,18 @@ def merge(
     output: OutputFolder,
     groups: Annotated[
         Path | None,
-        typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
+        typer.Option(metavar="GROUPS.json", help="The groups of experts to merge in each layer."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="How many are left in each layer, grouped by --scores.")
+        int | None, typer.Option(help="Merge to this many experts per layer, grouped by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     align: Annotated[
-        bool, typer.Option("--align", help="Match neurons to those of each group's first expert.")
+        bool,
+        typer.Option(
+            "--align", help="Reorder neurons to match those of each group's first expert."
+        ),
     ] = False,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -255,24 +264,24 @@ def merge(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write an MoE with copies of its experts; exact where all get as many.",
+    help="Add copies of experts to an MoE.",
     epilog="Example: `moe-fast expand moe -o wider --experts 16`",
 )
 def expand(
     context: typer.Context,
     model: MoeFolder,
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts of each layer of the output.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer of the output.")],
     keep_k: Annotated[
         bool,
-        typer.Option("--keep-k", help="Leave a token's number of experts as it is."),
+        typer.Option("--keep-k", help="Keep the number of experts per token."),
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
     noise_scale: Annotated[
-        float, typer.Option(help="Standard deviation of the noise on copies.")
+        float, typer.Option(help="Standard deviation of the noise added to copies.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -306,25 +315,23 @@ def expand(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write the dense model that some experts of an MoE make.",
+    help="Write a dense model whose FFN is made of experts of an MoE.",
     epilog="Example: `moe-fast extract moe -o dense --expert 0`",
 )
 def extract(
     context: typer.Context,
     model: MoeFolder,
     output: OutputFolder,
-    expert: Annotated[
-        int | None, typer.Option(help="The expert that becomes the FFN of every layer.")
-    ] = None,
-    mean: Annotated[bool, typer.Option("--mean", help="The mean of all experts does.")] = False,
+    expert: Annotated[int | None, typer.Option(help="Use this expert of each layer.")] = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Use the mean of all experts.")] = False,
     best: Annotated[
-        int | None, typer.Option(help="So many of the best by --scores do, side by side.")
+        int | None, typer.Option(help="Use this many experts, the best by --scores, side by side.")
     ] = None,
     copy: Annotated[
-        int | None, typer.Option(help="The copy of a fine-grained model whose shards do.")
+        int | None, typer.Option(help="Use the shards of this copy of a fine-grained model.")
     ] = None,
     granularity: Annotated[
-        int | None, typer.Option(help="Shards of a copy.", show_default="what the model says")
+        int | None, typer.Option(help="Number of shards per copy.", show_default="from the model")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
@@ -362,7 +369,7 @@ def extract(
 @app.command(
     cls=Command,
     rich_help_panel=CHANGE,
-    help="Write an MoE whose routers start anew, made from text or drawn.",
+    help="Reinitialise the routers of an MoE, at random or from text.",
     epilog="Example: `moe-fast reroute moe -o even --text text.txt`",
 )
 def reroute(
@@ -373,7 +380,7 @@ def reroute(
         str,
         typer.Option(
             metavar="START",
-            help="How they start: calibrated, clustered, normal, balanced, random, linear.",
+            help="calibrated, clustered, normal, balanced, random or linear.",
         ),
     ] = "calibrated",
     logit_std: LogitStd = None,
@@ -381,7 +388,7 @@ def reroute(
     tokens: TokensFile = None,
     tokens_used: TokensUsed = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     threads: Threads = None,
