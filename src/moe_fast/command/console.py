@@ -186,7 +186,8 @@ def show_check(report: CheckReport) -> None:
     failed = sum(finding.status == "failed" for finding in report.findings)
     verdict = f"{format_count(failed, 'check')} failed" if failed else "passed"
     if impossible:
-        verdict += f"; {len(impossible)} of {len(report.findings)} checks were not possible"
+        were = "was" if len(impossible) == 1 else "were"
+        verdict += f"; {len(impossible)} of {len(report.findings)} checks {were} not possible"
     say(f"{report.path}: {verdict}")
 
 
@@ -287,6 +288,8 @@ def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
         "models": f"{plan.num_models:,}",
         "use of models": describe_use(report.load_balance),
     }
+    if plan.num_models == 1:
+        del pairs["use of models"]
     if report.total_params_estimate:
         pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
     if report.unused_models:
