@@ -31,33 +31,33 @@ def inspect_model(
     tokens_used: int | None = None,
     device: str = "cpu",
 ) -> ModelReport:
-    """Look into a model folder, MoE or dense, whoever wrote it.
+    """Inspect a model folder, MoE or dense, made by any tool.
 
-    Headers tell nearly everything; routers are read whole. Experts are read only where `copies`
-    asks which of them are equal, and only as far as they are alike, or where text runs through
-    them.
+    Nearly everything comes from headers; routers are read completely. Experts are read only to find
+    copies, as far as they are equal, and to run text through the model.
 
     Parameters
     ----------
     path : path
         The folder.
     copies : bool
-        Whether to find experts that are copies of each other.
+        Whether to look for experts that are copies of each other.
     hidden_states : array_like, shape (T, H) or (L, T, H), optional
-        What the routers of the L layers that have experts read, to predict their load from; by
-        default 1024 random tokens.
+        The inputs of the routers of the L layers with experts, on which their load is predicted; by
+        default those of 1024 random tokens.
     texts, tokens, tokens_used, device
-        In place of hidden states, text that the model reads, as in `build_moe`. transformers runs
+        Instead of hidden states, texts to run the model on, as in `build_moe`. transformers runs
         it, with one layer's attention and one expert in memory at a time.
 
     Raises
     ------
     CheckpointError
-        For a folder that holds no model, and for headers that do not hold.
+        If the folder contains no model, or a header is invalid.
     MoeConfigError
-        For `hidden_states` of another shape than the routers read, or beside text.
+        If `hidden_states` do not have the shape of the routers' inputs, or are given together with
+        text.
     ModuleNotFoundError
-        For text, without torch or transformers.
+        If text is given, but torch or transformers is not installed.
 
     Examples
     --------

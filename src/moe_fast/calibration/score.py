@@ -91,19 +91,19 @@ def score_experts(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ScoreReport:
-    r"""Run an MoE over texts, and say what each expert of each layer is worth.
+    r"""Run an MoE on texts and measure how important each expert of each layer is.
 
     With :math:`X_j` the tokens that the router sends to expert j, :math:`f_j(x)` its output and
-    :math:`g_j(x)` the weight that the layer multiplies it with:
+    :math:`g_j(x)` the weight by which the layer multiplies it:
 
     - `frequency`: :math:`|X_j|`
     - `reap`: the mean over :math:`X_j` of :math:`g_j(x) \lVert f_j(x) \rVert_2` (2510.13999, eq. 9)
     - `ean_sum`, `ean_mean`: the sum and the mean over :math:`X_j` of
       :math:`\lVert f_j(x) \rVert_2`
 
-    Experts without a token have 0. All tokens that are given count. transformers' own modules
-    compute everything in float32, one layer's attention and one expert in memory at a time,
-    whatever the model's size. What is cut off resumes after the last whole layer.
+    Experts without a token have 0. Everything is computed by transformers' own modules in float32,
+    with one layer's attention and one expert in memory at a time, whatever the model's size. An
+    interrupted run resumes after the last complete layer.
 
     Parameters
     ----------
@@ -117,23 +117,24 @@ def score_experts(
         Files: `.txt` and `.md` hold one text, `.jsonl` one a line, under the key `text`, or
         `messages` for the tokenizer's chat template. Other strings are texts themselves.
     tokens : array, sequence of arrays, or path
-        In place of texts: integers, `(sequences, length)`, sequences of several lengths, or a .npy
+        Instead of texts: integers, `(sequences, length)`, sequences of several lengths, or a .npy
         file.
     length : int, optional
-        After so many tokens texts are cut; by default as many as the model reads, at most 2048.
+        Texts are truncated to this many tokens; by default the model's context, at most 2048.
     mean_outputs : bool
         Whether to store the mean output of each expert over its tokens, `(E, width)`, in a file
-        beside `output`, which ends in .safetensors. Merging by scores needs it, and the next one.
+        beside `output`, which ends in .safetensors. `merge_experts` needs this and
+        `gate_similarity` to form groups by scores.
     gate_similarity : bool
         Whether to store the cosine between the router's logits of each two experts, `(E, E)`, over
         all tokens.
     device : str or torch.device
-        Where to compute, as torch calls it.
+        The torch device to compute on.
     overwrite : bool
         Whether to replace an existing file.
     progress : bool or callable, optional
-        `True` shows a bar; a function is called many times with the bytes of weights read so far
-        and those to read in all.
+        `True` shows a bar; a function is called repeatedly with the number of bytes of weights read
+        so far and in total.
 
     Returns
     -------
@@ -142,9 +143,9 @@ def score_experts(
     Raises
     ------
     CheckpointError
-        A model without experts, one that transformers cannot run, or a file without a token.
+        If the model has no experts, transformers cannot run it, or a file contains no token.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
     ModuleNotFoundError
         Without torch or transformers: `pip install "moe-fast[calibration]"`.
 

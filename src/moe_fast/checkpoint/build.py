@@ -292,129 +292,130 @@ def build_moe(
 ) -> BuildReport:
     """Build a Mixture-of-Experts checkpoint from dense models, streaming from disk to disk.
 
-    Expert `e` of layer `l` is the feed-forward network of layer `l` of model `e % len(models)`
-    (see `plan_moe_construction`); everything else comes from `base`. With one model, the result
-    computes what the model computes, whatever its routers choose (sparse upcycling,
-    Komatsuzaki et al. 2023).
+    Expert `e` of layer `l` is the feed-forward network of layer `l` of model `e % len(models)` (see
+    `plan_moe_construction`); everything else comes from `base`. With one model, the MoE computes
+    what the model computes, whatever its routers choose (sparse upcycling, Komatsuzaki et al.
+    2023).
 
     Parameters
     ----------
     models : path, ExpertSource, or sequence of them
         Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
-        safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
-        `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
-        `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a repository on
-        the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
-        `HF_HUB_OFFLINE=1`.
+        with safetensors, all of the same shape. An `ExpertSource` is a folder and the changes to
+        make to its weights. A LoRA adapter, as PEFT saves it, means its base model with the adapter
+        merged; `"MODEL+ADAPTER"` names the model explicitly. A string that is not a folder and
+        reads `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a
+        repository on the Hugging Face Hub. It is read from the Hub's cache, and downloaded first if
+        needed, unless `HF_HUB_OFFLINE=1`.
     output : path
         The folder to create.
     config : MoeConfig, optional
         By default 8 experts, 2 per token.
     target : str
         The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
-        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
-        place for everything the base has.
+        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that can
+        represent everything in the base.
     layout : str or Layout, optional
-        `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
-        transformers 5. GraniteMoE has a fused layout of its own and no other.
+        `"per-expert"`, the default, which every reader supports, or `"fused"`, which hardly any
+        reader except transformers 5 supports. GraniteMoE has only its own fused layout.
     dtype : str or dtype, optional
-        `"float32"`, `"bfloat16"` or `"float16"`, shorter `"fp32"`, `"bf16"`, `"fp16"`, or that
-        dtype of torch or NumPy: what every weight is converted to, rounded to nearest and to even.
-        By default weights keep the sources' dtype, which then must be one.
+        The dtype to convert every weight to, rounded to nearest even: `"float32"`, `"bfloat16"` or
+        `"float16"`, for short `"fp32"`, `"bf16"`, `"fp16"`, or such a dtype of torch or NumPy. By
+        default weights keep the sources' dtype, which must then be the same for all.
     base : path, optional
-        The model that gives attention, embeddings, norms and tokenizer; by default the first.
+        The model to take attention, embeddings, norms and tokenizer from; by default the first.
     shared_experts : path, ExpertSource, or sequence of them
-        Models whose FFN every token goes through, where the target has such experts. Their output
-        is added to that of the routed experts, so to keep a model's function, scale both: with one
-        shared expert, each by a `residual_scale` of 0.5 (in Qwen2-MoE the routed ones alone; a gate
-        that starts near one half scales the shared one). Prompts of theirs make that gate, where
-        the routers are made from prompts.
+        Models whose FFN every token passes through, if the target has shared experts. Their output
+        is added to that of the routed experts. To keep a model's function, scale both: with one
+        shared expert, each by a `residual_scale` of 0.5 (in Qwen2-MoE only the routed ones, because
+        a gate that is near one half initially scales the shared one). If routers are made from
+        prompts, that gate is made from the prompts of the shared experts.
     dense_layers : iterable of int
-        Layers that keep the FFN of the base in place of experts, where the target can say so:
-        Qwen2-MoE and Qwen3-MoE any, DeepSeek-MoE the first ones and, after them, all but every
-        n-th.
+        Layers that keep the FFN of the base instead of experts, if the target allows it: Qwen2-MoE
+        and Qwen3-MoE any, DeepSeek-MoE the first ones and, after these, all but every n-th.
     routers : str or RouterStart
-        How the routers start: `"balanced"`, `"random"` and `"uniform"` as `RouterInit` has them,
-        `"normal"` drawn from the standard normal distribution, `"linear"` as `torch.nn.Linear`
-        starts. `"cheap_embed"` and `"hidden"` make them from the prompts of each `ExpertSource`:
-        from the embeddings of their tokens, or from what the routers will read of them, which takes
-        a run of the base model. `"calibrated"`, `"clustered"`, `"ridge"` and `"means"` make them
-        from texts, as `RouterStart` says. In a 16-bit dtype the balanced start leaves out its
-        constant base, which rounding would merge with the noise; a softmax router does not see the
-        difference.
+        How the routers are initialised: `"balanced"`, `"random"` and `"uniform"` as in
+        `RouterInit`, `"normal"` from the standard normal distribution, `"linear"` like
+        `torch.nn.Linear`. `"cheap_embed"` and `"hidden"` compute them from the prompts of each
+        `ExpertSource`: from the embeddings of their tokens, or from the routers' inputs, which
+        needs a run of the base model. `"calibrated"`, `"clustered"`, `"ridge"` and `"means"`
+        compute them from texts, as described in `RouterStart`. In a 16-bit dtype, `"balanced"`
+        leaves out its constant base, beside which rounding would lose the noise; this does not
+        change the output of a softmax router.
     logit_std : float, optional
-        How sharp the routers start: the standard deviation over the experts of a token's logits, as
-        `RouterStart` has it. By default 3 for rows that are made from texts; others keep the scale
-        of their method.
+        How sharp the initial routers are: the standard deviation of a token's logits over the
+        experts, as in `RouterStart`. By default 3 for routers made from texts; others keep the
+        scale of their method.
     texts : path, str or sequence of them
-        What the routers start from where `routers` are made from texts, what `logit_std` is
-        measured on, and what the load is predicted on: files that end in `.txt`, `.md` or `.jsonl`,
-        or texts themselves. The base reads them, which needs torch and transformers.
+        The texts from which routers are made (by the methods that need texts), on which `logit_std`
+        is measured and the load is predicted: files that end in `.txt`, `.md` or `.jsonl`, or texts
+        themselves. The base model is run on them, which needs torch and transformers.
     tokens : path, optional
-        In place of texts, a `.npy` file of tokens, `(sequences, length)`.
+        Instead of texts, a `.npy` file of token ids, `(sequences, length)`.
     tokens_used : int, optional
-        How many of these tokens rows are made from, spread evenly over the texts: by default 8192,
-        or 40 for each expert if that is more. Of the others a quarter as many judge the load.
+        How many of these tokens, spread evenly over the texts, the routers are made from: by
+        default 8192, or 40 for each expert if that is more. The load is judged on a quarter as many
+        of the other tokens.
     device : str, optional
-        Where torch runs the base: `"cpu"`, the default, `"cuda"`, ...
+        The device on which torch runs the base: `"cpu"`, the default, `"cuda"`, ...
     seed : int
-        Of these draws, of the noise that an `ExpertSource` asks for, of `shuffle` and `reinit`.
+        The seed of random routers, of the noise of an `ExpertSource`, of `shuffle` and `reinit`.
     granularity : int
-        In how many experts each feed-forward network is split (He et al. 2024, arXiv 2410.07524).
-        `num_experts` counts the split ones: expert `e` is a shard of copy `e // granularity`,
-        which comes from model `e // granularity % len(models)`; the shards of a copy share its row
-        of the router. The model's function is kept where `num_experts_per_tok` is a multiple of it:
-        up and down projections are scaled, by powers of two where `granularity` is one, or in
-        families with a `routed_scaling_factor` that factor. By default a token takes one copy.
+        The number of experts that each feed-forward network is split into (He et al. 2024, arXiv
+        2410.07524). `num_experts` counts the split ones: expert `e` is a shard of copy
+        `e // granularity`, which comes from model `e // granularity % len(models)`; the shards of a
+        copy share its row of the router. The model's function is preserved if `num_experts_per_tok`
+        is a multiple of `granularity`: up and down projections are scaled, by powers of two if
+        `granularity` is one, or, in families with a `routed_scaling_factor`, that factor is. By
+        default a token uses one copy.
     mix_copies : bool
         In families that choose groups of experts first, whether a token may be sent to shards of
-        several copies. By default whole copies are chosen, whatever ties in 16 bits.
+        several copies. By default whole copies are chosen, even if logits tie in 16 bits.
     shuffle : bool
-        Whether the neurons of each copy are put into an order of their own before they are split.
+        Whether the neurons of each copy are shuffled before they are split.
     reinit : float
-        The part of each expert's neurons that is drawn anew, 0 to 1, as in Drop-Upcycling (Nakamura
-        et al. 2025, arXiv 2502.19261): from the normal distribution that has the mean and the
-        standard deviation of the weights replaced. 0.5 was the best of the paper.
+        The fraction of each expert's neurons to reinitialise, 0 to 1, as in Drop-Upcycling
+        (Nakamura et al. 2025, arXiv 2502.19261): they are drawn from the normal distribution with
+        the mean and the standard deviation of the weights they replace. 0.5 was the best in the
+        paper.
     split : str, optional
-        One model's FFNs as all experts, without copies (LLaMA-MoE, Zhu et al. 2024, arXiv
-        2406.16554): expert `e` is part `e` of `num_experts` equal ones. `"contiguous"` cuts neurons
-        in their order, `"random"` in a random one, `"clustered"` puts neurons together whose gates
-        read alike (balanced k-means; the manifest keeps the clusters). Exact with
-        `num_experts_per_tok` equal to `num_experts`, where all parts start with the same row of the
-        router, and an approximation with less.
+        How to split each FFN of one model into all experts, without copies (LLaMA-MoE, Zhu et al.
+        2024, arXiv 2406.16554): expert `e` is part `e` of `num_experts` equal ones. `"contiguous"`
+        cuts neurons in their order, `"random"` in a random one, `"clustered"` groups neurons with
+        similar rows of the gate projection (balanced k-means; the manifest stores the clusters).
+        The result is exact if `num_experts_per_tok` equals `num_experts`, in which case all parts
+        have the same row of the router initially, and otherwise an approximation.
     backbone : str or sequence of float
-        Where everything but the experts comes from: `"base"`, or `"mean"`, the mean over `models`
-        in float32, rounded once, as in Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816).
-        A sequence gives each of them a weight in this mean. Tokenizer and config.json are the
-        base's.
+        The weights outside the experts: `"base"`, or `"mean"`, the mean over `models` in float32,
+        rounded once, as in Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816). A sequence
+        gives the weight of each model in this mean. Tokenizer and config.json come from the base.
     reinit_sets : str
-        `"shared"`: the same neurons in gate, up and down projections, as the paper has it;
-        `"separate"`: others in each, as the authors' code does.
+        `"shared"`: the same neurons in gate, up and down projections, as in the paper;
+        `"separate"`: different ones in each, as in the authors' code.
     hidden_states : array_like, shape (T, hidden_size) or (L, T, hidden_size), optional
-        What the routers of the L layers with experts will read, to predict the load from, as
-        `predict_load` does; no byte of the output depends on it. By default the tokens of the
-        prompts where routers are made from what they will read of them, else random ones.
+        The inputs of the routers of the L layers with experts, on which the load is predicted as by
+        `predict_load`; the output does not depend on them. By default, those of the prompts' tokens
+        if `routers` is `"hidden"`, else of random tokens.
     max_shard_size : int or str
         Weights per file, at most, unless a single tensor is larger: a number of bytes, or a string
-        such as `"500MB"`, `"5GB"` or `"5GiB"`. Less than a megabyte needs a unit (`"300kB"`), so
-        that nobody gets files of 5 bytes for a 5.
+        such as `"500MB"`, `"5GB"` or `"5GiB"`. Less than a megabyte needs a unit (`"300kB"`),
+        because a plain 5 is probably a mistake.
     overwrite : bool
         Whether an existing `output` may be replaced; it stays until the new one is complete.
     threads : int, optional
         Files written at a time. By default `MOE_FAST_NUM_THREADS`, or 1.
     executor : concurrent.futures.Executor, optional
-        Writes the files in place of threads: a `ProcessPoolExecutor`, or the `get_executor()` of a
+        Writes the files instead of threads: a `ProcessPoolExecutor`, or the `get_executor()` of a
         Dask client. Its workers need the models and the output under the same paths.
     checksum : bool
-        Whether the manifest gets the SHA-256 of every file.
+        Whether to store the SHA-256 of every file in the manifest.
     fsync : bool
-        Whether to wait until the output would last through a power cut.
+        Whether to wait until the output would survive a power failure.
     dry_run : bool
-        Whether to find every problem and report what would be written, and write nothing.
+        Whether to only find every problem and report what would be written.
     progress : bool or callable, optional
-        `True` shows a bar; a function is called many times with the bytes written so far and the
-        bytes to write in all.
+        `True` shows a bar; a function is called repeatedly with the number of bytes written so far
+        and in total.
 
     Returns
     -------
@@ -423,12 +424,12 @@ def build_moe(
     Raises
     ------
     CheckpointError
-        With every reason why the models cannot be combined, or not be written to `output`; nothing
+        If the models cannot be combined or the output cannot be written, with every reason; nothing
         has been written then.
     OSError
-        The disk is full, a file cannot be read or written. As after any other end of the process,
-        the files that were finished stay beside `output`, hidden; the same call resumes with them,
-        another one removes them.
+        If the disk is full, or a file cannot be read or written. As after any interruption,
+        finished files stay in a hidden folder beside `output`; the same call resumes with them,
+        another call removes them.
     TypeError, MoeConfigError
         An argument of the wrong kind or out of range; `hidden_states` of another shape than the
         routers read.
@@ -480,10 +481,11 @@ def design_moe(
     backbone: Backbone | Sequence[float] = "base",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Design:
-    """The checkpoint that `build_moe` would write, as tensors to list and to read; none is written.
+    """Describe the checkpoint that `build_moe` would write, as tensors to list and to read.
 
-    The arguments are those of `build_moe`. Only headers are read, unless routers are made from
-    prompts; each tensor's bytes are read or made when they are asked for.
+    The arguments are those of `build_moe`. Nothing is written. Only headers are read, unless
+    routers are made from prompts or texts; each tensor's bytes are read or computed when they are
+    requested.
 
     Raises
     ------

@@ -133,28 +133,28 @@ def check_moe(
     text: str | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Check an MoE checkpoint, whoever made it, as far as there is something to check it against.
+    """Check an MoE checkpoint, made by any tool.
 
-    What `build_moe` wrote is compared byte for byte with what its sources give: its manifest keeps
-    the request, from which the same table of tensors is made again, noise and routers included. Of
-    other people's checkpoints, each expert is looked for among the FFNs of `against`.
+    The output of `build_moe` is compared byte for byte with its sources: from the request in its
+    manifest, the same table of tensors is made again, noise and routers included. For a checkpoint
+    without a manifest, each expert is searched for among the FFNs of `against`.
 
     Parameters
     ----------
     output : path
         The folder to check.
     against : path or sequence of paths
-        The source models, where the manifest is missing or names folders that have moved. Moved
-        folders are recognised by their names, or else by the order in which the build had them.
+        The source models, if there is no manifest or if they were moved. Moved folders are matched
+        by name, or else by their order in the build.
     text : str, optional
-        To be run through the dense model that the output should compute like, and through the
-        output: the base of the build, the model that was converted, or else the first of `against`.
-        Needs transformers and torch, and memory for 4 bytes a parameter. Logits must be equal but
-        for rounding where all experts are the base's own and nothing was done to them; otherwise
-        the finding says how far they are apart.
+        A text on which the logits of the output are compared with those of its reference: the base
+        of the build, the model that was converted, or else the first of `against`. Needs
+        transformers and torch, and 4 bytes of memory per parameter. The logits must be equal up to
+        rounding if all experts are unchanged FFNs of the base; otherwise the finding says how much
+        they differ.
     progress : bool or callable, optional
-        `True` shows a bar; a function is called many times with the bytes compared so far and the
-        bytes to compare in all.
+        `True` shows a bar; a function is called repeatedly with the number of bytes compared so far
+        and in total.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def check_moe(
     Raises
     ------
     CheckpointError
-        For a folder without an MoE.
+        If the folder does not contain an MoE.
     MoeConfigError
         For `against` that does not fit the manifest.
 
@@ -564,7 +564,7 @@ def check_routing(model: MoeModel) -> Finding:
         )
     if shared:
         numbers = ", ".join(str(number) for number in sorted(filter(None, shared)))
-        summary += f"; experts share rows, {numbers} in a row: the shards of a copy"
+        summary += f"; {numbers} adjacent experts each share a row: the shards of a copy"
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "
@@ -576,7 +576,9 @@ def check_routing(model: MoeModel) -> Finding:
 def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
     """Whether anything loads the checkpoint."""
     if not readers:
-        return not_possible("readers", f"no rules for model_type {model.model_type!r}")
+        return not_possible(
+            "readers", f"not known which programs load the model_type {model.model_type!r}"
+        )
     able = [reader.name for reader in readers if reader.loads]
     if able:
         return finding("readers", f"loads in {', '.join(able)}")

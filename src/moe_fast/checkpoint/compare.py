@@ -106,21 +106,22 @@ def compare_moe(
     tolerance: float = 0.0,
     progress: Progress | None = None,
 ) -> CompareReport:
-    """Compare two checkpoints, MoE or dense, whoever made them.
+    """Compare two checkpoints, MoE or dense, made by any tool.
 
-    Layout, files, the order of tensors and a head that is stored or tied make no difference, and
-    nor do dtypes that hold the same numbers. Keys of `config.json` that both have count too, apart
-    from those that say how weights are stored. Both models are streamed, a few megabytes at a time.
+    The layout, the number of files, the order of tensors, whether a tied head is stored, and the
+    dtype of equal numbers are ignored. Keys of `config.json` that both have are compared too,
+    except those that say how weights are stored. Both models are streamed, a few megabytes at a
+    time.
 
     Parameters
     ----------
     first, second : path
         The model folders.
     tolerance : float
-        By how much two numbers may differ.
+        The difference of two numbers that is allowed.
     progress : bool or callable, optional
-        `True` shows a bar; a function is called many times with the bytes of the first model
-        compared so far, and all of them.
+        `True` shows a bar; a function is called repeatedly with the number of bytes of the first
+        model compared so far and in total.
 
     Returns
     -------
@@ -129,9 +130,9 @@ def compare_moe(
     Raises
     ------
     CheckpointError
-        For a folder that holds no model, and for headers that do not hold.
+        If a folder contains no model, or a header is invalid.
     TypeError, MoeConfigError
-        A tolerance that is not a number of at least 0.
+        If the tolerance is not a number of at least 0.
 
     Examples
     --------

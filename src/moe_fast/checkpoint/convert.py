@@ -127,11 +127,11 @@ def convert_moe(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Write an MoE checkpoint, whoever made it, in another layout or dtype.
+    """Convert an MoE checkpoint, made by any tool, to another layout or dtype.
 
-    Experts move between one tensor each and the fused tensors that hold all of a layer; weights
-    keep their bytes unless another dtype is asked for. `config.json` gets the spellings of
-    transformers 4 and 5, whichever it had.
+    The layouts are one tensor per expert and projection, or fused tensors that hold all experts of
+    a layer. Weights keep their bytes unless `dtype` is given. The new `config.json` has the
+    spellings of both transformers 4 and 5.
 
     Parameters
     ----------
@@ -140,12 +140,12 @@ def convert_moe(
     output : path
         The folder to create.
     layout : str or Layout, optional
-        `"per-expert"` or `"fused"`; by default the one it has, in new files.
+        `"per-expert"` or `"fused"`; by default that of the model.
     dtype : str or dtype, optional
         As in `build_moe`; by default weights keep theirs. FP8 weights with a scale for each block
         (`weight_scale_inv`) are multiplied by their scales and rounded once. The report warns of
-        weights that float16 does not hold, and of experts whose router weights rounding makes the
-        same.
+        weights beyond the range of float16, and of experts whose router rows become equal by
+        rounding.
     max_shard_size, overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -156,9 +156,9 @@ def convert_moe(
     Raises
     ------
     CheckpointError
-        For a model without experts, or one that does not hold together, with every reason.
+        If the model has no experts or is inconsistent, with every reason.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

@@ -108,7 +108,7 @@ class Design:
         return DTYPE_NAMES.get(dtype, dtype)
 
     def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
-        """A tensor as an array, or some of its rows; no other bytes are read or made.
+        """Read a tensor, or some of its rows, as an array; no other bytes are read or computed.
 
         Parameters
         ----------
@@ -120,12 +120,12 @@ class Design:
         Raises
         ------
         MoeConfigError
-            No such tensor, or rows that are not a slice of its first axis.
+            If there is no such tensor, or `rows` is not a slice of its first axis.
         CheckpointError
             A source that has changed since.
         ImportError
-            A dtype that NumPy has not (bfloat16, float8) without `ml_dtypes`; `read_bytes` gives
-            the bytes of every dtype.
+            If NumPy does not have the dtype (bfloat16, float8) and `ml_dtypes` is not installed;
+            `read_bytes` returns the bytes of every dtype.
         """
         weight = self.weight(name)
         dtype = as_stored_dtype(weight.dtype)
@@ -190,15 +190,14 @@ class Design:
     def write(self, output: ModelPath, writing: Writing | None = None) -> dict[str, FileRecord]:
         """Write all files to a new folder, the manifest last; it appears when it is complete.
 
-        Returns the record of each file. With `dry_run`, nothing is written, and what is in the way
-        is found.
+        Returns the record of each file. With `dry_run`, nothing is written, but problems are found.
 
         Raises
         ------
         CheckpointError
-            With everything that is in the way.
+            If the output cannot be written, with every reason.
         OSError
-            The disk is full, or a file cannot be read or written.
+            If the disk is full, or a file cannot be read or written.
         """
         writing = Writing() if writing is None else writing
         output = as_path(output, "output")

@@ -97,12 +97,12 @@ def expand_moe(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> OperationReport:
-    """Write an MoE checkpoint with copies of its experts, whoever made it.
+    """Add copies of experts to an MoE checkpoint, made by any tool.
 
-    Where every expert gets as many copies, and a token goes to as many times more of them, the
-    output computes what the model computes: the copies of an expert tie, are chosen together and
-    share its weight. Expert Upcycling (2604.19835) starts so, with copies of the most useful
-    experts and the same number of experts per token.
+    If every expert gets the same number of copies, and the number of experts per token grows by the
+    same factor, the output computes what the model computes: the logits of the copies of an expert
+    tie, so they are chosen together and share its weight. Expert Upcycling (2604.19835) begins like
+    this, with copies of the most useful experts and the same number of experts per token.
 
     Parameters
     ----------
@@ -111,22 +111,22 @@ def expand_moe(
     output : path
         The folder to create.
     num_experts : int
-        The experts of each layer of the output, at least those that it has.
+        The number of experts per layer of the output, at least that of the model.
     keep_k : bool
-        Whether a token still goes to as many experts as before. The output then computes something
-        else, and the report warns of it.
+        Whether to keep the number of experts per token. The output then computes something else,
+        and the report warns of it.
     scores : path, mapping or ScoreReport, optional
-        Where `num_experts` is not a multiple: the best by these get one copy more than the others.
-        As in `prune_moe`.
+        If `num_experts` is not a multiple of the model's: the experts with the best scores get one
+        more copy. As in `prune_moe`.
     by : str
-        Which of the scores.
+        The score to use.
     noise_scale : float
-        Standard deviation of the normal noise that is added to the matrices of copies, not to the
-        experts that were there. It breaks their ties, and the report warns of it.
+        Standard deviation of the normal noise added to the matrices of copies; the original experts
+        are not changed. The output then computes something else, and the report warns of it.
     seed : int
-        Of the noise.
+        Seed of the noise.
     max_shard_size : int or str
-        Bytes of weights per file, at most, unless a single tensor is larger.
+        Largest number of bytes of weights per file, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -137,9 +137,9 @@ def expand_moe(
     Raises
     ------
     CheckpointError
-        For a model without experts, and for scores that do not fit it, with every reason.
+        If the model has no experts, or the scores do not match it, with every reason.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

@@ -95,37 +95,38 @@ def extract_dense(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> OperationReport:
-    """Write the dense model that some experts of an MoE make.
+    """Write a dense model whose FFN is made of experts of an MoE.
 
-    It is of the family that `build_moe` makes such MoEs from. Exactly one of `expert`, `mean`,
-    `best` and `copy` says which experts.
+    Its family is one that `build_moe` makes such MoEs from. Give exactly one of `expert`, `mean`,
+    `best` and `copy`.
 
     Parameters
     ----------
     model : path
-        A folder with an MoE of a family that `build_moe` can build, without shared experts that add
-        something.
+        A folder with an MoE of a family that `build_moe` can build, without shared experts whose
+        output is not zero.
     output : path
         The folder to create.
     expert : int, optional
-        The expert that becomes the FFN, in every layer.
+        The expert to use in every layer.
     mean : bool
-        Whether the mean of all experts does: added up in float64, rounded once.
+        Whether to use the mean of all experts, computed in float64 and rounded once.
     best : int, optional
-        How many experts stand side by side in one wider FFN, those of the greatest `scores` in
+        How many experts to put side by side in one wider FFN: those with the greatest `scores` in
         each layer, the output of each divided by their number (2605.28207).
     copy : int, optional
-        The copy of a fine-grained model whose shards make the FFN again: byte for byte the FFN that
-        `build_moe` split, where it was split in a power of two and not shuffled or drawn anew.
+        The copy of a fine-grained model whose shards to join. The result is byte for byte the FFN
+        that `build_moe` split, if the granularity is a power of two and nothing was shuffled or
+        reinitialised.
     granularity : int, optional
-        The number of shards of a copy; by default what the model's manifest says, or else how many
-        experts beside each other have the same row of the router.
+        The number of shards per copy; by default the one in the model's manifest, or else the
+        number of adjacent experts with the same router row.
     scores : path, mapping or ScoreReport, optional
         As in `prune_moe`.
     by : str
-        Which of the scores.
+        The score to use.
     max_shard_size : int or str
-        Bytes of weights per file, at most, unless a single tensor is larger.
+        Largest number of bytes of weights per file, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -136,10 +137,10 @@ def extract_dense(
     Raises
     ------
     CheckpointError
-        For a model of another family, or with parts that no dense model has a place for, with
-        every reason.
+        If the model is of another family, or has parts that a dense model cannot have, with every
+        reason.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

@@ -77,11 +77,11 @@ def merge_experts(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> OperationReport:
-    """Write an MoE checkpoint in which each group of experts is one: their mean.
+    """Merge each group of experts of an MoE checkpoint into their mean.
 
-    The checkpoint shrinks: a new expert has one place, with the router's row and the bias of its
-    group's first expert, as in REAM (2604.04356). Means are added up in float64 in the order of
-    the group and rounded once, so that every machine writes the same bytes.
+    A merged expert has the router row and the bias of its group's first expert, as in REAM
+    (2604.04356). Means are computed in float64, in the order of the group, and rounded once, so
+    that every machine writes the same bytes.
 
     Parameters
     ----------
@@ -90,23 +90,23 @@ def merge_experts(
     output : path
         The folder to create.
     groups : path or mapping, optional
-        A JSON file, or what it holds: `{"layers": {"0": [[0, 5], [1, 2], [3], [4]], ...}}`. A group
+        A JSON file, or its content: `{"layers": {"0": [[0, 5], [1, 2], [3], [4]], ...}}`. A group
         may have weights: `{"experts": [0, 5], "weights": [0.7, 0.3]}`. Every expert of a layer is
         in one group.
     num_experts : int, optional
-        In place of `groups`: how many are left in each layer. They are grouped as in REAM: those of
-        the greatest scores take the nearest others, by the mean outputs and the similarity of
-        logits that `score_experts` stores where asked.
+        Instead of `groups`: the number of experts per layer of the output. Groups are formed as in
+        REAM: the experts with the greatest scores take the others nearest to them, by the mean
+        outputs and the similarity of logits that `score_experts` can store.
     scores : path, mapping or ScoreReport, optional
-        With `num_experts`, what groups and their weights are made by. With `groups`, the weights of
-        those that have none.
+        With `num_experts`, the scores that determine the groups and their weights. With `groups`,
+        the weights of groups that have none.
     by : str
-        Which of the scores.
+        The score to use.
     align : bool
-        Whether the neurons of each expert are first put into the order in which they are most like
-        those of the group's first expert. Needs scipy, and memory for two matrices.
+        Whether to first reorder the neurons of each expert so that they match those of the group's
+        first expert best. Needs scipy, and memory for two matrices.
     max_shard_size : int or str
-        Bytes of weights per file, at most, unless a single tensor is larger.
+        Largest number of bytes of weights per file, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -117,9 +117,9 @@ def merge_experts(
     Raises
     ------
     CheckpointError
-        For a model without experts, and for groups that do not fit it, with every reason.
+        If the model has no experts, or the groups do not match it, with every reason.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

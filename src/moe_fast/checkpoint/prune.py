@@ -74,11 +74,11 @@ def prune_moe(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> OperationReport:
-    """Write an MoE checkpoint with fewer experts, whoever made it.
+    """Remove experts from an MoE checkpoint, made by any tool.
 
-    Routers, biases, scales, the experts that predict ahead and `config.json` follow. No weight is
-    changed: what is left computes what the model computes if the router never chooses the others.
-    REAP (2510.13999) prunes so.
+    Router rows, biases, scales, the experts of multi-token prediction layers and `config.json` are
+    changed accordingly. Weights are not changed: the output computes what the model would compute
+    if its router never chose the removed experts, as in REAP (2510.13999).
 
     Parameters
     ----------
@@ -87,19 +87,20 @@ def prune_moe(
     output : path
         The folder to create.
     keep : path, mapping or sequence of int, optional
-        The experts to keep: a JSON file, or what it holds, `{"layers": {"0": [0, 2], ...}}`, or
-        one list for all layers. They stay in the model's order.
+        The experts to keep: a JSON file, or its content, `{"layers": {"0": [0, 2], ...}}`, or one
+        list for all layers. They stay in the model's order.
     num_experts : int, optional
-        In place of `keep`: how many to keep in each layer, those of the greatest `scores`.
+        Instead of `keep`: how many to keep in each layer, those with the greatest `scores`.
     scores : path, mapping or ScoreReport, optional
         `{"layers": {"0": {"reap": [E numbers]}, ...}}`, or a file that holds it.
     by : str
-        Which of the scores.
+        The score to use.
     ungroup : bool
-        Whether to leave out the groups that the router chooses from first, which otherwise all
-        keep the same number of experts. Routing then changes, and the report warns of it.
+        Whether to put all experts in one group, if the router chooses groups first; otherwise all
+        groups keep the same number of experts. This changes the routing, and the report warns of
+        it.
     max_shard_size : int or str
-        Bytes of weights per file, at most, unless a single tensor is larger.
+        Largest number of bytes of weights per file, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -110,9 +111,9 @@ def prune_moe(
     Raises
     ------
     CheckpointError
-        For a model without experts, and for lists or scores that do not fit it, with every reason.
+        If the model has no experts, or lists or scores do not match it, with every reason.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

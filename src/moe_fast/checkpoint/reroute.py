@@ -126,11 +126,11 @@ def reroute_moe(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> OperationReport:
-    """Write an MoE checkpoint whose routers start anew, whoever made it; the rest stays as it is.
+    """Reinitialise the routers of an MoE checkpoint, made by any tool.
 
-    For outputs of other tools, and after `expand_moe` and `prune_moe`. Biases of the routers'
-    choice become 0. Experts that share rows in consecutive groups, as the shards of one copy do,
-    still share them. Layers that predict several tokens ahead keep their routers.
+    All other weights are unchanged, except biases that affect a router's choice, which become 0.
+    Consecutive experts that share a row, as the shards of one copy do, still share one. Multi-token
+    prediction layers keep their routers.
 
     Parameters
     ----------
@@ -139,13 +139,13 @@ def reroute_moe(
     output : path
         The folder to create.
     routers : str or RouterStart
-        As in `build_moe`; those that are made from several sources or their prompts are for builds
-        alone. Where rows are made from texts, each layer reads them behind the new routers of the
-        layers before it.
+        As in `build_moe`, except the methods that need several sources or their prompts. If routers
+        are made from texts, the input of each layer is computed with the new routers of the layers
+        before it.
     logit_std, texts, tokens, tokens_used, device, seed
         As in `build_moe`.
     max_shard_size : int or str
-        Bytes of weights per file, at most, unless a single tensor is larger.
+        Largest number of bytes of weights per file, unless a single tensor is larger.
     overwrite, threads, executor, checksum, fsync, dry_run, progress
         As in `build_moe`.
 
@@ -156,9 +156,9 @@ def reroute_moe(
     Raises
     ------
     CheckpointError
-        For a model without experts, or routers that are not matrices of floats.
+        If the model has no experts, or routers that are not matrices of floats.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------

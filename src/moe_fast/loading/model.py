@@ -26,33 +26,33 @@ def load_into(
 ) -> None:
     """Fill a model's parameters with the weights of a design; nothing is written.
 
-    The model is one of transformers, made on the meta device or already allocated, whole or
-    sharded: by FSDP2's `fully_shard`, by transformers' expert parallelism, or by any other
-    placement of DTensors. Each process reads the bytes of its own shards and no others, and needs
-    no memory beyond them. Wrap a model in DDP, or compile it, afterwards.
+    The model is one of transformers, on the meta device or already allocated, whole or sharded: by
+    FSDP2's `fully_shard`, by transformers' expert parallelism, or by any other placement of
+    DTensors. Each process reads only the bytes of its own shards, and needs no additional memory.
+    Wrap a model in DDP, or compile it, afterwards.
 
-    Tensors go to the parameters that transformers' own key mapping sends them to, and are converted
-    to the dtypes that the parameters have, as `from_pretrained` converts them. Weights are tied as
-    the model's configuration says. Buffers that no checkpoint holds, such as the
-    frequencies of rotary embeddings, are computed as transformers computes them.
+    The key mapping of transformers assigns tensors to parameters. They are converted to the
+    parameters' dtypes, as by `from_pretrained`. Weights are tied as the model's configuration says.
+    Buffers that no checkpoint holds, such as the frequencies of rotary embeddings, are computed as
+    transformers computes them.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With the names and shapes of the design.
+        A model with the parameter names and shapes of the design.
     design : Design
         What `design_moe` returns.
     device : torch.device or str, optional
-        Where parameters on the meta device get their memory: by default, shards on the device of
-        their mesh, all others on torch's default device. Parameters that have memory stay where
-        they are.
+        The device for parameters that are on the meta device: by default, the device of their mesh
+        for shards, and torch's default device for all others. Other parameters stay on their
+        device.
 
     Raises
     ------
     CheckpointError
-        Before anything is filled: sources that have changed since the design was made, tensors that
-        no parameter takes, parameters that no tensor fills, shapes that differ. Should a source
-        change while it is being read, parameters on the meta device stay there.
+        If sources have changed since the design was made, tensors or parameters have no
+        counterpart, or shapes differ; nothing has been filled then. If a source changes while it is
+        read, parameters on the meta device stay there.
 
     Examples
     --------

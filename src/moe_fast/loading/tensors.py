@@ -17,9 +17,10 @@ STAGE = 64 * 1024 * 1024  # bytes on their way to another device or dtype
 
 
 def read(design: Design, name: str, rows: slice | None = None) -> Tensor:
-    """A tensor of a design, or some of its rows, on the CPU; no other bytes are read or made.
+    """Read a tensor of a design, or some of its rows, to the CPU.
 
-    As `Design.read`, in torch's dtypes: bfloat16 and float8 need no `ml_dtypes`.
+    Like `Design.read`, but with torch's dtypes: bfloat16 and float8 do not need `ml_dtypes`. No
+    other bytes are read or computed.
 
     Parameters
     ----------
@@ -28,12 +29,12 @@ def read(design: Design, name: str, rows: slice | None = None) -> Tensor:
     name : str
         One of `design.names()`.
     rows : slice, optional
-        Along the first axis, with a step of 1.
+        Rows along the first axis, with a step of 1.
 
     Raises
     ------
     CheckpointError
-        No such tensor, or a source that has changed since.
+        If there is no such tensor, or a source has changed since the design was made.
 
     Examples
     --------
