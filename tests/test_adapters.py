@@ -192,7 +192,7 @@ def test_who_is_named(tmp_path, base):
 A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 WRONG_CONFIGS = [
-    ({"peft_type": "IA3"}, "peft_type is 'IA3'; 'LORA' alone"),
+    ({"peft_type": "IA3"}, "peft_type is 'IA3'; only 'LORA' is"),
     ({"use_dora": True}, "use_dora: DoRA divides each row"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out is true: it is for layers that store"),
     ({"bias": "lora_only"}, "bias is 'lora_only': it trains biases"),
@@ -213,7 +213,7 @@ WRONG_CONFIGS = [
     ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '(' is not a regular expression"),
 ]
 WRONG_TENSORS = [
-    (lambda t: {n: v for n, v in t.items() if n != B}, A, "stands alone, lora_B is missing"),
+    (lambda t: {n: v for n, v in t.items() if n != B}, A, "has no counterpart: lora_B is missing"),
     (lambda t: t | {A: t[A].astype(np.int8)}, A, "is I8: a quantised adapter; F32, F16"),
     (lambda t: t | {A: t[A][:2].copy()}, A, "has rank 2, lora_B beside it rank 3"),
     (lambda t: t | {A: t[A][:2].copy(), B: t[B][:, :2].copy()}, A,

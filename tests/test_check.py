@@ -594,7 +594,7 @@ def test_keys_that_transformers_4_does_not_look_at(moe):
     llama3 = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0}
     edit_json(moe / "config.json", rope_parameters=llama3, rope_theta=1e6)
     (reason,) = readers(moe)["transformers 4"]
-    assert "looks for rope_scaling, config.json has it in rope_parameters alone" in reason
+    assert "looks for rope_scaling, config.json has it only in rope_parameters" in reason
     edit_json(moe / "config.json", rope_parameters="absent", num_local_experts="absent")
     found = readers(moe)
     assert "looks for num_local_experts, config.json has num_experts" in found["transformers 4"][0]

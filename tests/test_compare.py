@@ -108,7 +108,7 @@ def test_the_difference_is_named(moe, tmp_path):
     found = {(d.layer, d.expert, d.role): d for d in report.differences}
     assert str(found["1", 2, "up_proj"]) == "layer 1, expert 2, up_proj: differs by up to 0.5"
     assert found["0", None, "router"].greatest == np.inf
-    assert found[None, None, "extra.weight"].difference == f"is in {tmp_path / 'fused'} alone"
+    assert found[None, None, "extra.weight"].difference == f"is only in {tmp_path / 'fused'}"
     assert found[None, None, "model.norm.weight"].difference == "has the shapes [48] and [4]"
     texts = [d.difference for d in report.differences if d.role == "config.json"]
     assert texts[0] == "num_experts_per_tok is 2 and 1"

@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
     ("build recipe.yml -o out --shuffle", 2, "--shuffle is for models; write it into the"),
     ("plan 2 2 --granularity 3 --experts 8", 2, "error: --experts (8) must be a multiple of gr"),
     ("build recipe.yml -o out --target mixtral", 2, "--target is for models; write it into the"),
-    ("build recipe.yml dense -o out", 2, "give a recipe alone"),
+    ("build recipe.yml dense -o out", 2, "give only the recipe"),
     ("build recipe.yml -o out", 1, "error: dense_layers lists layer 7; the base model has 2,"),
     ("build absent -o out", 1, "absent: is not a folder with a model; there is nothing of that"),
     ("build dense", 2, "Missing option '--output' / '-o'"),

@@ -235,7 +235,7 @@ def test_spellings_of_a_target(tmp_path):
 
 REFUSALS = [
     ("llama", {}, "qwen3_moe", "has no norm on queries and keys; Qwen3-MoE has one over each head"),
-    ("llama", {}, "flex_olmo", r"input_layernorm.weight'.*norms after attention and FFN alone"),
+    ("llama", {}, "flex_olmo", r"input_layernorm.weight'.*norms only after attention and FFN"),
     ("qwen2", {}, "mixtral", r"v_proj\.bias': Mixtral has no place for this bias"),
     ("qwen3", {}, "mixtral", r"q_norm\.weight': Mixtral has no place for a norm over each head"),
     ("llama", {"attention_bias": True}, "qwen2_moe", r"o_proj\.bias': Qwen2-MoE has no place"),
@@ -252,7 +252,7 @@ REFUSALS = [
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
         "qwen2_moe",
-        "sliding_window in some layers alone, Qwen2-MoE has it in all",
+        "sliding_window in only some layers, Qwen2-MoE has it in all",
     ),
     ("granite", {}, "mixtral", r"embedding_multiplier 12.0, .* logits_scaling 8.0: Mixtral has no"),
 ]

@@ -126,7 +126,7 @@ def stream_router_inputs(
         ) from None
     if model.wrapper is not None or model.family.blocks is not None or model.block is not None:
         raise CheckpointError(
-            f"{needed_by} runs models of plain attention alone, neither quantised nor inside of "
+            f"{needed_by} runs only models with plain attention, neither quantised nor inside of "
             "others; take another way for routers to start",
             file=model.path / "config.json",
         )

@@ -158,7 +158,7 @@ def compare_moe(
     with OpenFiles() as files:
         for part, tensor in parts.items():
             if part not in others:
-                differences.append(WeightDifference(*part, f"is in {models[0].path} alone"))
+                differences.append(WeightDifference(*part, f"is only in {models[0].path}"))
                 continue
             other = others[part]
             if tensor.shape != other.shape:
@@ -177,7 +177,7 @@ def compare_moe(
             if shows is not None:
                 shows(done, total)
     differences += [
-        WeightDifference(*part, f"is in {models[1].path} alone")
+        WeightDifference(*part, f"is only in {models[1].path}")
         for part in others
         if part not in parts
     ]

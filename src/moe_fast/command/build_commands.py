@@ -259,7 +259,7 @@ def build(
 def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
     """Raise for models and their options beside a recipe, which says all that itself."""
     if len(models) > 1:
-        raise typer.BadParameter("give a recipe alone, without models or other recipes")
+        raise typer.BadParameter("give only the recipe, without models or other recipes")
     for name in OPTIONS_OF_MODELS:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":

@@ -197,7 +197,7 @@ class MoeFamily:
         """Why this cannot become the target, all reasons; empty where it can."""
         reasons = [*self.routing_problems(parts), *self.block_problems(parts.base)]
         if layout not in (None, *self.layouts):
-            reasons.append(f"layout {str(layout)!r}: {self.title} has {self.layouts[0]!s} alone")
+            reasons.append(f"layout {str(layout)!r}: {self.title} has only {self.layouts[0]!s}")
         return reasons
 
     def routing_problems(self, parts: Parts) -> Iterator[str]:
@@ -256,7 +256,7 @@ class MoeFamily:
         if base.family.norms != self.norms:
             place = "before" if self.norms == NORMS_BEFORE else "after"
             (norm, *_) = (name for name in base.family.norms if name not in self.norms)
-            yield f"{at(f'{norm}.weight')}: {self.title} has norms {place} attention and FFN alone"
+            yield f"{at(f'{norm}.weight')}: {self.title} has norms only {place} attention and FFN"
         if base.family.qk_norm not in self.qk_norms:
             if base.family.qk_norm is None:
                 yield (
@@ -285,7 +285,7 @@ class MoeFamily:
         longest = base.config["max_position_embeddings"]
         windows = {width if width and width < longest else None for width in base.windows}
         if len(windows) > 1 and not self.unlike_layers:
-            yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
+            yield f"{config}: sliding_window in only some layers, {self.title} has it in all"
         elif windows != {None} and not self.sliding_window:
             yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
         if base.rope.layer_thetas is not None and not self.unlike_layers:
@@ -308,7 +308,7 @@ class MoeFamily:
         if rope not in self.rope_types:
             yield (
                 f"{config}: rope_type is {rope!r}; "
-                f"{self.title} has {', '.join(self.rope_types)} alone"
+                f"{self.title} has only {', '.join(self.rope_types)}"
             )
 
     @property

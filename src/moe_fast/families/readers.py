@@ -242,7 +242,7 @@ def misread_keys(
         kind = parameters.get("rope_type", "default")
         if kind != "default" and not config.get("rope_scaling"):
             yield (
-                f"looks for rope_scaling, config.json has it in rope_parameters alone ({kind}); "
+                f"looks for rope_scaling, config.json has it only in rope_parameters ({kind}); "
                 f"{REMEDY}"
             )
         if kind == "longrope" and ORIGINAL in parameters and ORIGINAL not in config:

@@ -224,7 +224,7 @@ def config_problems(file: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
         return Problem(what, file=file)
 
     if config.get("peft_type") != "LORA":
-        yield problem(f"peft_type is {brief(config.get('peft_type'))}; 'LORA' alone is folded in")
+        yield problem(f"peft_type is {brief(config.get('peft_type'))}; only 'LORA' is supported")
     if config.get("fan_in_fan_out"):
         yield problem(
             "fan_in_fan_out is true: it is for layers that store their weights transposed, which "
@@ -360,7 +360,7 @@ def pair_problems(
     some = next(iter(pair.values()))
     if len(pair) == 1:
         (side,) = pair
-        what = f"stands alone, lora_{'B' if side == 'A' else 'A'} is missing"
+        what = f"has no counterpart: lora_{'B' if side == 'A' else 'A'} is missing"
         yield Problem(what, file=some.file.path, tensor=some.name)
         return
     for factor in pair.values():
@@ -413,7 +413,7 @@ def beside_ffn_problems(models: Sequence[DenseModel]) -> Iterator[Problem]:
         if found:
             others = f", as do {len(found) - 1} others" if len(found) > 1 else ""
             yield Problem(
-                f"changes what is not an FFN{others}: experts hold FFNs alone. backbone='mean' "
+                f"changes what is not an FFN{others}: experts contain only FFNs. backbone='mean' "
                 "takes the rest into the mean of the models, or merge the adapter with PEFT first",
                 file=found[0].file.path,
                 tensor=found[0].name,
