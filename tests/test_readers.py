@@ -39,6 +39,13 @@ FAMILIES = {
     "hunyuan_v1_moe": "hunyuan_v1_dense",
     "lfm2_moe": "lfm2",
     "qwen3_5_moe_text": "qwen3_5_text",
+    "nemotron_h": "nemotron_h",
+    "ernie4_5_moe": "ernie4_5",
+    "dots1": "qwen3",
+    "hy_v3": "qwen3",
+    "mellum": "qwen3",
+    "solar_open": "llama",
+    "glm4_moe_lite": "youtu",
 }
 
 

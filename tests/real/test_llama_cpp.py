@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,20 +94,27 @@ def how_far(found: list[list], expected: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="session")
-def sources(smollm2, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llama.cpp")
-    for name, (family, changes) in SOURCES.items():
-        save_random_model(folder / name, family, vocab_size=VOCABULARY, **SIZES | changes)
-        for file in smollm2.glob("tokenizer*"):
-            shutil.copy(file, folder / name)
-    return folder
+def dense(smollm2, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a source, made once."""
+    scratch = tmp_path_factory.mktemp("llama.cpp")
+
+    def make(name: str) -> Path:
+        folder = scratch / name
+        if not folder.exists():
+            family, changes = SOURCES[name]
+            save_random_model(folder, family, vocab_size=VOCABULARY, **SIZES | changes)
+            for file in smollm2.glob("tokenizer*"):
+                shutil.copy(file, folder)
+        return folder
+
+    return make
 
 
 @pytest.mark.parametrize(("source", "target", "options"), CASES, ids=map(name_of, CASES))
-def test_llama_cpp_computes_it_where_the_check_says_so(sources, tmp_path, source, target, options):
+def test_llama_cpp_computes_it_where_the_check_says_so(dense, tmp_path, source, target, options):
     config = MoeConfig(4, options.get("num_experts_per_tok", 2))
     options = {key: value for key, value in options.items() if key != "num_experts_per_tok"}
-    folder = build_random_moe(sources / source, tmp_path / "moe", config, target, options)
+    folder = build_random_moe(dense(source), tmp_path / "moe", config, target, options)
     found = likely_to_llama_cpp(folder, tmp_path)
     expected = expected_of(folder, TOKENS)[np.array(LENGTHS) - 1]
     if reader_of(folder, "llama.cpp").loads:

@@ -12,7 +12,7 @@ from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
-from moe_fast.families.twins import OwnBlocks, Twin
+from moe_fast.families.twins import LATENT, OwnBlocks, Twin
 from moe_fast.storage.tensors import Weight
 
 
@@ -133,9 +133,6 @@ class DeepSeek(MoeFamily):
                 "AutoModelForCausalLM": f"{code}--modeling_deepseek.DeepseekForCausalLM",
             },
         }
-
-
-LATENT = "latent attention"
 
 
 class Youtu(OwnBlocks):

@@ -44,6 +44,9 @@ class Lfm2(OwnBlocks):
         width = int(factor * int(2 * sizes.intermediate_size / 3))
         return replace(sizes, intermediate_size=-(-width // multiple) * multiple)
 
+    def of_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        return {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
+
     def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> Shapes:
         hidden, layers = sizes.hidden_size, range(sizes.num_hidden_layers)
         listed = config.get("full_attn_idxs")
