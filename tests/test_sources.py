@@ -487,7 +487,7 @@ def quantise(folder, *, method="fp8", block=BLOCK, only="layers"):
     return meant
 
 
-@pytest.mark.parametrize("family", ["llama", "helium", "lfm2"])
+@pytest.mark.parametrize("family", ["llama", "helium", "lfm2", "gemma", "nemotron_h"])
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"granularity": 2}], ids=str)
 def test_weights_in_fp8_are_dequantised(tmp_path, family, options):
     make_model(tmp_path / "dense", family)

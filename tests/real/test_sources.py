@@ -176,7 +176,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "gemma, heads of their own size, biases": (
         "gemma",
         {**HEADS, "attention_bias": True},
-        ("granitemoe",),
+        ("granitemoe", "granitemoe_swa"),
     ),
     "vaultgemma": ("vaultgemma", {**WHOLE, **NO_CAPS, "sliding_window": 128}, ("granitemoe",)),
     "vaultgemma, window": (

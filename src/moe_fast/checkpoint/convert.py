@@ -435,7 +435,7 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
     file = model.path / "config.json"
     if family is not None and ("num_experts" in config or "num_local_experts" in config):
         config |= {"num_local_experts": model.num_experts, "num_experts": model.num_experts}
-    plain = family is not None and family.blocks is None
+    plain = family is not None and family.blocks is None and not family.rope_by_kind
     if plain and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):

@@ -20,7 +20,7 @@ from moe_fast.families.moe import (
     as_count,
     ffn_shapes,
 )
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import LATENT, Twin
 from moe_fast.storage.tensors import Weight
 
@@ -187,6 +187,11 @@ class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
     blocks = LATENT
     dropped = ("embedding_initializer_range",)
     first_is_dense = counts_first = True
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        if reader == VLLM:
+            yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         spread = parts.base.config["initializer_range"]

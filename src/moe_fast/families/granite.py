@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Multipliers, Rope, Sizes, is_count, is_number
+from moe_fast.families.config import Multipliers, Rope, Sizes, is_number
 from moe_fast.families.dense import DEFAULTS, FFN, NORMS_BEFORE, QKVO, DenseFamily
 from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
@@ -110,8 +110,8 @@ class GraniteMoe(MoeFamily):
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         size, heads = config.get("head_dim"), config.get("num_attention_heads")
-        own = is_count(size) and is_count(heads) and size * heads != config.get("hidden_size")
-        if reader != TRANSFORMERS_5 and own:
+        sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
+        if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
             yield f"takes hidden_size / num_attention_heads for the head_dim of a {self.name}"
         if reader == VLLM and config.get("attention_bias"):
             yield f"leaves the biases of attention out of a {self.name}"

@@ -8,6 +8,7 @@ from typing import Any
 from moe_fast.families.config import ORIGINAL
 from moe_fast.families.dense import QKVO
 from moe_fast.families.experts import ExpertAxis
+from moe_fast.families.key_types import with_floats
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
     LayerLists,
@@ -62,6 +63,7 @@ class Mellum(LayerLists):
     qk_norms = ("head",)
     attention_biases = ((), QKVO)
     unlike_windows = True
+    rope_by_kind = True
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """With one rotary embedding in place of one for each kind of layer."""
@@ -77,7 +79,7 @@ class Mellum(LayerLists):
 
     def config(self, parts: Parts) -> dict[str, Any]:
         config = super().config(parts)
-        rope = config["rope_parameters"]
+        rope = with_floats(config)["rope_parameters"]
         ropes = {"rope_parameters": {kind: dict(rope) for kind in KINDS}}
         left_out = ("rope_theta", "rope_scaling", ORIGINAL)
         return {key: value for key, value in config.items() if key not in left_out} | ropes

@@ -179,6 +179,8 @@ class MoeFamily:
     """Whether layers may differ in their sliding window."""
     unlike_ropes = False
     """Whether they may differ in the base of their rotary embedding."""
+    rope_by_kind = False
+    """Whether `rope_parameters` holds one for each kind of layer."""
     interleaved = False
     """Whether the rotary embedding turns neighbours, as in some dense families."""
     sinks = False
@@ -227,7 +229,8 @@ class MoeFamily:
                         f"prompts of the shared expert {expert.model}: {self.title} has no gate "
                         "for it that prompts could make"
                     )
-        layers = frozenset(parts.dense_layers)
+        with_ffn = parts.base.ffn_layers
+        layers = frozenset(layer for layer in parts.dense_layers if layer in with_ffn)
         if self.dense_keys(layers, parts.num_layers) is None:
             listed = ", ".join(map(str, sorted(layers)))
             yield f"dense_layers {listed}: {self.title} {self.dense_places}"
@@ -291,10 +294,11 @@ class MoeFamily:
             )
         longest = base.config["max_position_embeddings"]
         windows = {width if width and width < longest else None for width in base.windows}
-        if len(windows) > 1 and not self.unlike_windows:
+        if len(windows) > 1 and self.sliding_window and not self.unlike_windows:
             yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
         elif windows != {None} and not self.sliding_window:
-            yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
+            width = max(width for width in windows if width)
+            yield f"{config}: sliding_window is {width}; {self.title} has none"
         if base.rope.layer_thetas is not None and not self.unlike_ropes:
             bare = [n for n, theta in enumerate(base.rope.layer_thetas) if not theta]
             what = f"{format_numbers('layer', bare)} without rotary embedding"

@@ -18,7 +18,7 @@ from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, r
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
-BLOCKS = "layers of one block each, of Nemotron-H"
+BLOCKS = "layers of a single block each"
 KINDS = {
     "mamba": "linear_attention",
     "linear_attention": "linear_attention",
