@@ -24,6 +24,8 @@ from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, 
 from moe_fast.families.twins import LATENT, Twin
 from moe_fast.storage.tensors import Weight
 
+GLM_TOKENS = ("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
+
 
 class GroupedExperts(MoeFamily):
     """Experts as in DeepSeek-V3: sigmoid scores, groups of experts, a bias for selection.
@@ -86,7 +88,7 @@ class Glm4Moe(GroupedExperts):
         "n_routed_experts",
         128,
         1e4,
-        llama_cpp_tokens=("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>"),
+        llama_cpp_tokens=GLM_TOKENS,
         want_head=(VLLM,),
     )
     defaults = DEFAULTS_OF_MOE | {
@@ -144,6 +146,7 @@ class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
         64,
         1e4,
         llama_cpp_ropes=("default",),
+        llama_cpp_tokens=GLM_TOKENS,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
     )
     defaults: Mapping[str, Any] = {

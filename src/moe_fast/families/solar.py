@@ -19,7 +19,13 @@ class SolarOpen(GroupedExperts):
     title = "Solar Open"
     architecture = "SolarOpenForCausalLM"
     auto_rank = 20
-    rules = Rules("n_routed_experts", 128, 1e6, natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP))
+    rules = Rules(
+        "n_routed_experts",
+        128,
+        1e6,
+        llama_cpp_tokens=("<|startoftext|>", "<|endoftext|>", "<unk>"),
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
+    )
     defaults: Mapping[str, Any] = {
         **{key: value for key, value in DEFAULTS_OF_MOE.items() if key != "intermediate_size"},
         "attention_bias": False,
