@@ -359,6 +359,24 @@ def test_it_loads_whole_and_computes_the_same(dense, tmp_path, source, target):
     assert {check: f for check, f in findings.items() if f.status == "failed"} == {}
 
 
+# One of each kind of stacked experts among the families that are tested here alone.
+FUSED = [
+    ("nemotron_h", "nemotron_h"),
+    ("ernie4_5", "ernie4_5_moe"),
+    ("qwen3", "hy_v3"),
+    ("qwen3", "mellum"),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), FUSED)
+def test_stacked_experts_too(dense, tmp_path, source, target):
+    folder, expected = dense(source)
+    build_moe(folder, tmp_path / "moe", CONFIG, target=target, layout="fused")
+    logits, problems = compute_logits(tmp_path / "moe", TOKENS)
+    assert not problems
+    assert_same(logits, expected, 2e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_shapes_and_keys_are_those_that_transformers_writes(family):
     """The golden file of the ordinary tests, as the installed version would make it."""

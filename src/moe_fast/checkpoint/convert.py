@@ -333,7 +333,8 @@ def expert_tensors(
 ) -> list[ExpertTensor]:
     """The tensors that hold a layer's experts in a layout, in order."""
     if family is not None:
-        return family.expert_tensors(layer.number, model.num_experts, layout)
+        tensors = family.expert_tensors(layer.number, model.num_experts, layout)
+        return [tensor._replace(name=family.name_in_files(tensor.name)) for tensor in tensors]
     block, experts = block_name(model, layer, layout), range(model.num_experts)
     if layout is Layout.PER_EXPERT:
         return [

@@ -12,7 +12,7 @@ from moe_fast.families.config import Sizes
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, UP_DOWN, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
-from moe_fast.families.moe import Parts, as_count
+from moe_fast.families.moe import ExpertTensor, Parts, as_count
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
@@ -204,10 +204,18 @@ class NemotronHMoe(GroupedExperts, Twin):
     blocks = BLOCKS
     names = NAMES
     block = "mixer"
-    layouts = (Layout.PER_EXPERT,)
     expert_names = ((UP, UP), (DOWN, DOWN))
     dropped = ("layer_types",)
     silent_width = 256
+
+    def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
+        if layout is Layout.PER_EXPERT:
+            return super().expert_tensors(layer, num_experts, layout)
+        prefix = f"model.layers.{layer}.{self.block}.experts"
+        return [
+            ExpertTensor(f"{prefix}.{role}", tuple((e, role) for e in range(num_experts)), True)
+            for role in (UP, DOWN)
+        ]
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kinds = kinds_of(config)
