@@ -450,6 +450,8 @@ TRANSFORMERS_4 = {
     "hunyuan": "hunyuan_v1_moe",
     "granite hybrid": "granitemoehybrid",
     "youtu": "deepseek_v3",
+    "ernie4_5": "ernie4_5_moe",
+    "qwen3": "dots1",
 }
 
 

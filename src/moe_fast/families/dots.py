@@ -9,7 +9,7 @@ from moe_fast.families.dense import QKVO
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, Parts, windows_as_qwen
-from moe_fast.families.rules import Rules
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, Rules
 
 
 class Dots1(GroupedExperts):
@@ -19,7 +19,8 @@ class Dots1(GroupedExperts):
     title = "dots.llm1"
     architecture = "Dots1ForCausalLM"
     auto_rank = 19
-    rules = Rules("n_routed_experts", None, 1e4)  # vLLM by transformers' classes
+    # vLLM by transformers' classes.
+    rules = Rules("n_routed_experts", None, 1e4, unasked=(TRANSFORMERS_4, LLAMA_CPP))
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
         "first_k_dense_replace": 0,

@@ -148,6 +148,7 @@ class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
         llama_cpp_ropes=("default",),
         llama_cpp_tokens=GLM_TOKENS,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,

@@ -108,7 +108,13 @@ class HyV3(LayerLists):
     title = "HY 3"
     architecture = "HYV3ForCausalLM"
     auto_rank = 21
-    rules = Rules("num_experts", 192, 11_158_840.0, natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP))
+    rules = Rules(
+        "num_experts",
+        192,
+        11_158_840.0,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(VLLM, LLAMA_CPP),
+    )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
         "enable_moe_fp32_combine": True,

@@ -34,6 +34,7 @@ class Mellum(LayerLists):
         1e4,
         either_count_key=True,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
+        unasked=(LLAMA_CPP,),
         llama_cpp_windows=True,
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {

@@ -172,7 +172,13 @@ class NemotronHMoe(GroupedExperts, Twin):
     title = "Nemotron-H MoE"
     architecture = "NemotronHForCausalLM"
     auto_rank = 17
-    rules = Rules("n_routed_experts", 8, 1e4, natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP))
+    rules = Rules(
+        "n_routed_experts",
+        8,
+        1e4,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
+    )
     defaults: Mapping[str, Any] = {
         **DEFAULTS_OF_NEMOTRON,
         "intermediate_size": 21504,

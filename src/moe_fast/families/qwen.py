@@ -267,6 +267,7 @@ class Qwen35Moe(GatedSharedExpert, Twin):
         256,
         1e4,
         natively=(TRANSFORMERS_5, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_QWEN35 | {
         "moe_intermediate_size": 512,

@@ -25,6 +25,7 @@ class SolarOpen(GroupedExperts):
         1e6,
         llama_cpp_tokens=("<|startoftext|>", "<|endoftext|>", "<unk>"),
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
+        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = {
         **{key: value for key, value in DEFAULTS_OF_MOE.items() if key != "intermediate_size"},
