@@ -305,9 +305,9 @@ def build_moe(
     Parameters
     ----------
     models : path, ExpertSource, or sequence of them
-        Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
-        safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
+        Folders of dense models in the Hugging Face layout, safetensors, of one shape and a family
+        that `moe-fast families` lists. An `ExpertSource` is a folder and what happens to its
+        weights on the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
         `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
         `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a repository on
         the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
@@ -317,9 +317,9 @@ def build_moe(
     config : MoeConfig, optional
         By default 8 experts, 2 per token.
     target : str
-        The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
-        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
-        place for everything the base has.
+        The family to build: `"mixtral"`, `"qwen3_moe"`, `"granitemoe"` or another that `moe-fast
+        families` lists, or `"auto"`, the first of them that has a place for everything the base
+        has.
     layout : str or Layout, optional
         `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
         transformers 5. GraniteMoE has a fused layout of its own and no other.

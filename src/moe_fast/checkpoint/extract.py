@@ -105,8 +105,8 @@ def extract_dense(
     Parameters
     ----------
     model : path
-        A folder with an MoE of a family that `build_moe` can build, without shared experts that add
-        something.
+        A folder with an MoE of a family that `build_moe` can build, Gemma 4 and multimodal models
+        aside, without shared experts that add something.
     output : path
         The folder to create.
     expert : int, optional
