@@ -16,6 +16,7 @@ include "counting.pxi"
 include "conversion.pxi"
 include "low_rank.pxi"
 include "moments.pxi"
+include "columns.pxi"
 
 include "routing/blocks.pxi"
 include "routing/lanes.pxi"

@@ -32,7 +32,7 @@ cdef inline double central_quantile(double q) noexcept nogil:
     return q * over / under
 
 
-cdef double tail_quantile(double q) noexcept nogil:
+cdef inline double tail_quantile(double q) noexcept nogil:
     # The quantile of 1/2 + q for |q| above 0.425.
     cdef double r = sqrt(-logarithm(0.5 - fabs(q))) - 1.6
     cdef double over = (
@@ -60,6 +60,7 @@ def fill_normal(
     """
     cdef uint64_t draw[BLOCK]
     cdef double q[BLOCK]
+    cdef double tail[BLOCK]
     cdef Py_ssize_t far[BLOCK]
     cdef Py_ssize_t i, size, count
     with nogil:
@@ -75,7 +76,10 @@ def fill_normal(
             count = 0
             for i in range(size):
                 far[count] = i
+                tail[count] = q[i]
                 count += fabs(q[i]) > 0.425
             for i in range(count):
-                out[begin + far[i]] = <float>(tail_quantile(q[far[i]]) * scale)
+                tail[i] = tail_quantile(tail[i]) * scale
+            for i in range(count):
+                out[begin + far[i]] = <float>tail[i]
             begin += size
