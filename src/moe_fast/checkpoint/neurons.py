@@ -217,8 +217,7 @@ class Redrawn:
 
     def chunks(self) -> Iterator[memoryview]:
         chosen = np.sort(shuffle(self.count, self.chosen_by)[: self.number])
-        held = [bytearray(block) for block in self.blocks()] if self.nbytes <= HELD else None
-        blocks = self.blocks if held is None else held.copy
+        blocks = self.held().copy if 0 < self.nbytes <= HELD else self.blocks
         mean, deviation = self.measure(chosen, blocks)
         drawn = 0
         for matrix, neurons in self.matrices(chosen, blocks):
@@ -238,10 +237,20 @@ class Redrawn:
         """Of a row of the matrix."""
         return self.count if self.columns else self.nbytes // ITEM_SIZES[self.dtype] // self.count
 
+    @property
+    def block_nbytes(self) -> int:
+        """As many rows as fit into a chunk."""
+        row = self.width * ITEM_SIZES[self.dtype]
+        return max(1, CHUNK // row) * row
+
     def blocks(self) -> Iterator[bytearray | memoryview]:
         """The source in blocks of rows, which may be changed until the next is asked for."""
-        row = self.width * ITEM_SIZES[self.dtype]
-        return read_in_blocks((self.source,), max(1, CHUNK // row) * row)
+        return read_in_blocks((self.source,), self.block_nbytes)
+
+    def held(self) -> list[memoryview]:
+        """The same blocks, read at once."""
+        (whole,) = map(memoryview, read_in_blocks((self.source,), self.nbytes))
+        return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
 
     def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:
         """Each block as bits, and which of its rows or columns are among the chosen neurons."""

@@ -61,7 +61,9 @@ def fill_normal(
     cdef uint64_t draw[BLOCK]
     cdef double q[BLOCK]
     cdef double tail[BLOCK]
-    cdef Py_ssize_t far[BLOCK]
+    cdef float beyond[BLOCK]
+    cdef float beyond_there[BLOCK + LANES]
+    cdef int32_t far[BLOCK + LANES]
     cdef Py_ssize_t i, size, count
     with nogil:
         while begin < end:
@@ -73,11 +75,12 @@ def fill_normal(
             for i in range(size):
                 q[i] = (double_of_integer(draw[i] >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
                 out[begin + i] = <float>(central_quantile(q[i]) * scale)
-            count = 0
-            for i in range(size):
-                far[count] = i
-                tail[count] = q[i]
-                count += fabs(q[i]) > 0.425
+                beyond[i] = <float>(fabs(q[i]) - 0.425)  # rounding does not change its sign
+            for i in range(size, BLOCK):
+                beyond[i] = 0
+            count = collect_at_least(beyond, BLOCK, <float>1e-30, 0, far, beyond_there)
+            for i in range(count):
+                tail[i] = q[far[i]]
             for i in range(count):
                 tail[i] = tail_quantile(tail[i]) * scale
             for i in range(count):
