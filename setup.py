@@ -93,9 +93,9 @@ class BuildKernels(build_ext):
             else:
                 # By default GCC fuses a*b+c, which would change the last bit of a weight. And it
                 # does not vectorise loops with conditions, because floating-point exceptions,
-                # which nobody reads, might be raised in another order.
+                # which nobody reads, might be raised in another order, and none with square roots,
+                # because they might set errno.
                 extension.extra_compile_args = ["-O3", "-ffp-contract=off"]
-                # Without them, no loop with a square root or a comparison becomes vectors.
                 extension.extra_compile_args += ["-fno-trapping-math", "-fno-math-errno"]
                 extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
                 self.refuse_other_platforms(extension.extra_compile_args)

@@ -173,7 +173,7 @@ def rows_of_shared_blocks() -> Iterator[Row]:
         """A model whose matrices are whole numbers of blocks, 1.7 GB with its experts."""
         make_dense_model(
             folder / "dense", seed=0, hidden_size=1024, intermediate_size=4096,
-            num_hidden_layers=8, vocab_size=4096,
+            num_hidden_layers=8,
         )  # fmt: skip
         build_moe(folder / "dense", folder / "aligned", MoeConfig(NUM_EXPERTS), dtype="bfloat16")
         atexit.register(remove, folder)
