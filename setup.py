@@ -11,6 +11,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 if sys.byteorder != "little":
@@ -118,6 +119,18 @@ class BuildKernels(build_ext):
             raise SystemExit(f"error: {error}\n\n{ADVICE}") from None
 
 
+class BuildWithExamples(build_py):
+    """Puts the examples beside the modules, for those who have the wheel alone."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            place = Path(self.build_lib, "moe_fast", "examples")
+            self.mkpath(str(place))
+            for file in (*Path("examples").glob("*.py"), *Path("examples").glob("*.yml")):
+                self.copy_file(str(file), str(place))
+
+
 DEFINITIONS = sorted(str(file) for end in ("pxi", "h") for file in KERNELS.rglob(f"*.{end}"))
 # The code that Cython adds to every module that takes buffers, compiled once, not for each level.
 SHARED = "moe_fast.kernels._shared"
@@ -153,5 +166,5 @@ setup(
             "freethreading_compatible": True,
         },
     ),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildWithExamples},
 )

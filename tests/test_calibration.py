@@ -199,7 +199,7 @@ def test_tokens_are_taken_evenly_and_none_twice(count):
         (
             {"texts": "a", "tokens": "b.npy"},
             MoeConfigError,
-            r"^texts or tokens, one of them, say what the model reads$",
+            r"^texts must not be given beside tokens: one is read$",
         ),
         ({"tokens_used": 0}, MoeConfigError, r"^tokens_used must be at least 1, got 0$"),
         ({"device": 3}, ArgumentTypeError, r"^device must be a string, got 3$"),

@@ -452,3 +452,10 @@ def test_an_adapter_of_the_cache(hub, tmp_path):
     change(snapshot, base_model_name_or_path="org/other")
     with pytest.raises(CheckpointError, match="its base is not here: 'org/other' is not a local"):
         build_moe("org/lora", tmp_path / "refused", CONFIG)
+
+
+def test_an_address_elsewhere_is_refused_as_one():
+    with pytest.raises(
+        CheckpointError, match=r"^https://example\.com/model: is not a model's address"
+    ):
+        find_model("https://example.com/model")

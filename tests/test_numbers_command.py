@@ -37,7 +37,7 @@ def test_plan():
     plan = plan_moe_construction(9, 2, MoeConfig(4, 1))
     assert MoeConstructionPlan.from_dict(value["plan"]) == plan
     assert MoeReport.from_dict(value["report"]).unused_models == (4, 5, 6, 7, 8)
-    assert "comes from 5 models" in run("plan", 9, 2, "--experts", 4).stdout
+    assert "5 models, without an expert" in run("plan", 9, 2, "--experts", 4).stdout
     done = run("plan", 0, 2)
     assert done.returncode == 2
     assert "MODELS must be at least 1, got 0" in done.stderr

@@ -22,7 +22,12 @@ from moe_fast import (
     MoeConfig,
     build_moe,
     check_moe,
+    expand_moe,
+    extract_dense,
     inspect_model,
+    merge_experts,
+    prune_moe,
+    reroute_moe,
     write_report,
 )
 from moe_fast.checkpoint.convert import convert_moe
@@ -126,7 +131,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
     build_moe(tmp_path / name, tmp_path / f"{name}-moe", CONFIG)
     page = Page(write_report(tmp_path / f"{name}-moe"))
     assert "img" not in page.tags
-    assert f"0: {name}" in page.text
+    assert f"Everything else comes from {name}." in page.text
 
 
 def test_the_check_is_part_of_it(moe):
@@ -170,6 +175,66 @@ def test_a_converted_model(moe):
     text = Page(write_report(moe.parent / "fused")).text
     assert "converted from moe." in text
     assert "Where the experts come from" not in text
+
+
+@pytest.mark.parametrize(
+    ("operate", "heading", "said"),
+    [
+        (
+            lambda moe, out: prune_moe(moe, out, keep=[0, 2]),
+            "2 experts per layer, 2 per token, pruned from moe.",
+            ["Of 4 experts in each layer, these are kept.", "layer", "kept", "all", "0, 2"],
+        ),
+        (
+            lambda moe, out: prune_moe(
+                moe, out, num_experts=2, by="worth",
+                scores={"layers": {"0": {"worth": [4, 3, 2, 1]}, "1": {"worth": [1, 2, 3, 4]}}},
+            ),
+            "2 experts per layer, 2 per token, pruned from moe.",
+            ["worth", ".", "layer", "kept", "0", "0-1", "1", "2-3"],
+        ),
+        (
+            lambda moe, out: merge_experts(moe, out, groups=[[0, 3], [1, 2]]),
+            "2 experts per layer, 2 per token, merged from moe.",
+            ["Each of these groups of 4 experts became its mean.", "layer", "groups", "all",
+             "0 + 3, 1 + 2"],
+        ),
+        (
+            lambda moe, out: expand_moe(moe, out, num_experts=8),
+            "8 experts per layer, 4 per token, expanded from moe.",
+            ["Of 4 experts in each layer, these are copies.", "layer",
+             "each new expert is a copy of", "all", "0-3, 0-3"],
+        ),
+        (
+            lambda moe, out: extract_dense(moe, out, mean=True),
+            "a dense model, without experts, extracted from moe.",
+            ["Of 4 experts in each layer, the FFN is the mean of:", "layer", "experts", "all",
+             "0-3"],
+        ),
+        (
+            lambda moe, out: reroute_moe(moe, out, routers="normal"),
+            "4 experts per layer, 2 per token, rerouted from moe.",
+            ["The routers were made anew:", "normal", ". Every other weight is unchanged."],
+        ),
+    ],
+)  # fmt: skip
+def test_what_an_operation_did(moe, tmp_path, operate, heading, said):
+    operate(moe, tmp_path / "operated")
+    page = Page(write_report(tmp_path / "operated"))
+    assert heading in page.text
+    assert "\n".join(said) in page.text
+    assert "always tie" not in page.text
+
+
+def test_long_tables_are_folded_and_one_source_needs_no_picture(tmp_path):
+    for seed in range(13):
+        make_dense_model(tmp_path / f"dense-{seed}", seed=seed)
+    for number in (1, 12, 13):
+        models = [tmp_path / f"dense-{seed}" for seed in range(number)]
+        build_moe(models, tmp_path / "moe", MoeConfig(13, 2), overwrite=True)
+        page = Page(write_report(tmp_path / "moe"))
+        assert ("13 models" in page.texts) == (number == 13)
+        assert ("Source model of each expert of each layer" in page.source) == (number > 1)
 
 
 def test_what_others_made(moe, dense):

@@ -109,8 +109,8 @@ def test_files_that_hold_no_text(dense, tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ({}, MoeConfigError, "texts or tokens, one of them"),
-        ({"texts": "a", "tokens": [1]}, MoeConfigError, "texts or tokens, one of them"),
+        ({}, MoeConfigError, "texts must be given, or tokens"),
+        ({"texts": "a", "tokens": [1]}, MoeConfigError, "texts must not be given beside tokens"),
         ({"texts": [3]}, ArgumentTypeError, "texts must be files or strings, got 3"),
         ({"texts": []}, MoeConfigError, "texts hold no token"),
         ({"texts": Path("a.pdf")}, MoeConfigError, "texts must be files ending in .txt"),

@@ -55,8 +55,15 @@ def as_choice(value: Any, choices: Sequence[str], name: str) -> str:
 
 
 def unknown_choice(value: object, choices: Sequence[str], name: str) -> MoeConfigError:
-    allowed = ", ".join(repr(str(choice)) for choice in choices)
-    return MoeConfigError(f"must be one of {allowed}, got {reprlib.repr(value)}", argument=name)
+    from difflib import get_close_matches  # which nothing needs that goes well
+
+    names = [str(choice) for choice in choices]
+    close = get_close_matches(str(value)[:100], names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return MoeConfigError(
+        f"must be one of {', '.join(map(repr, names))}, got {reprlib.repr(value)}{hint}",
+        argument=name,
+    )
 
 
 def as_index(value: Any, name: str, *, minimum: int | None = 0, maximum: int | None = None) -> int:

@@ -59,8 +59,16 @@ class Report:
     def _repr_html_(self) -> str:
         from moe_fast.drawing.html import pairs_table
 
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        return pairs_table({name.replace("_", " "): getattr(self, name) for name in names})
+        # What is too long for a line of text is left out, and what says nothing.
+        names = [field.name for field in fields(self) if field.repr]  # type: ignore[arg-type]
+        pairs = {as_words(name): getattr(self, name) for name in names}
+        return pairs_table({n: v for n, v in pairs.items() if v or (v == 0 and v is not False)})
+
+
+def as_words(name: str) -> str:
+    """A field's name as people read it: `experts per token` for `num_experts_per_tok`."""
+    words = name.removeprefix("num_").split("_")
+    return " ".join("token" if word == "tok" else word for word in words)
 
 
 def json_document(values: Mapping[str, Any], indent: int | None = 2) -> str:

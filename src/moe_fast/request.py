@@ -127,7 +127,7 @@ class RouterStart:
         if self.logit_std is not None:
             object.__setattr__(self, "logit_std", as_logit_std(self.logit_std, self.method))
         if self.texts and self.tokens is not None:
-            raise MoeConfigError("texts or tokens, one of them, say what the model reads")
+            raise MoeConfigError("must not be given beside tokens: one is read", argument="texts")
         if self.tokens_used is not None:
             number = as_index(self.tokens_used, "tokens_used", minimum=1)
             if not self.has_text and self.method not in FROM_TEXT:

@@ -248,7 +248,7 @@ def test_fp8_is_dequantised_as_it_is_read(tmp_path):
         ({"tokens": [[1]], "device": 3}, TypeError, "device must be a string"),
         ({"tokens": [[1]], "mean_outputs": 1}, TypeError, "mean_outputs must be True or False"),
         ({"tokens": [[1]], "mean_outputs": True}, MoeConfigError, "beside the scores: name an out"),
-        ({}, MoeConfigError, "texts or tokens, one of them"),
+        ({}, MoeConfigError, "texts must be given, or tokens"),
     ],
     ids=str,
 )

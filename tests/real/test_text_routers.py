@@ -392,5 +392,14 @@ def test_inspect_says_what_transformers_routes(folder, tmp_path):
     done = run("inspect", moe, "--no-copies", "--text", folder / "other.txt")
     assert done.returncode == 0, done.stderr
     assert "predicted on tokens of the texts" in done.stdout.replace("\n", " ")
+    done = run("report", moe, "-o", tmp_path / "moe.html", "--text", folder / "other.txt")
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"tokens of the texts, the load’s coefficient of variation is ([\d.]+) to "
+                     r"([\d.]+)", (tmp_path / "moe.html").read_text("utf-8"))  # fmt: skip
+    assert said is not None
+    report = inspect_model(moe, texts=folder / "other.txt", copies=False)
+    found = [router.coefficient_of_variation for router in report.routers]
+    assert float(said[1]) == pytest.approx(min(found), abs=6e-4)
+    assert float(said[2]) == pytest.approx(max(found), abs=6e-4)
     with pytest.raises(MoeConfigError, match="hidden_states, or texts or tokens"):
         inspect_model(moe, texts="a text", hidden_states=np.zeros((1, 64)))

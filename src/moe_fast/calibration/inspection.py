@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from moe_fast.calibration.rerouted import stream_moe_inputs
 from moe_fast.calibration.selection import select_tokens
-from moe_fast.calibration.texts import TokenArrays, TokenSequences
+from moe_fast.calibration.texts import TokenArrays, TokenSequences, both_given
 from moe_fast.checks import as_index
 from moe_fast.errors import MoeConfigError
 from moe_fast.models.inspection import ModelReport, look_into
@@ -79,7 +79,7 @@ def inspect_model(
     if hidden_states is not None:
         raise MoeConfigError("hidden_states, or texts or tokens, are what the routers read")
     if found and tokens is not None:
-        raise MoeConfigError("texts or tokens, one of them, say what the model reads")
+        raise both_given()
     used = None if tokens_used is None else as_index(tokens_used, "tokens_used", minimum=1)
 
     def read_inputs(model: MoeModel) -> Iterator[npt.NDArray[np.float32]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -25,6 +25,7 @@ from moe_fast.checks import as_flag, as_index, as_path
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.models.scores import MEASURES, digest_routers
+from moe_fast.progress import Progress, ShowsProgress, as_progress
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import ModelPath
 from moe_fast.storage.safetensors_header import header_bytes
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["ScoreReport", "score_experts"]
-Progress = Callable[[int, int], None]
 Doubles = npt.NDArray[np.float64]
 STATE = "state.json"
 
@@ -131,8 +131,9 @@ def score_experts(
         Where to compute, as torch calls it.
     overwrite : bool
         Whether to replace an existing file.
-    progress : callable, optional
-        Called many times with the bytes of weights read so far and those to read in all.
+    progress : bool or callable, optional
+        `True` shows a bar; a function is called many times with the bytes of weights read so far
+        and those to read in all.
 
     Returns
     -------
@@ -177,7 +178,7 @@ def score_experts(
     with work_folder(file) as work:
         key = key_of(opened, read, wants, str(torch_device))
         with LayeredModel(opened, read, torch_device, work) as runner:
-            layers = run(runner, key, wants, progress)
+            layers = run(runner, key, wants, as_progress(progress, "reading"))
         if arrays is not None:
             write_arrays(work, list(layers), arrays)
         digest = digest_routers(opened)
@@ -309,7 +310,7 @@ class Totals:
 
 
 def run(
-    runner: LayeredModel, key: str, wants: Mapping[str, bool], progress: Progress | None
+    runner: LayeredModel, key: str, wants: Mapping[str, bool], progress: ShowsProgress | None
 ) -> dict[str, Any]:
     """Run the model, and keep after each layer what is needed to go on from there."""
     work = runner.work

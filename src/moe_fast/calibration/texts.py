@@ -98,6 +98,10 @@ class TokenSequences:
         return tokens
 
 
+def both_given() -> MoeConfigError:
+    return MoeConfigError("must not be given beside tokens: one is read", argument="texts")
+
+
 def read_tokens(
     folder: Path,
     config: Mapping[str, Any],
@@ -135,8 +139,10 @@ def read_tokens(
     ModuleNotFoundError
         Without tokenizers; for messages, without transformers or Jinja.
     """
-    if (texts is None) == (tokens is None):
-        raise MoeConfigError("texts or tokens, one of them, say what the model reads")
+    if texts is None and tokens is None:
+        raise MoeConfigError("must be given, or tokens: the model reads them", argument="texts")
+    if texts is not None and tokens is not None:
+        raise both_given()
     longest = first_size(config, LENGTH_KEYS) or MOST_TOGETHER
     length = min(longest, MOST_TOGETHER) if length is None else min(length, longest)
     if texts is not None:

@@ -17,12 +17,12 @@ import numpy.typing as npt
 from moe_fast.calibration.activations import stream_router_inputs
 from moe_fast.calibration.selection import select_tokens
 from moe_fast.calibration.texts import TokenArrays, TokensInMemory
-from moe_fast.checkpoint.card import file_metadata, model_card, model_name
+from moe_fast.checkpoint.card import distinct_names, file_metadata, model_card, model_name
 from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
 from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
-from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checkpoint.output import Writing, warn_of_overflow
 from moe_fast.checkpoint.random_pieces import choose_stream
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
 from moe_fast.checks import (
@@ -50,6 +50,7 @@ from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
+from moe_fast.progress import Progress
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
@@ -244,14 +245,16 @@ class BuildReport(Report):
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def to_frame(self) -> DataFrame:
-        """The experts of a layer as a pandas data frame, one row an expert with its models.
+        """The experts of a layer as a pandas data frame, one row an expert with its models' names.
 
         Raises
         ------
         ModuleNotFoundError
             Without pandas.
         """
-        return pandas_frame({"expert": range(len(self.experts)), "models": self.experts})
+        names = distinct_names(model for models in self.experts for model in models)
+        models = [", ".join(names[model] for model in models) for models in self.experts]
+        return pandas_frame({"expert": range(len(self.experts)), "models": models})
 
 
 def build_moe(
@@ -415,8 +418,9 @@ def build_moe(
         Whether to wait until the output would last through a power cut.
     dry_run : bool
         Whether to find every problem and report what would be written, and write nothing.
-    progress : callable, optional
-        Called many times with the bytes written so far and the bytes to write in all.
+    progress : bool or callable, optional
+        `True` shows a bar; a function is called many times with the bytes written so far and the
+        bytes to write in all.
 
     Returns
     -------

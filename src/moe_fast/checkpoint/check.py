@@ -15,7 +15,6 @@ from moe_fast.calibration.parity import compare_logits, installed_transformers, 
 from moe_fast.checkpoint.card import CARD
 from moe_fast.checkpoint.design import Design, design_of
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from moe_fast.checkpoint.output import Progress
 from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError, MoeConfigError, Problem
 from moe_fast.families.dense import FFN, DenseModel
@@ -28,6 +27,7 @@ from moe_fast.models.inspection import router_reports
 from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of, require_layers
 from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
+from moe_fast.progress import Progress, ShowsProgress, as_progress
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
 from moe_fast.storage.companions import find_companions
@@ -152,8 +152,9 @@ def check_moe(
         Needs transformers and torch, and memory for 4 bytes a parameter. Logits must be equal but
         for rounding where all experts are the base's own and nothing was done to them; otherwise
         the finding says how far they are apart.
-    progress : callable, optional
-        Called many times with the bytes compared so far and the bytes to compare in all.
+    progress : bool or callable, optional
+        `True` shows a bar; a function is called many times with the bytes compared so far and the
+        bytes to compare in all.
 
     Returns
     -------
@@ -179,6 +180,7 @@ def check_moe(
     >>> report.passed, report["experts"].summary
     (True, '8 experts equal their sources, byte for byte')
     """
+    shows = as_progress(progress, "comparing")
     folder = as_path(output, "output")
     check_is_folder(folder)
     listed = [against] if isinstance(against, (str, os.PathLike)) else against
@@ -199,7 +201,7 @@ def check_moe(
     findings = [
         headers,
         manifest_finding,
-        *check_sources(model, design, sources, progress),
+        *check_sources(model, design, sources, shows),
         check_structure(model) if model.layers else check_dense_structure(model),
     ]
     if model.layers:
@@ -314,7 +316,7 @@ def check_sources(
     model: MoeModel,
     design: Design | Finding | None,
     against: Sequence[ModelPath],
-    progress: Progress | None,
+    progress: ShowsProgress | None,
 ) -> list[Finding]:
     """Compare with the design made again, or without a manifest with the sources given."""
     names = (*PARTS, "configuration", "tokenizer")
@@ -334,7 +336,9 @@ def check_sources(
     return [not_possible(name, design.summary) for name in names]
 
 
-def compare_weights(model: MoeModel, design: Design, progress: Progress | None) -> list[Finding]:
+def compare_weights(
+    model: MoeModel, design: Design, progress: ShowsProgress | None
+) -> list[Finding]:
     """Every tensor against the pieces that it should have been written from."""
     problems: dict[str, list[str]] = {part: [] for part in PARTS}
     total = sum(tensor.nbytes for tensor in model.tensors.values())

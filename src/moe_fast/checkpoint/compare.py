@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.checkpoint.output import Progress
 from moe_fast.checks import as_number
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError
 from moe_fast.families.config import NUM_EXPERTS_KEYS
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, role_of, slices_of
+from moe_fast.progress import Progress, as_progress
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
 from moe_fast.storage.arithmetic import E4M3
@@ -118,8 +118,9 @@ def compare_moe(
         The model folders.
     tolerance : float
         By how much two numbers may differ.
-    progress : callable, optional
-        Called many times with the bytes of the first model compared so far, and all of them.
+    progress : bool or callable, optional
+        `True` shows a bar; a function is called many times with the bytes of the first model
+        compared so far, and all of them.
 
     Returns
     -------
@@ -144,6 +145,7 @@ def compare_moe(
     >>> compare_moe(f"{folder}/moe", f"{folder}/fused").equal
     True
     """
+    shows = as_progress(progress, "comparing")
     allowed = as_number(tolerance, "tolerance")
     if not 0 <= allowed < math.inf:
         raise MoeConfigError(f"tolerance must be a finite number of at least 0, got {allowed}")
@@ -171,8 +173,8 @@ def compare_moe(
                     text = f"differs by up to {furthest:.6g}"
                     differences.append(WeightDifference(*part, text, furthest))
             done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
+            if shows is not None:
+                shows(done, total)
     differences += [
         WeightDifference(*part, f"is in {models[1].path} alone")
         for part in others

@@ -15,7 +15,7 @@ from moe_fast.checkpoint.arrangement import is_weight
 from moe_fast.checkpoint.card import CARD, updated_card
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
-from moe_fast.checkpoint.output import Progress, Writing, warn_of_overflow
+from moe_fast.checkpoint.output import Writing, warn_of_overflow
 from moe_fast.checks import as_member, as_path, as_size
 from moe_fast.config import Dtype, Layout, LayoutName
 from moe_fast.dtypes import DTYPE_CODES, WEIGHT_DTYPES, as_weight_dtype
@@ -33,6 +33,7 @@ from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_laye
 from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
+from moe_fast.progress import Progress
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens

@@ -22,7 +22,7 @@ from moe_fast.checkpoint.operation import (
     files_given,
     perform,
 )
-from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checkpoint.output import Writing
 from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
@@ -32,6 +32,7 @@ from moe_fast.families.registry import dense_families, moe_families
 from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_experts
 from moe_fast.models.structure import structure_problems
+from moe_fast.progress import Progress
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.files import OpenFiles

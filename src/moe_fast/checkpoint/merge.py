@@ -27,10 +27,11 @@ from moe_fast.checkpoint.operation import (
     files_given,
     perform,
 )
-from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checkpoint.output import Writing
 from moe_fast.checks import as_flag, as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
+from moe_fast.progress import Progress
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.wording import format_count
 

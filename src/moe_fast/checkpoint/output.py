@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import ArgumentTypeError, Problem
+from moe_fast.progress import Progress, ShowsProgress, as_progress
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.pieces import FileRange
 from moe_fast.storage.staging import is_around, on_disk, staged, unfinished, why_not
@@ -19,7 +20,6 @@ from moe_fast.storage.tensors import BLOCK, Shard
 from moe_fast.storage.writer import FileRecord, copy_file, key_of, write_shards, write_text
 from moe_fast.threads import as_threads
 
-Progress = Callable[[int, int], None]
 # Any one of these makes a folder a model, which may be overwritten.
 MARKS = ("config.json", MANIFEST)
 FOLDERS = 4 * BLOCK  # what the folders themselves take
@@ -44,9 +44,9 @@ class Writing:
         Whether to wait until the output would last through a power cut.
     dry_run : bool
         Whether to write nothing, and only find what would be in the way.
-    progress : callable, optional
-        Called many times with the bytes written so far and the bytes to write in all, from one
-        thread at a time.
+    progress : bool or callable, optional
+        `True` shows a bar; a function is called many times with the bytes written so far and the
+        bytes to write in all, from one thread at a time.
     """
 
     overwrite: bool = False
@@ -59,6 +59,7 @@ class Writing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", as_threads(self.threads))
+        as_progress(self.progress, "")
         if self.executor is not None and not isinstance(self.executor, Executor):
             raise ArgumentTypeError(
                 f"must be a concurrent.futures.Executor, got {self.executor!r}",
@@ -148,7 +149,9 @@ def write_output(
     `manifest` gets the records of the other files, which are returned, and gives its text.
     """
     key = key_of(shards, writing.fsync)
-    written = WrittenBytes(sum(shard.nbytes for shard in shards), writing.progress)
+    written = WrittenBytes(
+        sum(shard.nbytes for shard in shards), as_progress(writing.progress, "writing")
+    )
     with staged(
         output, key, overwrite=writing.overwrite, marks=MARKS, fsync=writing.fsync
     ) as folder:
@@ -187,7 +190,7 @@ def warn_of_overflow(records: Mapping[str, FileRecord]) -> list[str]:
 class WrittenBytes:
     """Adds up what the shards report, from any thread, and passes it on."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: ShowsProgress | None) -> None:
         self.count = 0
         self.total = total
         self.progress = progress

@@ -21,13 +21,14 @@ from moe_fast.checkpoint.operation import (
     design_operation,
     perform,
 )
-from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checkpoint.output import Writing
 from moe_fast.checkpoint.routers import RouterContext, digest_routers, make_routers
 from moe_fast.checks import as_index, as_size
 from moe_fast.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeLayer, MoeModel, is_mtp, open_moe_model, require_experts
 from moe_fast.plain import typed
+from moe_fast.progress import Progress
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
     ExpertSource,

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import moe_fast
 
-GROW, CHANGE, LOOK = "Grow an MoE", "Change an MoE", "Look at one"
+GROW, CHANGE, LOOK = "Grow an MoE", "Change an MoE", "Look at a model"
 
 
 class PlainFlags:

@@ -50,6 +50,7 @@ from moe_fast.command.console import (
     show_families,
     show_plan,
 )
+from moe_fast.command.examples import copy_examples
 from moe_fast.command.outcome import (
     print_json,
     reported_errors,
@@ -398,3 +399,20 @@ def demo(
         show_check(checked)
     if not checked.passed:
         raise typer.Exit(1)
+
+
+@app.command(
+    cls=Command,
+    rich_help_panel=GROW,
+    help="Copy the example scripts: train an upcycled model, prune by scores, route by kind.",
+    epilog="Example: `moe-fast examples && python examples/train_upcycled.py`",
+)
+def examples(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The folder to copy them into.")
+    ] = Path("examples"),
+) -> None:
+    with reported_errors(context):
+        for file in copy_examples(folder):
+            say(f"{file}")

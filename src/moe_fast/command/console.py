@@ -284,7 +284,7 @@ def show_plan(plan: MoeConstructionPlan, report: MoeReport) -> None:
     if report.total_params_estimate:
         pairs["parameters"] = f"{report.total_params_estimate:,} in experts and routers"
     if report.unused_models:
-        pairs["no expert"] = f"comes from {format_count(len(report.unused_models), 'model')}"
+        pairs["unused"] = f"{format_count(len(report.unused_models), 'model')}, without an expert"
     show_pairs(pairs)
     say("\nexperts of each layer, each from the same layer of its model")
     experts = plan.source_model[0]

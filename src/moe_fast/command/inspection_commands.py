@@ -178,6 +178,10 @@ def report(
         bool,
         typer.Option("--check", help="Check the model first; reads it and its sources."),
     ] = False,
+    text: TextFiles = None,
+    tokens: TokensFile = None,
+    tokens_used: TokensUsed = None,
+    device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
     with reported_errors(context):
@@ -185,7 +189,15 @@ def report(
         if with_check:
             with progress_bar("comparing") as progress:
                 checked = moe_fast.check_moe(model, progress=progress)
-        file = moe_fast.write_report(model, output, check=checked)
+        file = moe_fast.write_report(
+            model,
+            output,
+            check=checked,
+            texts=text_files(text),
+            tokens=tokens,
+            tokens_used=tokens_used,
+            device=device,
+        )
     say(f"{file}")
 
 

@@ -10,10 +10,15 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from moe_fast.calibration.inspection import inspect_model
+from moe_fast.calibration.texts import TokenArrays
 from moe_fast.checkpoint.build import BuildRequest, request_values
 from moe_fast.checkpoint.card import (
     changes,
@@ -22,13 +27,17 @@ from moe_fast.checkpoint.card import (
     distinct_names,
 )
 from moe_fast.checkpoint.check import CheckReport, Status
-from moe_fast.checkpoint.convert import ConvertRequest
+from moe_fast.checkpoint.expand import ExpandRequest
+from moe_fast.checkpoint.extract import ExtractRequest
 from moe_fast.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_fast.checkpoint.merge import MergeRequest
+from moe_fast.checkpoint.prune import PruneRequest
+from moe_fast.checkpoint.reroute import RerouteRequest
 from moe_fast.checks import as_path
 from moe_fast.drawing.html import plan_picture, shares_picture, table
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import find_readers
-from moe_fast.models.inspection import ModelReport, look_into
+from moe_fast.models.inspection import ModelReport
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
@@ -43,6 +52,12 @@ OTHER_PARTS = (
     ("embeddings and head", re.compile(r"\b(?:embed_tokens|lm_head)\b", re.ASCII)),
     ("dense FFN", re.compile(r"\bmlp\b", re.ASCII)),
 )
+# What the other operations did to their model.
+PAST = {
+    "convert": "converted", "expand": "expanded", "extract": "extracted", "merge": "merged",
+    "prune": "pruned", "reroute": "rerouted",
+}  # fmt: skip
+MOST_ROWS = 12  # of a table that is shown unfolded
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
   --soft: color-mix(in srgb, CanvasText 6%, Canvas) }
@@ -50,10 +65,11 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; ma
   background: Canvas; color: CanvasText }
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere } h2 { margin: 2.2rem 0 .6rem }
 p { margin: .5rem 0 } .lead { font-size: 1.1rem }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .7rem;
   margin: 1.2rem 0; padding: 0 }
-.facts div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
-.facts dt { font-size: .85rem } .facts dd { margin: 0; font-size: 1.15rem; font-weight: 600 }
+.facts div { background: var(--soft); border-radius: .5rem; padding: .5rem .6rem }
+.facts dt { font-size: .85rem }
+.facts dd { margin: 0; font-size: 1.05rem; font-weight: 600; white-space: nowrap }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
   border-bottom: 1px solid var(--line) }
@@ -71,6 +87,10 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     check: CheckReport | None = None,
+    texts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    tokens: TokenArrays | None = None,
+    tokens_used: int | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write one HTML page about an MoE checkpoint, whoever made it.
 
@@ -85,6 +105,9 @@ def write_report(
         `moe-report.html`. An earlier report is replaced, another file is not.
     check : CheckReport, optional
         What `check_moe` found, to be part of the page.
+    texts, tokens, tokens_used, device
+        Text that the model reads, to count how evenly its routers spread it, as in
+        `inspect_model`; by default the load is predicted on random tokens.
 
     Returns
     -------
@@ -109,7 +132,10 @@ def write_report(
     """
     folder = as_path(path, "path")
     file = choose_file(folder) if output is None else as_path(output, "output")
-    page = make_page(folder, check).encode()
+    found = inspect_model(
+        folder, copies=False, texts=texts, tokens=tokens, tokens_used=tokens_used, device=device
+    )
+    page = make_page(folder, found, check).encode()
     if os.path.lexists(file) and not is_report(file):
         raise CheckpointError("exists and is not a report; choose another file", file=file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +162,9 @@ def is_report(file: Path) -> bool:
         return stream.read(len(MARK)) == MARK
 
 
-def make_page(folder: Path, check: CheckReport | None) -> str:
+def make_page(folder: Path, found: ModelReport, check: CheckReport | None) -> str:
     """The whole page."""
     model = open_moe_model(folder)
-    found = look_into(folder, copies=False)
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     name = folder.resolve().name
     body = [
@@ -148,8 +173,9 @@ def make_page(folder: Path, check: CheckReport | None) -> str:
         *make_section("Problems", list_problems(found.problems, "failed")),
         *make_section("Check", describe_check(check)),
         *make_section("Where the experts come from", describe_origin(folder, manifest)),
+        *make_section("What was done", describe_operation(manifest)),
         *make_section("What takes the space", describe_sizes(model)),
-        *make_section("Routers", describe_routers(found)),
+        *make_section("Routers", describe_routers(found, manifest)),
         *make_section("Who loads it", describe_readers(model)),
         *make_section("Files", describe_files(model, manifest)),
     ]
@@ -180,11 +206,11 @@ def make_heading(found: ModelReport, manifest: Manifest | None) -> Iterator[str]
         if manifest and isinstance(manifest.request, BuildRequest):
             count = len({source.model for source in manifest.request.models})
             text += f", from {'one dense model' if count == 1 else f'{count} dense models'}"
-        elif manifest and isinstance(manifest.request, ConvertRequest):
-            (name,) = distinct_names([manifest.request.model]).values()
-            text += f", converted from {name}"
     else:
         text = f"{family}: a dense model, without experts"
+    if manifest and (done := PAST.get(manifest.request.operation)):
+        (name,) = distinct_names(manifest.request.folders()).values()
+        text += f", {done} from {name}"
     yield f'<p class="lead">{escape(text)}.</p>'
     facts = {
         "parameters": format_quantity(found.num_parameters),
@@ -247,10 +273,11 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         plan.source_layer[rows_with_experts],
         num_models=plan.num_models,
     )
-    yield plan_picture(plan, labels)
+    if len(labels) > 1 or not np.array_equal(plan.source_layer, own_layers(plan)):
+        yield plan_picture(plan, labels)
     if dense:
         layers = format_numbers("layer", request.dense_layers)
-        yield f"<p>Not in the picture, because without experts: {layers}.</p>"
+        yield f"<p>Without experts: {layers}.</p>"
     rows = []
     for number, source in enumerate(request.models):
         layers, experts = (plan.source_model == number).nonzero()
@@ -258,7 +285,8 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         rows.append(
             (str(number), labels[number], places, f"{len(layers):,}", changes(source, names))
         )
-    yield table(("", "model", "experts", "total", "modifications"), rows)
+    header = ("", "model", "experts", "total", "modifications")
+    yield from folded_table(f"{len(rows)} models", header, rows)
     if shared:
         listed = ", ".join(dict.fromkeys(names[model] for model in shared))
         yield f"<p>Every token also goes through the FFN of {escape(listed)}.</p>"
@@ -270,6 +298,71 @@ def describe_origin(folder: Path, manifest: Manifest | None) -> Iterator[str]:
         f"<p>Everything else {rest}. The routers start by the "
         f"method <code>{escape(request.routers.method)}</code>.</p>"
     )
+
+
+def own_layers(plan: MoeConstructionPlan) -> npt.NDArray[np.int64]:
+    """The source layers of experts that stay in the layer they come from."""
+    return np.broadcast_to(np.arange(plan.num_layers)[:, np.newaxis], plan.source_layer.shape)
+
+
+def describe_operation(manifest: Manifest | None) -> Iterator[str]:
+    """What an operation on a finished MoE did to the experts of each layer."""
+    if manifest is None:
+        return
+    request, facts = manifest.request, manifest.facts
+    before = facts.get("num_experts_before")
+    match request:
+        case PruneRequest():
+            best = f", the best by <code>{escape(request.by)}</code>" if request.by else ""
+            yield f"<p>Of {before} experts in each layer, these are kept{best}.</p>"
+            yield from layer_table("kept", runs_of(request.keep))
+        case MergeRequest():
+            aligned = ", after their neurons were matched" if request.align else ""
+            yield f"<p>Each of these groups of {before} experts became its mean{aligned}.</p>"
+            groups = {
+                layer: ", ".join(" + ".join(map(str, group.experts)) for group in groups)
+                for layer, groups in request.groups.items()
+            }
+            yield from layer_table("groups", groups)
+        case ExpandRequest():
+            noise = f", with noise of {request.noise_scale:g}" if request.noise_scale else ""
+            yield f"<p>Of {before} experts in each layer, these are copies{noise}.</p>"
+            yield from layer_table("each new expert is a copy of", runs_of(request.copies))
+        case ExtractRequest():
+            several = len(next(iter(request.experts.values()))) > 1
+            how = " the mean of" * request.mean or " side by side" * several
+            yield f"<p>Of {before} experts in each layer, the FFN is{how}:</p>"
+            yield from layer_table("experts", runs_of(request.experts))
+        case RerouteRequest():
+            yield (
+                f"<p>The routers were made anew: <code>{escape(request.routers.method)}</code>. "
+                "Every other weight is unchanged.</p>"
+            )
+
+
+def layer_table(title: str, layers: Mapping[str, str]) -> Iterator[str]:
+    """The experts of each layer; one row if all layers have the same."""
+    rows = list(layers.items())
+    if len(rows) > 1 and len({experts for _, experts in rows}) == 1:
+        rows = [("all", rows[0][1])]
+    yield from folded_table(f"{len(rows)} layers", ("layer", title), rows)
+
+
+def runs_of(layers: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    return {layer: format_runs(experts) for layer, experts in layers.items()}
+
+
+def folded_table(
+    summary: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Collection[int] = (),
+) -> Iterator[str]:
+    """A table; behind its `summary` if it is long."""
+    whole = table(header, rows, numbers)
+    if len(rows) > MOST_ROWS:
+        whole = f"<details><summary>{escape(summary)}</summary>{whole}</details>"
+    yield whole
 
 
 def describe_sizes(model: MoeModel) -> Iterator[str]:
@@ -298,18 +391,19 @@ def find_part(name: str) -> str:
     return next(fitting, "norms and the rest")
 
 
-def describe_routers(found: ModelReport) -> Iterator[str]:
+def describe_routers(found: ModelReport, manifest: Manifest | None) -> Iterator[str]:
     if not found.routers:
         return
     broken = [router.layer for router in found.routers if not router.finite]
     shared = sorted({r.row_repeats for r in found.routers if r.tied_experts and r.row_repeats})
     shared = [number for number in shared if number < (found.num_experts or 0)]
     tied = [r.layer for r in found.routers if r.tied_experts and r.row_repeats not in shared]
+    copied = manifest is not None and isinstance(manifest.request, ExpandRequest)
     problems = []
     if broken:
         layers = format_numbers("layer", broken)
         problems.append(f"{layers}: the router has numbers that are not finite")
-    if tied:
+    if tied and not copied:
         layers = format_numbers("layer", tied)
         problems.append(f"{layers}: experts with the same row always tie")
     yield from list_problems(problems, "failed")
@@ -319,13 +413,16 @@ def describe_routers(found: ModelReport) -> Iterator[str]:
             f'<p class="passed">Experts share rows, {listed} in a row, as the shards of a copy do: '
             "they are chosen together.</p>"
         )
+    elif tied and copied:
+        yield '<p class="passed">Copies share rows and are chosen together.</p>'
     elif not problems:
         yield '<p class="passed">All numbers are finite, and no two experts tie.</p>'
     variations = [v for r in found.routers if (v := r.coefficient_of_variation) is not None]
     if variations:
         yield (
-            "<p>Predicted on random tokens, the load’s coefficient of variation is "
-            f"{format_range(variations)}, where 0 is even. Training will change it.</p>"
+            f"<p>Predicted on {escape(found.hidden_states or 'random tokens')}, the load’s "
+            f"coefficient of variation is {format_range(variations)}, where 0 is even. "
+            "Training will change it.</p>"
         )
     rows = [
         (
@@ -370,4 +467,5 @@ def describe_files(model: MoeModel, manifest: Manifest | None) -> Iterator[str]:
     rows = [(name, f"{size:,}", digests.get(name) or "") for name, size in sorted(sizes.items())]
     with_digests = any(row[2] for row in rows)
     header = ("file", "bytes", "SHA-256") if with_digests else ("file", "bytes")
-    yield table(header, [row[: len(header)] for row in rows], numbers=(1,))
+    shown = [row[: len(header)] for row in rows]
+    yield from folded_table(f"{len(rows):,} files", header, shown, numbers=(1,))

@@ -39,10 +39,12 @@ def pairs_table(pairs: Mapping[str, Any]) -> str:
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()
 ) -> str:
-    """A table of texts; cells of the columns `numbers` have the class `number`."""
+    """A table of texts; the columns `numbers` are aligned to the right."""
+    # Notebooks align every cell to the right that says nothing else.
+    text, number = ' style="text-align:left"', ' class="number"'
 
     def line(tag: str, row: Sequence[str]) -> str:
-        kinds = [' class="number"' if column in numbers else "" for column in range(len(row))]
+        kinds = [number if column in numbers else text for column in range(len(row))]
         cells = [f"<{tag}{kind}>{escape(t)}</{tag}>" for kind, t in zip(kinds, row, strict=True)]
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -59,7 +61,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}"
     if is_dataclass(value):
         pairs = ((each.name, getattr(value, each.name)) for each in fields(value))
         return "; ".join(f"{name.replace('_', ' ')}: {text_of(item)}" for name, item in pairs)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy.typing as npt
 
 from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build, located
-from moe_fast.checkpoint.output import Progress, Writing
+from moe_fast.checkpoint.output import Writing
 from moe_fast.checks import as_path, as_size
 from moe_fast.config import Dtype, MoeConfig, choose_config
 from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
+from moe_fast.progress import Progress
 from moe_fast.recipes.document import LARGEST_FILE, Document
 from moe_fast.recipes.keys import GATE_MODES, ExpertKeys, RecipeKeys
 from moe_fast.reports import Report

@@ -66,6 +66,11 @@ def find_model(model: str | os.PathLike[str]) -> str:
     name = os.fspath(model).replace(os.sep, "/")
     if not os.path.lexists(name):
         name = repository_name(name)
+        if re.match("[a-z]{2,}:/", name):  # a Path has one slash
+            raise CheckpointError(
+                "is not a model's address on the Hugging Face Hub; download it and give its folder",
+                file=name,
+            )
     path = Path(name)
     match = REPOSITORY.fullmatch(name)
     if match is None or os.path.lexists(path):
