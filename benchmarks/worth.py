@@ -69,7 +69,7 @@ def table(lines: list[Line], dense_arm: str) -> str:
 
 
 def draw(lines: list[Line], picture: Path) -> None:
-    """Held-out loss by tokens and by CPU time, each the mean over its seeds."""
+    """Held-out loss by tokens and by CPU time, each the mean over the seeds that all have."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -78,16 +78,18 @@ def draw(lines: list[Line], picture: Path) -> None:
 
     from moe_fast import plot_curves
 
+    seeds = set.intersection(
+        *({line["seed"] for line in lines if line["arm"] == arm} for arm in DRAWN)
+    )
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for ax, key, label in zip(
         panels, ("tokens", "seconds"), ("tokens", "CPU seconds"), strict=True
     ):
         curves = {}
         for arm in DRAWN:
-            runs = [line for line in lines if line["arm"] == arm]
-            if runs:
-                means = [np.mean([run[name] for run in runs], axis=0) for name in (key, "loss")]
-                curves[arm] = np.array(means)
+            runs = [line for line in lines if line["arm"] == arm and line["seed"] in seeds]
+            means = [np.mean([run[name] for run in runs], axis=0) for name in (key, "loss")]
+            curves[arm] = np.array(means)
         plot_curves(curves, ax, xlabel=label)
     figure.savefig(picture, metadata={"Date": None})
 
