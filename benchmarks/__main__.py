@@ -13,12 +13,26 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import calibration, checkpoint, conversion, gates, gradients, loading, plan, routing
+from benchmarks import (
+    calibration,
+    checkpoint,
+    conversion,
+    experts,
+    gates,
+    gradients,
+    loading,
+    operations,
+    plan,
+    routing,
+)
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, loading, calibration]
+TOPICS = [
+    *(gates, plan, conversion, routing, gradients, checkpoint, operations, experts, loading),
+    calibration,
+]
 
 
 def main() -> None:

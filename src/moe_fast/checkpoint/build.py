@@ -41,10 +41,15 @@ from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig, choose_config
 from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError, Problem
 from moe_fast.families.choice import as_target_name, choose
-from moe_fast.families.dense import DenseModel
+from moe_fast.families.dense import LAST_NORM, DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
-from moe_fast.families.wrappers import warn_of_rest, wrapped_config, wrapped_weights
+from moe_fast.families.wrappers import (
+    has_place,
+    warn_of_rest,
+    wrapped_config,
+    wrapped_weights,
+)
 from moe_fast.models.adapters import is_adapter, named_base
 from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
@@ -302,10 +307,10 @@ def build_moe(
     Parameters
     ----------
     models : path, ExpertSource, or sequence of them
-        Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
-        safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
-        `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
+        Folders of dense models in the Hugging Face layout, safetensors, of one shape and a family
+        that `moe-fast families` lists. An `ExpertSource` is a folder and what happens to its
+        weights on the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes
+        folded in, `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
         `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a repository on
         the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
         `HF_HUB_OFFLINE=1`.
@@ -314,9 +319,9 @@ def build_moe(
     config : MoeConfig, optional
         By default 8 experts, 2 per token.
     target : str
-        The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
-        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
-        place for everything the base has.
+        The family to build: `"mixtral"`, `"qwen3_moe"`, `"granitemoe"` or another that `moe-fast
+        families` lists, or `"auto"`, the first of them that has a place for everything the base
+        has.
     layout : str or Layout, optional
         `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
         transformers 5. GraniteMoE has a fused layout of its own and no other.
@@ -822,7 +827,9 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     return BuildDesign(
         weights=weights,
         config=config,
-        companions=find_companions(construction.base.path),
+        companions=find_companions(
+            base.path, processors=base.wrapper is None or has_place(family, base)
+        ),
         sources=[each for model in construction.opened_models() for each in model.sources()],
         family=family.name,
         num_experts=len(construction.moe_layers) * plan.num_experts,
@@ -847,6 +854,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
             *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
+            *(
+                f"{base.path / 'config.json'}: {each}"
+                for each in base.family.reservations(base.config, base.tensors[LAST_NORM].dtype)
+            ),
             *warn_of_rest(family, base),
             *warn_of_readers(config, contents, construction.base.path),
             *warn_of_unused_models(request.models, plan_report),
@@ -864,16 +875,17 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
     asked = (*request.models, *request.shared_experts)
     sources, base = open_sources(asked, request.base)
     num_layers = base.sizes.num_hidden_layers
+    with_ffn = base.ffn_layers
+    dense = {*request.dense_layers, *(n for n in range(num_layers) if n not in with_ffn)}
     plan = plan_experts(
         request.models,
         request.shared_experts,
-        request.dense_layers,
+        sorted(dense),
         request.config,
         num_layers,
         request.shards,
     )
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
-    dense = frozenset(request.dense_layers)
     context = RouterContext(
         base=base,
         experts=[request.models[model] for model in plan.source_model[0][:: request.row_repeats]],
@@ -896,7 +908,7 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
-        dense_layers=request.dense_layers,
+        dense_layers=sorted(dense),
         converted_to=dtype,
         granularity=request.shards,
         row_repeats=request.row_repeats,
@@ -923,9 +935,10 @@ def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
     found = {}
     for layer in layers:
         source_layer = int(construction.plan.source_layer[layer, 0])
-        gate = construction.sources[0].ffn_weight(source_layer, "gate_proj")
+        source = construction.sources[0]
+        rows = source.ffn_weight(source_layer, source.family.roles[0])
         stream = choose_stream(construction.seed, f"{layer} clusters")
-        found[layer] = cluster_neurons(gate, parts, stream)
+        found[layer] = cluster_neurons(rows, parts, stream)
     return found
 
 
