@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from moe_fast.calibration.activations import stream_router_inputs
 from moe_fast.calibration.selection import select_tokens
+from moe_fast.calibration.texts import TokenArrays, TokensInMemory
 from moe_fast.checkpoint.card import distinct_names, file_metadata, model_card, model_name
 from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
 from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
@@ -65,6 +66,7 @@ from moe_fast.request import (
     RouterMethod,
     RouterStart,
     as_texts,
+    choose_start,
 )
 from moe_fast.routing.health import (
     HealthRecord,
@@ -271,10 +273,10 @@ def build_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -339,28 +341,30 @@ def build_moe(
         Layers that keep the FFN of the base instead of experts, if the target allows it: Qwen2-MoE
         and Qwen3-MoE any, DeepSeek-MoE the first ones and, after these, all but every n-th.
     routers : str or RouterStart
-        How the routers are initialised: `"balanced"`, `"random"` and `"uniform"` as in
-        `RouterInit`, `"normal"` from the standard normal distribution, `"linear"` like
-        `torch.nn.Linear`. `"cheap_embed"` and `"hidden"` compute them from the prompts of each
-        `ExpertSource`: from the embeddings of their tokens, or from the routers' inputs, which
-        needs a run of the base model. `"calibrated"`, `"clustered"`, `"ridge"` and `"means"`
-        compute them from texts, as described in `RouterStart`. In a 16-bit dtype, `"balanced"`
-        leaves out its constant base, beside which rounding would lose the noise; this does not
-        change the output of a softmax router.
+        How the routers are initialised. `"auto"` means `"calibrated"` if texts or tokens are given,
+        otherwise `"normal"` with a `logit_std` of 3, or `"balanced"` with `split`. `"balanced"`,
+        `"random"` and `"uniform"` are those of `RouterInit`, `"normal"` is drawn from the standard
+        normal distribution, `"linear"` is like `torch.nn.Linear`. `"cheap_embed"` and `"hidden"`
+        compute them from the prompts of each `ExpertSource`: from the embeddings of their tokens,
+        or from the routers' inputs, which needs a run of the base model. `"calibrated"`,
+        `"clustered"`, `"ridge"` and `"means"` compute them from texts, as described in
+        `RouterStart`. In a 16-bit dtype, `"balanced"` leaves out its constant base, beside which
+        rounding would lose the noise; this does not change the output of a softmax router.
     logit_std : float, optional
         How sharp the initial routers are: the standard deviation of a token's logits over the
-        experts, as in `RouterStart`. By default 3 for routers made from texts; others keep the
-        scale of their method.
+        experts, as in `RouterStart`. By default 3 for `"auto"` and for routers made from texts;
+        others keep the scale of their method.
     texts : path, str or sequence of them
         The texts from which routers are made (by the methods that need texts), on which `logit_std`
         is measured and the load is predicted: files that end in `.txt`, `.md` or `.jsonl`, or texts
         themselves. The base model is run on them, which needs torch and transformers.
-    tokens : path, optional
-        Instead of texts, a `.npy` file of token ids, `(sequences, length)`.
+    tokens : array, sequence of arrays, or path, optional
+        Instead of texts: integers, `(sequences, length)`, sequences of several lengths, or a
+        `.npy` file of such an array. The manifest stores the digest of arrays.
     tokens_used : int, optional
         How many of these tokens, spread evenly over the texts, the routers are made from: by
-        default 8192, or 40 for each expert if that is more. The load is judged on a quarter as many
-        of the other tokens.
+        default 256 for each expert, from 8192 to 32,768, and never fewer than 40 for each. The load
+        is judged on a quarter as many of the other tokens.
     device : str, optional
         The device on which torch runs the base: `"cpu"`, the default, `"cuda"`, ...
     seed : int
@@ -452,7 +456,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -470,10 +474,10 @@ def design_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -510,7 +514,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -526,7 +530,8 @@ def as_request(
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
-    routers: RouterStart,
+    routers: RouterMethod | RouterStart,
+    said: Mapping[str, Any],
     seed: int,
     granularity: int,
     mix_copies: bool,
@@ -558,7 +563,13 @@ def as_request(
         dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
-        routers=routers,
+        routers=choose_start(
+            routers,
+            said,
+            experts,
+            num_rows=config.num_experts // granularity,
+            parts=split is not None,
+        ),
         seed=as_index(seed, "seed"),
         granularity=as_granularity(granularity, config.num_experts),
         mix_copies=as_flag(mix_copies, "mix_copies"),
@@ -704,16 +715,16 @@ def stated_name(model: str) -> str:
     return name if isinstance(name, str) else ""
 
 
-def as_router_start(
-    routers: RouterMethod | RouterStart,
+def said_of_routers(
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
-) -> RouterStart:
-    """The argument `routers`, with what other arguments say of the start."""
-    start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
+) -> dict[str, Any]:
+    """What arguments say of a start, by the names that `RouterStart` has for it."""
+    if not (tokens is None or isinstance(tokens, (str, os.PathLike))):
+        tokens = TokensInMemory.of(tokens)
     said: dict[str, Any] = {
         "logit_std": logit_std,
         "texts": as_texts(texts) or None,
@@ -721,7 +732,7 @@ def as_router_start(
         "tokens_used": tokens_used,
         "device": device,
     }
-    return replace(start, **{key: value for key, value in said.items() if value is not None})
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:

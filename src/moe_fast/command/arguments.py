@@ -64,7 +64,7 @@ TokensUsed = Annotated[
     typer.Option(
         metavar="N",
         help="Number of tokens to use.",
-        show_default="8192, or 40 per expert if more",
+        show_default="256 per expert, from 8192 to 32768",
     ),
 ]
 HiddenStates = Annotated[

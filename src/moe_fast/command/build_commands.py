@@ -147,7 +147,7 @@ def build(
             help=f"How routers are initialised: {', '.join(ROUTER_METHODS)}.",
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
-    ] = "balanced",
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     granularity: Granularity = 1,
     mix_copies: Annotated[
