@@ -31,7 +31,11 @@ MOST_NAMED = 8
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # The embedding's name inside of the model, and what stands before it in the Hugging Face layout.
-STEMS = {"embed_tokens.weight": "model.", "wte.weight": "transformer."}
+STEMS = {
+    "embed_tokens.weight": "model.",
+    "wte.weight": "transformer.",
+    "embeddings.weight": "backbone.",
+}
 HEAD = "lm_head."
 
 
