@@ -72,7 +72,7 @@ def line(result: Result) -> str:
         goal = f"{shown(1 / row.at_least)}" if row.at_least else ""
         columns = [row.work, shown(result.ours), "", "", "", goal]
     else:
-        goal = f"{row.at_least:.2g} ×" if row.at_least else ""
+        goal = f"{row.at_least:.{2 if row.at_least < 99 else 3}g} ×" if row.at_least else ""
         ratio = f"{result.ratio:.2f} × ({result.low:.2f} – {result.high:.2f})"
         columns = [row.work, shown(result.ours), row.peer, shown(result.theirs), ratio, goal]
     verdict = "" if row.at_least is None else "reached" if result.reached else "missed"

@@ -262,7 +262,7 @@ def rows_of_transformers(folder: Path) -> Iterator[Row]:
 
     def score(figure: str) -> Callable[[], float]:
         def work() -> float:
-            shutil.rmtree(folder / "scores.json.work", ignore_errors=True)
+            shutil.rmtree(folder / ".scores.json.partial", ignore_errors=True)
             command = ["score", str(upcycled(folder)), "--tokens", str(tokens())]
             command += ["-o", str(folder / "scores.json"), "--overwrite"]
             return measured([*COMMAND, *command])[figure]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 __all__ = ["CompareReport", "WeightDifference", "compare_moe"]
-CHUNK = 4 * 1024 * 1024
+CHUNK = 1024 * 1024
 # Keys of config.json that say how a model is stored or was saved, or that have several spellings.
 NOT_OF_THE_MODEL = frozenset(
     (
