@@ -7,53 +7,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from moe_fast.command.console import (
-    be_quiet,
-)
+from moe_fast.command.declaration import Argument, BadValue, Option, Options
 from moe_fast.config import RouterInit, RoutingMethod
 
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON in place of tables.")]
+OutputFolder = Annotated[Path, Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
+    str, Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+    Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
 ]
 Checksum = Annotated[
     bool,
-    typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest."),
+    Option("--checksum", help="Record the SHA-256 of every file in the manifest."),
 ]
 Fsync = Annotated[
     bool,
-    typer.Option("--fsync", help="Wait until the output would last through a power cut."),
+    Option("--fsync", help="Wait until the output would last through a power cut."),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Find every problem, show the plan, write nothing."),
+    Option("--dry-run", help="Find every problem, show the plan, write nothing."),
 ]
 Granularity = Annotated[
-    int, typer.Option(help="Experts that each FFN is split into; --experts counts the split ones.")
+    int, Option(help="Experts that each FFN is split into; --experts counts the split ones.")
 ]
 Experts = Annotated[
-    int | None, typer.Option(help="Experts per layer.", show_default="8, or 8 copies split")
+    int | None, Option(help="Experts per layer.", show_default="8, or 8 copies split")
 ]
 ExpertsPerToken = Annotated[
     int | None,
-    typer.Option(help="Experts per token.", show_default="2, or those of one split copy"),
+    Option(help="Experts per token.", show_default="2, or those of one split copy"),
 ]
 RouterStart = Annotated[
     RouterInit,
-    typer.Option(metavar="START", help="How routers start: balanced, random or uniform."),
+    Option(metavar="START", help="How routers start: balanced, random or uniform."),
 ]
 LogitStd = Annotated[
     float | None,
-    typer.Option(
+    Option(
         metavar="NUMBER",
         help="How sharp they start: the standard deviation over the experts of a token's logits.",
         show_default="as the start draws them",
@@ -61,7 +57,7 @@ LogitStd = Annotated[
 ]
 TokensUsed = Annotated[
     int | None,
-    typer.Option(
+    Option(
         metavar="N",
         help="How many of the tokens are used.",
         show_default="8192, or 40 an expert",
@@ -69,7 +65,7 @@ TokensUsed = Annotated[
 ]
 HiddenStates = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--hidden-states",
         metavar="FILE.npy",
         help="What the routers read, [T, H] or [L, T, H], to predict the load from.",
@@ -77,42 +73,41 @@ HiddenStates = Annotated[
     ),
 ]
 MoeFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+    Path, Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
 ]
-Scores = Annotated[
-    Path | None, typer.Option(metavar="SCORES.json", help="What each expert is worth.")
-]
+Scores = Annotated[Path | None, Option(metavar="SCORES.json", help="What each expert is worth.")]
 ScoredBy = Annotated[
-    str, typer.Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
+    str, Option(metavar="MEASURE", help="Which of the scores: reap, frequency, ...")
 ]
 TextFiles = Annotated[
     list[Path] | None,
-    typer.Option(
-        metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."
-    ),
+    Option(metavar="FILE", help="A text; repeat for each: .txt, .md, .jsonl (text or messages)."),
 ]
 TokensFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
+    Option(metavar="FILE.npy", help="In place of text: tokens, [sequences, length]."),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
+Device = Annotated[str, Option(metavar="DEVICE", help="Where torch computes: cpu, cuda, ...")]
 
 
-def ask_for_quiet(asked: bool) -> None:
-    if asked:
-        be_quiet()
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print warnings and errors alone.")]
 
 
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        callback=ask_for_quiet,
-        expose_value=False,
-        help="Print warnings and errors alone.",
-    ),
-]
+class Writing(Options):
+    """How an output is written, for all commands that write a checkpoint."""
+
+    max_shard_size: MaxShardSize = "5GB"
+    overwrite: Overwrite = False
+    threads: Threads = None
+    checksum: Checksum = False
+    fsync: Fsync = False
+    dry_run: DryRun = False
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    def of_functions(self) -> dict[str, Any]:
+        """What the functions of the package take of it."""
+        return {n: value for n, value in vars(self).items() if n not in ("as_json", "quiet")}
 
 
 def text_files(files: Sequence[Path] | None) -> list[Path]:
@@ -133,8 +128,8 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        raise BadValue(
+            f"{text!r} is not a list of numbers; write 1,1.25,2", option="--capacity-factors"
         ) from None
 
 
@@ -145,8 +140,8 @@ def parse_backbone(text: str) -> Any:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", param_hint="--backbone"
+        raise BadValue(
+            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", option="--backbone"
         ) from None
 
 
@@ -157,8 +152,8 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = match.groups(match[1]) if match else ("1", "0")
         if int(first) > int(last):
-            raise typer.BadParameter(
-                f"{text!r} is not a list of layers; write 0,5 or 0-3", param_hint="--dense-layers"
+            raise BadValue(
+                f"{text!r} is not a list of layers; write 0,5 or 0-3", option="--dense-layers"
             )
         layers += range(int(first), int(last) + 1)
     return layers

@@ -9,14 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 import moe_fast
-from moe_fast.command.application import (
-    LOOK,
-    Command,
-    app,
-)
 from moe_fast.command.arguments import (
     AsJson,
     Device,
@@ -38,6 +31,13 @@ from moe_fast.command.console import (
     show_model,
     show_routing,
 )
+from moe_fast.command.declaration import (
+    LOOK,
+    Argument,
+    Call,
+    Option,
+    command,
+)
 from moe_fast.command.outcome import (
     print_json,
     reported_errors,
@@ -49,26 +49,24 @@ from moe_fast.errors import CheckpointError
 LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Check an MoE: its files, each expert byte for byte, its configuration, who can load it.",
     epilog="Examples: `moe-fast check moe`; `moe-fast check moe --text letter.txt`",
 )
 def check(
-    context: typer.Context,
+    call: Call,
+    *,
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, whoever made it.")
+        Path, Argument(metavar="OUTPUT", help="A folder with an MoE, whoever made it.")
     ],
     against: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="A source model; repeat for each. Needed if it moved or the manifest is gone."
-        ),
+        Option(help="A source model; repeat for each. Needed if it moved or the manifest is gone."),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE or TEXT",
             help="Run it through the MoE and its dense model, and compare their logits.",
         ),
@@ -76,13 +74,13 @@ def check(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("comparing") as progress:
+    with reported_errors(call), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
             output, against=against or (), text=read_text(text), progress=progress
         )
     show(report, show_check, as_json)
     if not report.passed:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def read_text(text: str | None) -> str | None:
@@ -103,41 +101,41 @@ def read_text(text: str | None) -> str | None:
     return text
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Say whether two checkpoints hold the same model, however stored; exit 1 if not.",
     epilog="Example: `moe-fast compare moe moe-fused`",
 )
 def compare(
-    context: typer.Context,
-    first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
-    tolerance: Annotated[float, typer.Option(help="By how much numbers may differ.")] = 0.0,
+    call: Call,
+    *,
+    first: Annotated[Path, Argument(metavar="A", help="A folder with a model.")],
+    second: Annotated[Path, Argument(metavar="B", help="Another.")],
+    tolerance: Annotated[float, Option(help="By how much numbers may differ.")] = 0.0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("comparing") as progress:
+    with reported_errors(call), progress_bar("comparing") as progress:
         report = moe_fast.compare_moe(first, second, tolerance=tolerance, progress=progress)
     show(report, show_comparison, as_json)
     if not report.equal:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Show what is in a model: experts, sizes, dtypes, routers, copies.",
     epilog="Example: `moe-fast inspect moe`",
 )
 def inspect(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
+        Path, Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
     ],
     copies: Annotated[
         bool,
-        typer.Option(help="Find experts that are copies of each other; reads them where alike."),
+        Option(help="Find experts that are copies of each other; reads them where alike."),
     ] = True,
     hidden_states: HiddenStates = None,
     text: TextFiles = None,
@@ -146,7 +144,7 @@ def inspect(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         report = moe_fast.inspect_model(
             model,
             copies=copies,
@@ -159,24 +157,24 @@ def inspect(
     show(report, show_model, as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Write one HTML page about a model: experts, sources, sizes, routers, readers.",
     epilog="Example: `moe-fast report moe -o moe.html`",
 )
 def report(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+        Path, Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
+        Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
     ] = None,
     with_check: Annotated[
         bool,
-        typer.Option("--check", help="Check the model first; reads it and its sources."),
+        Option("--check", help="Check the model first; reads it and its sources."),
     ] = False,
     text: TextFiles = None,
     tokens: TokensFile = None,
@@ -184,7 +182,7 @@ def report(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         checked = None
         if with_check:
             with progress_bar("comparing") as progress:
@@ -201,17 +199,17 @@ def report(
     say(f"{file}")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Show what routers do with saved logits: load, losses, collapse, drops.",
     epilog="Example: `moe-fast route logits.npy --experts-per-token 2 --plot load.png`",
 )
 def route(
-    context: typer.Context,
+    call: Call,
+    *,
     logits: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="LOGITS",
             help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors, a tensor a "
             "layer.",
@@ -219,60 +217,58 @@ def route(
     ],
     method: Annotated[
         RoutingMethod,
-        typer.Option(
-            metavar="METHOD", help="Who chooses: top_k, switch_transformer or expert_choice."
-        ),
+        Option(metavar="METHOD", help="Who chooses: top_k, switch_transformer or expert_choice."),
     ] = RoutingMethod.TOP_K,
     experts_per_token: Annotated[
-        int | None, typer.Option(help="Experts per token.", show_default="2, for Switch 1")
+        int | None, Option(help="Experts per token.", show_default="2, for Switch 1")
     ] = None,
     scores: Annotated[
         str,
-        typer.Option(
+        Option(
             help="What a logit becomes: softmax or sigmoid.",
             autocompletion=lambda: ["softmax", "sigmoid"],
         ),
     ] = "softmax",
     norm: Annotated[
         bool | None,
-        typer.Option(help="Weights of a token sum to 1.", show_default="for top-k"),
+        Option(help="Weights of a token sum to 1.", show_default="for top-k"),
     ] = None,
-    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
+    groups: Annotated[int, Option(help="Groups of experts.")] = 1,
     groups_per_token: Annotated[
-        int | None, typer.Option(help="Groups that a token chooses from.", show_default="all")
+        int | None, Option(help="Groups that a token chooses from.", show_default="all")
     ] = None,
     capacity_factor: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Limits the tokens of an expert.",
             show_default="no limit for top-k, 1.25 for Switch, 1 for expert choice",
         ),
     ] = None,
     drop_policy: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Who stays in a full expert: position or probs.",
             autocompletion=lambda: ["position", "probs"],
             show_default="probs, for Switch position",
         ),
     ] = None,
     capacity_factors: Annotated[
-        str, typer.Option(help="Show what each of these factors would drop.")
+        str, Option(help="Show what each of these factors would drop.")
     ] = "1,1.25,1.5,2",
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(help="Tokens that share a capacity.", show_default="all of a layer"),
+        Option(help="Tokens that share a capacity.", show_default="all of a layer"),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads that route.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+        Option(help="Threads that route.", show_default="MOE_FAST_NUM_THREADS, or 1"),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the load per layer and expert into this file.")
+        Path | None, Option(help="Draw the load per layer and expert into this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    with reported_errors(context, path="logits"):
+    with reported_errors(call, path="logits"):
         stats = moe_fast.statistics_of_file(
             logits,
             method,
@@ -288,7 +284,7 @@ def route(
             drop_policy=cast(Any, drop_policy),
         )
     if plot is not None:
-        with reported_errors(context, path="plot"):
+        with reported_errors(call, path="plot"):
             from moe_fast.drawing.plotting import save_load_picture
 
             save_load_picture(stats.counts, plot)
@@ -298,12 +294,11 @@ def route(
         show_routing(stats)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Show what is installed, which kernels run, and what is missing for what.",
 )
-def doctor(context: typer.Context, as_json: AsJson = False) -> None:
-    with reported_errors(context):
+def doctor(call: Call, *, as_json: AsJson = False) -> None:
+    with reported_errors(call):
         diagnosis = moe_fast.diagnose()
     show(diagnosis, show_diagnosis, as_json)

@@ -8,33 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 import moe_fast
-from moe_fast.command.application import (
-    CHANGE,
-    Command,
-    app,
-)
 from moe_fast.command.arguments import (
     CONVERT_TO,
     AsJson,
-    Checksum,
     Device,
-    DryRun,
-    Fsync,
     LogitStd,
-    MaxShardSize,
     MoeFolder,
     OutputFolder,
-    Overwrite,
     Quiet,
     ScoredBy,
     Scores,
     TextFiles,
-    Threads,
     TokensFile,
     TokensUsed,
+    Writing,
     text_files,
 )
 from moe_fast.command.console import (
@@ -42,6 +30,13 @@ from moe_fast.command.console import (
     show_conversion,
     show_operation,
     show_scores,
+)
+from moe_fast.command.declaration import (
+    CHANGE,
+    Argument,
+    Call,
+    Option,
+    command,
 )
 from moe_fast.command.outcome import (
     reported_errors,
@@ -51,89 +46,77 @@ from moe_fast.config import Dtype, Layout
 from moe_fast.request import RouterMethod
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write an MoE in another layout or dtype; without a dtype, weights keep their bytes.",
     epilog="Example: `moe-fast convert moe -o moe-fused --layout fused`",
 )
 def convert(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
+        Path, Argument(metavar="MODEL", help="A folder with an MoE, whoever made it.")
     ],
     output: OutputFolder,
     layout: Annotated[
         Layout | None,
-        typer.Option(help="How experts are stored.", show_default="as they are"),
+        Option(help="How experts are stored.", show_default="as they are"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="DTYPE",
             help=CONVERT_TO,
             autocompletion=lambda: list(Dtype),
             show_default="as they are",
         ),
     ] = None,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.convert_moe(
             model,
             output,
             layout=layout,
             dtype=cast(Any, dtype),
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_conversion, as_json)
+    show(report, show_conversion, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Run an MoE over texts and write what each of its experts is worth.",
     epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
 )
 def score(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
+        Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
     ],
     text: TextFiles = None,
     tokens: TokensFile = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
+        Option(help="Cut texts after so many tokens.", show_default="what it reads, or 2048"),
     ] = None,
     mean_outputs: Annotated[
-        bool, typer.Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
+        bool, Option("--mean-outputs", help="Store mean outputs; merge --scores needs them.")
     ] = False,
     gate_similarity: Annotated[
         bool,
-        typer.Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
+        Option("--gate-similarity", help="Store how alike routers' rows act; so does this."),
     ] = False,
     device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("reading") as progress:
+    with reported_errors(call), progress_bar("reading") as progress:
         report = moe_fast.score_experts(
             model,
             output,
@@ -149,39 +132,32 @@ def score(
     show(report, show_scores, as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write an MoE with fewer experts: those of a list, or the best by their scores.",
     epilog="Example: `moe-fast prune moe -o pruned --experts 4 --scores scores.json`",
 )
 def prune(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="KEEP.json", help="The experts to keep in each layer."),
+        Option(metavar="KEEP.json", help="The experts to keep in each layer."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="How many to keep in each layer, the best by --scores.")
+        int | None, Option(help="How many to keep in each layer, the best by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     ungroup: Annotated[
         bool,
-        typer.Option("--ungroup", help="Make the groups of experts one; routing changes."),
+        Option("--ungroup", help="Make the groups of experts one; routing changes."),
     ] = False,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.prune_moe(
             model,
             output,
@@ -190,49 +166,37 @@ def prune(
             scores=scores,
             by=by,
             ungroup=ungroup,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write an MoE in which each group of experts is one, their mean.",
     epilog="Example: `moe-fast merge moe -o merged --groups groups.json`",
 )
 def merge(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     groups: Annotated[
         Path | None,
-        typer.Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
+        Option(metavar="GROUPS.json", help="The experts of each layer that become one."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="How many are left in each layer, grouped by --scores.")
+        int | None, Option(help="How many are left in each layer, grouped by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     align: Annotated[
-        bool, typer.Option("--align", help="Match neurons to those of each group's first expert.")
+        bool, Option("--align", help="Match neurons to those of each group's first expert.")
     ] = False,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.merge_experts(
             model,
             output,
@@ -241,48 +205,34 @@ def merge(
             scores=scores,
             by=by,
             align=align,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write an MoE with copies of its experts; exact where all get as many.",
     epilog="Example: `moe-fast expand moe -o wider --experts 16`",
 )
 def expand(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts of each layer of the output.")],
+    experts: Annotated[int, Option(help="Experts of each layer of the output.")],
     keep_k: Annotated[
         bool,
-        typer.Option("--keep-k", help="Leave a token's number of experts as it is."),
+        Option("--keep-k", help="Leave a token's number of experts as it is."),
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
-    noise_scale: Annotated[
-        float, typer.Option(help="Standard deviation of the noise on copies.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    noise_scale: Annotated[float, Option(help="Standard deviation of the noise on copies.")] = 0.0,
+    seed: Annotated[int, Option(help="Of the noise.")] = 0,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.expand_moe(
             model,
             output,
@@ -292,52 +242,40 @@ def expand(
             by=by,
             noise_scale=noise_scale,
             seed=seed,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write the dense model that some experts of an MoE make.",
     epilog="Example: `moe-fast extract moe -o dense --expert 0`",
 )
 def extract(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     expert: Annotated[
-        int | None, typer.Option(help="The expert that becomes the FFN of every layer.")
+        int | None, Option(help="The expert that becomes the FFN of every layer.")
     ] = None,
-    mean: Annotated[bool, typer.Option("--mean", help="The mean of all experts does.")] = False,
+    mean: Annotated[bool, Option("--mean", help="The mean of all experts does.")] = False,
     best: Annotated[
-        int | None, typer.Option(help="So many of the best by --scores do, side by side.")
+        int | None, Option(help="So many of the best by --scores do, side by side.")
     ] = None,
     copy: Annotated[
-        int | None, typer.Option(help="The copy of a fine-grained model whose shards do.")
+        int | None, Option(help="The copy of a fine-grained model whose shards do.")
     ] = None,
     granularity: Annotated[
-        int | None, typer.Option(help="Shards of a copy.", show_default="what the model says")
+        int | None, Option(help="Shards of a copy.", show_default="what the model says")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.extract_dense(
             model,
             output,
@@ -348,30 +286,25 @@ def extract(
             granularity=granularity,
             scores=scores,
             by=by,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write an MoE whose routers start anew, made from text or drawn.",
     epilog="Example: `moe-fast reroute moe -o even --text text.txt`",
 )
 def reroute(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     routers: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="START",
             help="How they start: calibrated, clustered, normal, balanced, random, linear.",
         ),
@@ -381,17 +314,10 @@ def reroute(
     tokens: TokensFile = None,
     tokens_used: TokensUsed = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    seed: Annotated[int, Option(help="Of what is drawn.")] = 0,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.reroute_moe(
             model,
             output,
@@ -402,12 +328,7 @@ def reroute(
             tokens_used=tokens_used,
             device=device,
             seed=seed,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
