@@ -13,12 +13,22 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import checkpoint, conversion, gates, gradients, loading, plan, routing
+from benchmarks import (
+    checkpoint,
+    conversion,
+    gates,
+    gradients,
+    loading,
+    plan,
+    routing,
+    shared_blocks,
+    start,
+)
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, loading]
+TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, start, shared_blocks, loading]
 
 
 def main() -> None:
