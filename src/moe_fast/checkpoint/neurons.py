@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.storage.floats import UNSIGNED, decode
 from moe_fast.storage.pieces import (
     CHUNK,
