@@ -57,7 +57,7 @@ def rows_of_model(kind: str, name: str, folder: Path) -> Iterator[Row]:
         work = f"`moe-fast {operation}` on {kind}, {name}"
         goal = 1 / 0.5  # a tenth of a second, and the start of Python and NumPy
         yield Row(work, run(command, folder, "seconds"), "", None, goal, "seconds", 7)
-        yield Row(f"{work}, new space", run(command, folder, "space"), "", None, None, "bytes", 1)
+        yield Row(f"{work}, new space", run(command, folder, "space"), "", None, None, "bytes", 3)
     shutil.rmtree(folder)
 
 
