@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import (
+    calibration,
     checkpoint,
     conversion,
+    experts,
     gates,
     gradients,
     loading,
+    operations,
     plan,
     routing,
     shared_blocks,
@@ -28,7 +31,10 @@ from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, start, shared_blocks, loading]
+TOPICS = [
+    *(gates, plan, conversion, routing, gradients, checkpoint, start, shared_blocks, operations),
+    *(experts, loading, calibration),
+]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from command import run
 from families import make_model
-from folders import edit_config
+from folders import config_of, edit_config
 from forward import Model
 from moe_families import write_moe
 from moe_fast import CheckpointError, MoeConfig, MoeConfigError, build_moe, check_moe, extract_dense
@@ -124,9 +124,9 @@ def test_what_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="belongs to a shared expert, which a dense model"):
         extract_dense(tmp_path / "moe", tmp_path / "no", expert=0)
-    write_moe(tmp_path / "glm", "dots1")
-    with pytest.raises(CheckpointError, match="'dots1' has no dense twin here; mixtral"):
-        extract_dense(tmp_path / "glm", tmp_path / "no", expert=0)
+    write_moe(tmp_path / "olmoe", "olmoe")
+    with pytest.raises(CheckpointError, match="'olmoe' has no dense twin here; mixtral"):
+        extract_dense(tmp_path / "olmoe", tmp_path / "no", expert=0)
     for options in ({}, {"expert": 0, "mean": True}):
         with pytest.raises(MoeConfigError, match="expert or mean, best or copy must say"):
             extract_dense(tmp_path / "moe", tmp_path / "no", **options)
@@ -224,3 +224,55 @@ def test_a_model_that_does_not_say_its_shards(tmp_path):
     moe = built(tmp_path, "mixtral")
     with pytest.raises(MoeConfigError, match="granularity must say how many shards a copy has"):
         extract_dense(moe, tmp_path / "extracted", copy=0)
+
+
+# Keys that transformers writes, and that decide nothing.
+UNNEEDED = {"rms_norm_eps", "qk_head_dim", "mtp_layers_block_type", "moe_shared_expert_overlap"}
+# Of families whose blocks are their own, and of others that spell keys in their own way.
+BACK_AGAIN = [
+    ("cohere2", "cohere2_moe"),
+    ("ernie4_5", "ernie4_5_moe"),
+    ("gemma4_text", "gemma4_text"),
+    ("granitemoehybrid", "granitemoehybrid"),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    ("lfm2", "lfm2_moe"),
+    ("llama", "solar_open"),
+    ("nemotron_h", "nemotron_h"),
+    ("qwen3", "dots1"),
+    ("qwen3", "hy_v3"),
+    ("qwen3", "mellum"),
+    ("qwen3_5_text", "qwen3_5_moe_text"),
+    ("youtu", "deepseek_v3"),
+    ("youtu", "glm4_moe_lite"),
+]
+
+
+@pytest.mark.parametrize(("family", "target"), BACK_AGAIN)
+def test_a_model_of_any_blocks_there_and_back_again(tmp_path, family, target):
+    """Every tensor is the source's, and config.json says enough to make the same MoE of it."""
+    dense, moe = tmp_path / "dense", tmp_path / "moe"
+    changes = {}
+    if target in ("dots1", "mellum"):
+        kinds = ["sliding_attention", "full_attention"]
+        changes = {"use_sliding_window": True, "sliding_window": 7, "layer_types": kinds}
+    make_model(dense, family, **changes)
+    build_moe(dense, moe, CONFIG, target=target)
+    if target == "gemma4_text":
+        with pytest.raises(CheckpointError, match="it has an FFN beside its experts already"):
+            extract_dense(moe, tmp_path / "extracted", expert=1)
+        return
+    extract_dense(moe, tmp_path / "extracted", expert=1)
+    expected = load_file(dense / "model.safetensors")
+    found = load_file(tmp_path / "extracted" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), name
+    assert check_moe(tmp_path / "extracted").passed
+    build_moe(tmp_path / "extracted", tmp_path / "again", CONFIG, target=target)
+    first, second = config_of(moe), config_of(tmp_path / "again")
+    assert first.keys() - second.keys() <= UNNEEDED
+    assert second == {key: first[key] for key in second}
+    weights = (load_file(each / "model.safetensors") for each in (moe, tmp_path / "again"))
+    for one, other in zip(*(sorted(each.items()) for each in weights), strict=True):
+        assert one[0] == other[0]
+        assert np.array_equal(one[1], other[1])

@@ -30,24 +30,33 @@ TARGETS = {
     "cwm": "mixtral",
     "ernie4_5": "mixtral",
     "exaone": "mixtral",
+    "gemma": "granitemoe",
     "gemma4_text": "gemma4_text",
     "glm": "glm4_moe",
     "granite_swa": "granitemoe_swa",
     "granitemoehybrid": "granitemoehybrid",
     "helium": "mixtral",
     "hunyuan_v1_dense": "hunyuan_v1_moe",
+    "hyperclovax": "granitemoe",
     "internlm3": "mixtral",
     "iquestcoder": "mixtral",
     "lfm2": "lfm2_moe",
+    "ministral": "mixtral",
+    "ministral3": "mixtral",
+    "nemotron_h": "nemotron_h",
     "olmo3": "flex_olmo",
     "phi3": "mixtral",
     "qwen3_5_text": "qwen3_5_moe_text",
     "seed_oss": "qwen2_moe",
     "smollm3": "granitemoe_swa",
+    "vaultgemma": "granitemoe",
     "youtu": "deepseek_v3",
 }
 # Those whose blocks one MoE family alone has.
-TWINS = ("cohere2", "granitemoehybrid", "hunyuan_v1_dense", "lfm2", "qwen3_5_text", "youtu")
+TWINS = (
+    *("cohere2", "granitemoehybrid", "hunyuan_v1_dense", "lfm2", "nemotron_h", "qwen3_5_text"),
+    "youtu",
+)
 
 
 def halves(rows: np.ndarray, head_dim: int, rotated: int) -> np.ndarray:
@@ -84,7 +93,7 @@ def test_every_family_is_in_the_golden_file():
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "more"])
 def test_a_tensor_that_is_wrong_has_the_name_that_it_has_in_the_file(tmp_path, family, damage):
     tensors = write_dense(tmp_path / "dense", family)
-    ffn = ("mlp", "feed_forward")
+    ffn = ("mlp", "feed_forward", "mixer.up_proj")
     name = next(n for n in tensors if ".1." in n and any(part in n for part in ffn))
     array = tensors.pop(name)
     if damage == "misshapen":
@@ -194,7 +203,95 @@ def test_the_mean_of_models_in_different_orders(tmp_path):
     assert check_moe(tmp_path / "moe").passed
 
 
+def test_layers_of_nemotron_h_without_an_ffn_stay_as_they_are(tmp_path):
+    dense = write_dense(tmp_path / "dense", "nemotron_h")
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert report.dense_layers == (0, 2)
+    moe, config = built(tmp_path / "moe"), config_of(tmp_path / "moe")
+    kinds = ["linear_attention", "moe", "full_attention", "moe"]
+    assert config["layers_block_type"] == kinds
+    for name, array in dense.items():
+        if ".mixer.up_proj" in name or ".mixer.down_proj" in name:
+            for expert in range(4):
+                found = moe[name.replace(".mixer.", f".mixer.experts.{expert}.")]
+                assert np.array_equal(found, array)
+        else:
+            assert np.array_equal(moe[name], array)
+    assert not moe["backbone.layers.1.mixer.shared_experts.down_proj.weight"].any()
+    build_moe(tmp_path / "dense", tmp_path / "fewer", CONFIG, dense_layers=(1,))
+    kinds = ["linear_attention", "mlp", "full_attention", "moe"]
+    assert config_of(tmp_path / "fewer")["layers_block_type"] == kinds
+    assert check_moe(tmp_path / "fewer").passed
+
+
+def test_nemotron_h_by_the_letters_of_older_files(tmp_path):
+    write_dense(tmp_path / "dense", "nemotron_h")
+    edit_config(tmp_path / "dense", layers_block_type="absent", hybrid_override_pattern="M-*-")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, granularity=2)
+    config = config_of(tmp_path / "moe")
+    assert "hybrid_override_pattern" not in config
+    assert config["layers_block_type"][1] == "moe"
+    assert config["routed_scaling_factor"] == 2.0
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_norms_of_gemma_get_what_they_add_to_themselves(tmp_path):
+    dense = write_dense(tmp_path / "dense", "gemma", dtype=bfloat16)
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert "norms are weights plus 1, in float32" in report.warnings[0]
+    moe = built(tmp_path / "moe")
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        assert moe[name].dtype == np.float32
+        assert np.array_equal(moe[name], dense[name].astype(np.float32) + np.float32(1))
+    config = config_of(tmp_path / "moe")
+    assert config["embedding_multiplier"] == pytest.approx(48**0.5)
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+    reasons = {each.name: each.reasons for each in check_moe(tmp_path / "moe").readers}
+    assert any("has silu alone in a granitemoe" in reason for reason in reasons["vLLM"])
+
+
+def test_the_context_of_ministral_3_ends_where_its_queries_grow(tmp_path):
+    write_dense(tmp_path / "dense", "ministral3")
+    report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    assert "from position 48 on, queries are multiplied" in report.warnings[0]
+    config = config_of(tmp_path / "moe")
+    assert config["max_position_embeddings"] == 48
+    assert "llama_4_scaling_beta" not in config["rope_parameters"]
+    rope = config_of(tmp_path / "dense")["rope_parameters"] | {"llama_4_scaling_beta": 0.0}
+    edit_config(tmp_path / "dense", rope_parameters=rope)
+    assert build_moe(tmp_path / "dense", tmp_path / "same", CONFIG).warnings == ()
+    assert config_of(tmp_path / "same")["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "ernie4_5"])
+def test_queries_and_keys_of_ernie_turn_neighbours(tmp_path, family):
+    if family == "llama":
+        make_model(tmp_path / "dense", "llama")
+    else:
+        write_dense(tmp_path / "dense", family)
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target="ernie4_5_moe")
+    dense, moe = built(tmp_path / "dense"), built(tmp_path / "moe")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{name}.weight"
+        turned = family == "llama" and "v_proj" not in name
+        found = halves(moe[name], 12, 12) if turned else moe[name]
+        assert np.array_equal(found, dense[name])
+        assert np.array_equal(moe[name], dense[name]) != turned
+
+
 REFUSALS = [
+    (
+        "hyperclovax",
+        {"use_post_norm": True},
+        "use_post_norm is true: no MoE has norms before and after",
+    ),
+    ("vaultgemma", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; no MoE"),
+    ("vaultgemma", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; it must be"),
+    ("nemotron_h", {"layers_block_type": "M-"}, "layers_block_type is 'M-'; it must list a kind"),
+    ("nemotron_h", {"layers_block_type": ["mamba", "x"]}, "it must list 2 of full_attention, "),
+    ("nemotron_h", {"layers_block_type": ["mamba", "attention"]}, "layers_block_type has no mlp"),
+    ("nemotron_h", {"layers_block_type": ["mamba", "moe"]}, "is a Mixture of Experts already"),
+    ("nemotron_h", {"mlp_bias": True}, "mlp_bias|is missing"),
     ("smollm3", {"no_rope_layers": [1, 2, 0]}, "no_rope_layers is .*; it must list 3 of 0 and 1"),
     ("smollm3", {"no_rope_layers": [1]}, "it must list 3 of 0 and 1"),
     (
@@ -275,6 +372,15 @@ def test_what_surrounds_a_language_model_travels(tmp_path, family, outer, moe, a
     expected = {
         name.replace("model.", "model.language_model.", 1): array for name, array in alone.items()
     }
+    checked = check_moe(tmp_path / "moe")
+    assert {each.name: each.loads for each in checked.readers} == {
+        "transformers 4": False,
+        "transformers 5": True,
+        "vLLM": False,
+        "llama.cpp": False,
+    }
+    assert checked.readers[2].reasons == (f"has been asked for no {moe} yet, it may load it",)
+    assert "of the language model are those of" in checked["structure"].summary
     if family == "qwen3_5_text":
         (warning,) = report.warnings
         assert "1 tensor of layers that predict ahead, mtp.norm.weight first" in warning
@@ -287,6 +393,36 @@ def test_what_surrounds_a_language_model_travels(tmp_path, family, outer, moe, a
     assert config["text_config"] == {k: v for k, v in text.items() if k != "architectures"}
     failed = [f for f in check_moe(tmp_path / "moe").findings if f.status == "failed"]
     assert failed == []
+
+
+def test_a_tensor_that_is_missing_inside_a_multimodal_model_is_found(tmp_path):
+    write_dense(tmp_path / "dense", "qwen3_5_text")
+    wrap(tmp_path / "dense", "qwen3_5")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    name = "model.language_model.layers.0.mlp.shared_expert.up_proj.weight"
+    rewrite(tmp_path / "moe", lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    found = check_moe(tmp_path / "moe")["structure"]
+    assert found.status == "failed"
+    assert "layers.0.mlp.shared_expert.up_proj.weight' is missing" in str(found.problems[0])
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+@pytest.mark.parametrize("outer", ["qwen3_5", "mistral3"])
+def test_what_reads_pictures_travels_with_what_sees_them(tmp_path, outer):
+    if outer == "qwen3_5":
+        write_dense(tmp_path / "dense", "qwen3_5_text")
+    else:
+        make_model(tmp_path / "dense", "mistral")
+    wrap(tmp_path / "dense", outer)
+    for name in (*PROCESSORS, "chat_template.jinja"):
+        (tmp_path / "dense" / name).write_text("{}")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
+    there = {name for name in PROCESSORS if (tmp_path / "moe" / name).is_file()}
+    assert there == (set(PROCESSORS) if outer == "qwen3_5" else set())
+    assert (tmp_path / "moe" / "chat_template.jinja").is_file()
+    assert check_moe(tmp_path / "moe").passed
 
 
 @pytest.mark.parametrize(
@@ -351,7 +487,7 @@ def quantise(folder, *, method="fp8", block=BLOCK, only="layers"):
     return meant
 
 
-@pytest.mark.parametrize("family", ["llama", "helium", "lfm2"])
+@pytest.mark.parametrize("family", ["llama", "helium", "lfm2", "gemma", "nemotron_h"])
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"granularity": 2}], ids=str)
 def test_weights_in_fp8_are_dequantised(tmp_path, family, options):
     make_model(tmp_path / "dense", family)
@@ -446,7 +582,7 @@ def test_the_command_lists_what_becomes_what():
     assert listed["readers"].keys() == moe_families().keys()
     for family, target in TARGETS.items():
         assert target in listed["becomes"][family]
-    assert listed["becomes"]["qwen3"] == ["qwen3_moe", "glm4_moe"]
+    assert listed["becomes"]["qwen3"] == ["qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"]
     assert listed["becomes"]["olmo2"] == ["flex_olmo"]
     assert not listed["fit_nothing"].keys() & listed["becomes"].keys()
     text = run("families").stdout
@@ -472,7 +608,7 @@ def test_names_that_training_left(tmp_path, family, before):
     build_moe(tmp_path / "dense", tmp_path / "expected", CONFIG)
 
     def renamed(tensors):
-        stem = "transformer." if family == "exaone" else "model."
+        stem = {"exaone": "transformer.", "nemotron_h": "backbone."}.get(family, "model.")
         return {
             f"{before}{name.removeprefix('' if before else stem)}": t for name, t in tensors.items()
         }

@@ -21,13 +21,15 @@ from moe_fast.checkpoint.check import check_moe
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40)
 GRANITE_LIKE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
-LLAMA_LIKE = ("mixtral", "qwen2_moe", *GRANITE_LIKE, "glm4_moe", "deepseek")
+OTHERS = ("ernie4_5_moe", "solar_open")
+QWEN_LIKE = ("dots1", "hy_v3", "mellum")
+LLAMA_LIKE = ("mixtral", "qwen2_moe", *GRANITE_LIKE, "glm4_moe", *OTHERS, "deepseek")
 # Which targets each source fits, the one that "auto" takes first.
 SOURCES = {
     "llama": ("llama", {}, LLAMA_LIKE),
     "llama, tied": ("llama", {"tie_word_embeddings": True}, LLAMA_LIKE),
     "llama, biases": ("llama", {"attention_bias": True}, GRANITE_LIKE),
-    "llama, head_dim": ("llama", {"head_dim": 20}, ("mixtral", "glm4_moe")),
+    "llama, head_dim": ("llama", {"head_dim": 20}, ("mixtral", "glm4_moe", *GRANITE_LIKE, *OTHERS)),
     "llama, llama3 rope": ("llama", {"rope_scaling": LLAMA3}, LLAMA_LIKE[:-1]),
     "llama, linear rope": ("llama", {"rope_scaling": LINEAR}, LLAMA_LIKE),
     "mistral": ("mistral", {}, LLAMA_LIKE),
@@ -37,14 +39,14 @@ SOURCES = {
         ("mixtral", "qwen2_moe", "granitemoe_swa"),
     ),
     "mistral, wide window": ("mistral", {"sliding_window": 512}, LLAMA_LIKE),
-    "qwen2": ("qwen2", {}, ("qwen2_moe", "glm4_moe")),
+    "qwen2": ("qwen2", {}, ("qwen2_moe", "glm4_moe", "solar_open")),
     "qwen2, window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
         ("qwen2_moe",),
     ),
-    "qwen3": ("qwen3", {}, ("qwen3_moe", "glm4_moe")),
-    "qwen3, biases": ("qwen3", {"attention_bias": True}, ("qwen3_moe",)),
+    "qwen3": ("qwen3", {}, ("qwen3_moe", "glm4_moe", *QWEN_LIKE)),
+    "qwen3, biases": ("qwen3", {"attention_bias": True}, ("qwen3_moe", *QWEN_LIKE)),
     "qwen3, window": (
         "qwen3",
         {
@@ -52,7 +54,7 @@ SOURCES = {
             "sliding_window": 7,
             "layer_types": ["sliding_attention"] * 2,
         },
-        ("qwen3_moe",),
+        ("qwen3_moe", "dots1", "mellum"),
     ),
     "olmo2": ("olmo2", {}, ("flex_olmo",)),
     "granite": ("granite", {}, GRANITE_LIKE),
@@ -70,7 +72,8 @@ SOURCES = {
 }
 TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo", "glm4_moe", "deepseek", *GRANITE_LIKE)
 TWINS = ("cohere2_moe", "deepseek_v3", "granitemoehybrid", "hunyuan_v1_moe", "lfm2_moe")
-TARGETS += (*TWINS, "gemma4_text", "qwen3_5_moe_text")
+TARGETS += (*TWINS, "gemma4_text", "qwen3_5_moe_text", "nemotron_h", "glm4_moe_lite")
+TARGETS += (*QWEN_LIKE, *OTHERS)
 
 
 @pytest.fixture(scope="module", params=SOURCES)

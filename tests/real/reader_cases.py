@@ -1,7 +1,8 @@
 """What readers other than transformers are asked to compute: outputs of every family.
 
 The models have heads of 32: vLLM's attention wants them. Pairs beyond a chosen dozen or two are
-asked where MOE_FAST_ALL_READERS is set, as `make readers` does.
+asked where MOE_FAST_ALL_READERS is set, as `make readers` does: to 1, or to words with commas
+between, of which a pair's name must have one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,43 @@ LATENT = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
+}
+# As Ministral 3 has it.
+GROWING = {
+    "rope_theta": 1e4,
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+DELTA = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "ssm_state_size": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 64,
+    "n_groups": 1,
+}
+GEMMA = {
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 7,
+    "hidden_size_per_layer_input": 0,
+    "tie_word_embeddings": True,
 }
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -81,6 +119,17 @@ OF_ALL_READERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "youtu": ("youtu", LATENT),
+    "qwen3, window": (
+        "qwen3",
+        {"head_dim": 32, "use_sliding_window": True, "sliding_window": 7, "layer_types": SLIDING},
+    ),
+    "qwen3_5": ("qwen3_5_text", DELTA),
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "gemma4": ("gemma4_text", GEMMA),
+    "gemma": ("gemma", {**HEADS, "tie_word_embeddings": True}),
+    "hyperclovax": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 0.125}),
+    "glm": ("glm", HEADS),
+    "ministral3": ("ministral3", {**HEADS, "rope_parameters": GROWING}),
 }
 FUSED, SHARED = {"layout": "fused"}, {"shared_experts": True}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -105,7 +154,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lfm2", "lfm2_moe", {}),
     ("granite hybrid", "granitemoehybrid", {}),
 ]
-if os.environ.get("MOE_FAST_ALL_READERS"):
+WANTED = os.environ.get("MOE_FAST_ALL_READERS", "")
+if WANTED:
     SOURCES |= OF_ALL_READERS
     CASES += [
         ("exaone", "mixtral", {}),
@@ -120,12 +170,37 @@ if os.environ.get("MOE_FAST_ALL_READERS"):
         ("hunyuan", "hunyuan_v1_moe", {}),
         ("cohere2", "cohere2_moe", {}),
         ("youtu", "deepseek_v3", {}),
+        ("youtu", "glm4_moe_lite", {}),
+        ("ernie", "ernie4_5_moe", {}),
+        ("llama", "ernie4_5_moe", SHARED),
+        ("llama", "solar_open", {}),
+        ("qwen2", "solar_open", {}),
+        ("llama", "glm4_moe", {}),
+        ("qwen3", "glm4_moe", SHARED),
+        ("glm", "glm4_moe", {}),
+        ("qwen3", "dots1", {}),
+        ("qwen3, window", "dots1", {}),
+        ("qwen3", "hy_v3", {}),
+        ("qwen3, biases", "hy_v3", {}),
+        ("qwen3", "mellum", {}),
+        ("qwen3, window", "mellum", {}),
+        ("qwen3_5", "qwen3_5_moe_text", {}),
+        ("nemotron_h", "nemotron_h", {}),
+        ("nemotron_h", "nemotron_h", {"dense_layers": (1,)}),
+        ("gemma4", "gemma4_text", {}),
+        ("gemma", "granitemoe", {}),
+        ("hyperclovax", "granitemoe", {}),
+        ("ministral3", "mixtral", {}),
     ]
 
 
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     source, target, options = case
     return f"{source} to {target}, {' '.join(options)}"
+
+
+if WANTED not in ("", "1"):
+    CASES = [case for case in CASES if any(word in name_of(case) for word in WANTED.split(","))]
 
 
 def reader_of(folder: Path, name: str) -> Reader:

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ml_dtypes import float8_e4m3fn
 from transformers import AutoModelForCausalLM
 
+import dense_models
 from families import OWN, make_model
+from folders import edit_config, rewrite
 from mergekit_moe import build_with_mergekit
 from moe_fast import CheckpointError, ExpertSource, MoeConfig, build_moe, check_moe
 from moe_fast.calibration import activations
@@ -25,6 +28,7 @@ from moe_fast.calibration.activations import visit_router_inputs
 from moe_fast.calibration.parity import compare_logits
 from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.models.dense import open_dense_model
+from random_models import save_random_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = yaml.safe_load((EXAMPLES / "kinds.yml").read_text(encoding="utf-8"))
@@ -81,6 +85,105 @@ def test_it_is_what_the_routers_read(family, batch, tmp_path, monkeypatch):
         for layer in range(3):
             assert visited[layer, text].shape == read[layer].shape
             np.testing.assert_allclose(visited[layer, text], read[layer], rtol=0, atol=1e-5 * scale)
+
+
+def read_by_routers(folder: Path, tokens: list[int]) -> dict[int, np.ndarray]:
+    """What the router of each layer with experts reads of tokens, wherever the layer has it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    read: dict[int, np.ndarray] = {}
+    for number, layer in enumerate(model.model.layers):
+        blocks = (getattr(layer, name, None) for name in BLOCKS)
+        routers = [getattr(block, name, None) for block in blocks for name in ("gate", "router")]
+        for router in (each for each in routers if each is not None):
+            router.register_forward_pre_hook(
+                lambda _, inputs, number=number: read.update({number: inputs[0].numpy()})
+            )
+    with torch.inference_mode():
+        model(torch.tensor([tokens]))
+    return {number: inputs.reshape(len(tokens), -1) for number, inputs in read.items()}
+
+
+BLOCKS = ("mlp", "feed_forward", "mixer", "block_sparse_moe")
+# Whose layers are not plain attention and an FFN by Llama's names.
+OTHERS = (
+    *("cohere2", "exaone", "gemma", "granitemoehybrid", "helium", "hunyuan_v1_dense", "lfm2"),
+    *("ministral3", "nemotron_h", "phi3", "qwen3_5_text", "youtu"),
+)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_it_is_what_the_routers_of_other_blocks_read(family, tmp_path):
+    dense = tmp_path / "dense"
+    save_random_model(dense, family, **dense_models.FAMILIES[family])
+    build_moe(dense, tmp_path / "moe", MoeConfig(4, 2))
+    visited = {}
+    visit_router_inputs(
+        open_dense_model(dense),
+        TOKENS,
+        lambda layer, text, inputs: visited.update({(layer, text): inputs.copy()}),
+    )
+    for text, tokens in enumerate(TOKENS):
+        read = read_by_routers(tmp_path / "moe", tokens)
+        assert {layer for layer, number in visited if number == text} == read.keys()
+        for layer, inputs in read.items():
+            atol = 1e-5 * np.abs(inputs).max()
+            np.testing.assert_allclose(visited[layer, text], inputs, rtol=0, atol=atol)
+
+
+def visited_inputs(folder: Path) -> np.ndarray:
+    """What the routers of every layer would read of the first text."""
+    found: list[np.ndarray] = []
+    visit_router_inputs(
+        open_dense_model(folder), TOKENS[:1], lambda _layer, _text, inputs: found.append(inputs)
+    )
+    return np.stack(found)
+
+
+def test_weights_in_fp8_are_run_as_what_they_mean(tmp_path):
+    for name in ("dense", "plain"):
+        make_model(tmp_path / name, "llama")
+    meant = {}
+
+    def change(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {}
+        for name, array in tensors.items():
+            found[name] = meant[name] = array
+            if array.ndim == 2 and "layers" in name:
+                found[name] = array.astype(float8_e4m3fn)
+                meant[name] = found[name].astype(np.float32) * np.float32(0.5)
+                blocks = [-(-size // 16) for size in array.shape]
+                found[f"{name}_scale_inv"] = np.full(blocks, 0.5, np.float32)
+        return found
+
+    rewrite(tmp_path / "dense", change)
+    rewrite(tmp_path / "plain", lambda _: meant)
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    edit_config(tmp_path / "dense", quantization_config=settings)
+    expected = visited_inputs(tmp_path / "plain")
+    assert np.array_equal(visited_inputs(tmp_path / "dense"), expected)
+
+
+def test_a_language_model_inside_of_another_is_run_as_alone(tmp_path):
+    alone, inside = tmp_path / "alone", tmp_path / "inside"
+    for folder in (alone, inside):
+        save_random_model(folder, "qwen3_5_text", **dense_models.FAMILIES["qwen3_5_text"])
+    text = json.loads((inside / "config.json").read_text())
+    outer = {"model_type": "qwen3_5", "architectures": ["X"], "text_config": text}
+    (inside / "config.json").write_text(json.dumps(outer | {"tie_word_embeddings": False}))
+    rewrite(
+        inside,
+        lambda tensors: {
+            n.replace("model.", "model.language_model."): t for n, t in tensors.items()
+        },
+    )
+    assert np.array_equal(visited_inputs(inside), visited_inputs(alone))
+
+
+def test_gemma_4_is_not_run_layer_by_layer(tmp_path):
+    dense = tmp_path / "dense"
+    save_random_model(dense, "gemma4_text", **dense_models.FAMILIES["gemma4_text"])
+    with pytest.raises(CheckpointError, match="those of gemma4_text need more than the state"):
+        visit_router_inputs(open_dense_model(dense), TOKENS, lambda *_: None)
 
 
 def experts(smollm2: Path) -> list[ExpertSource]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import reader_cases
 from families import LINEAR, LLAMA3, YARN
 from moe_fast import MoeConfig, build_moe
+from moe_fast.families.registry import moe_families
 from random_models import build_random_moe, save_random_model
 from reader_cases import SHARED, SIZES, expected_of, name_of, reader_of
 
@@ -93,20 +95,39 @@ def how_far(found: list[list], expected: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="session")
-def sources(smollm2, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("llama.cpp")
-    for name, (family, changes) in SOURCES.items():
-        save_random_model(folder / name, family, vocab_size=VOCABULARY, **SIZES | changes)
-        for file in smollm2.glob("tokenizer*"):
-            shutil.copy(file, folder / name)
-    return folder
+def dense(smollm2, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a source, made once."""
+    scratch = tmp_path_factory.mktemp("llama.cpp")
+
+    def make(name: str) -> Path:
+        folder = scratch / name
+        if not folder.exists():
+            family, changes = SOURCES[name]
+            save_random_model(folder, family, vocab_size=VOCABULARY, **SIZES | changes)
+            for file in smollm2.glob("tokenizer*"):
+                shutil.copy(file, folder)
+        return folder
+
+    return make
+
+
+def give_tokens(folder: Path, tokens: tuple[str, ...]) -> None:
+    """Call tokens that SmolLM2's tokenizer has otherwise what the converter looks for."""
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    free = [each["content"] for each in json.loads(text)["added_tokens"]][3:]
+    for token in tokens:
+        if f'"{token}"' not in text:
+            text = text.replace(f'"{free.pop()}"', f'"{token}"')
+    file.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(("source", "target", "options"), CASES, ids=map(name_of, CASES))
-def test_llama_cpp_computes_it_where_the_check_says_so(sources, tmp_path, source, target, options):
+def test_llama_cpp_computes_it_where_the_check_says_so(dense, tmp_path, source, target, options):
     config = MoeConfig(4, options.get("num_experts_per_tok", 2))
     options = {key: value for key, value in options.items() if key != "num_experts_per_tok"}
-    folder = build_random_moe(sources / source, tmp_path / "moe", config, target, options)
+    folder = build_random_moe(dense(source), tmp_path / "moe", config, target, options)
+    give_tokens(folder, moe_families()[target].rules.llama_cpp_tokens)
     found = likely_to_llama_cpp(folder, tmp_path)
     expected = expected_of(folder, TOKENS)[np.array(LENGTHS) - 1]
     if reader_of(folder, "llama.cpp").loads:

@@ -38,6 +38,21 @@ LONGROPE = {
     "rope_theta": 1e4,
 }
 PARTIAL = {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default", **THETA}}
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+# As Ministral 3 has it: scaled for a context that its queries, which grow, reach beyond.
+GROWING = {
+    **THETA,
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 48,
+    "max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 CONVOLUTIONS = ["conv", "full_attention", "conv"]
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -61,6 +76,15 @@ GEMMA = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 96,
     "tie_word_embeddings": True,
+}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+    "num_hidden_layers": 5,
+    "head_dim": 20,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 6,
+    "n_groups": 2,
 }
 LATENT = {
     "num_key_value_heads": 4,
@@ -116,11 +140,90 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     ),
     "glm": ("glm", HEADS, ("glm4_moe",)),
     "glm, no biases": ("glm", {"head_dim": 16, "attention_bias": False}, ("glm4_moe",)),
-    "ernie4_5": ("ernie4_5", HEADS, ("mixtral", "glm4_moe")),
-    "ernie4_5, untied": ("ernie4_5", {**WHOLE, "tie_word_embeddings": False}, ("granitemoe",)),
+    "ernie4_5": ("ernie4_5", HEADS, ("mixtral", "glm4_moe", "ernie4_5_moe")),
+    "ernie4_5, untied": (
+        "ernie4_5",
+        {**WHOLE, "tie_word_embeddings": False},
+        ("granitemoe", "ernie4_5_moe"),
+    ),
+    "llama, its heads' own size": (
+        "llama",
+        HEADS,
+        ("granitemoe", "ernie4_5_moe", "solar_open"),
+    ),
+    "mistral, llama3 rope, tied": (
+        "mistral",
+        {"sliding_window": None, "tie_word_embeddings": True, "rope_parameters": LLAMA3 | THETA},
+        ("ernie4_5_moe", "solar_open"),
+    ),
+    "hyperclovax": (
+        "hyperclovax",
+        {
+            "use_post_norm": False,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 0.125,
+        },
+        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
+    ),
+    "hyperclovax, biases, tied": (
+        "hyperclovax",
+        {"use_post_norm": False, "attention_bias": True, "tie_word_embeddings": True},
+        ("granitemoe",),
+    ),
+    "gemma": ("gemma", {**WHOLE, "tie_word_embeddings": True}, ("granitemoe", "granitemoe_swa")),
+    "gemma, heads of their own size, biases": (
+        "gemma",
+        {**HEADS, "attention_bias": True},
+        ("granitemoe", "granitemoe_swa"),
+    ),
+    "vaultgemma": ("vaultgemma", {**WHOLE, **NO_CAPS, "sliding_window": 128}, ("granitemoe",)),
+    "vaultgemma, window": (
+        "vaultgemma",
+        {**WHOLE, **NO_CAPS, "query_pre_attn_scalar": 20, "sliding_window": 7},
+        ("granitemoe_swa",),
+    ),
+    "ministral": ("ministral", {**HEADS, "sliding_window": 7}, ("mixtral",)),
+    "ministral, window in some layers": (
+        "ministral",
+        {**WHOLE, "sliding_window": 7, "layer_types": SLIDING},
+        ("granitemoe_swa",),
+    ),
+    "ministral3": ("ministral3", {**HEADS, "rope_parameters": GROWING}, ("mixtral", "glm4_moe")),
+    "ministral3, window, tied": (
+        "ministral3",
+        {
+            **WHOLE,
+            "sliding_window": 7,
+            "tie_word_embeddings": True,
+            "rope_parameters": GROWING | {"llama_4_scaling_beta": 0.0},
+        },
+        ("mixtral",),
+    ),
     "olmo3": ("olmo3", {}, ("flex_olmo",)),
-    "qwen3": ("qwen3", HEADS, ("glm4_moe",)),
-    "qwen2": ("qwen2", {}, ("glm4_moe",)),
+    "qwen3": ("qwen3", HEADS, ("glm4_moe", "dots1", "hy_v3", "mellum")),
+    "qwen3, biases, tied, yarn": (
+        "qwen3",
+        {
+            **WHOLE,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN | THETA,
+        },
+        ("dots1", "hy_v3", "mellum"),
+    ),
+    "qwen3, window in some layers": (
+        "qwen3",
+        {
+            **HEADS,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": SLIDING,
+        },
+        ("dots1", "mellum"),
+    ),
+    "qwen2": ("qwen2", {}, ("glm4_moe", "solar_open")),
     "mistral, partly": ("mistral", {"sliding_window": 7}, ("granitemoe_swa",)),
     "lfm2": ("lfm2", {"layer_types": CONVOLUTIONS, "norm_eps": 1e-5}, ("lfm2_moe",)),
     "lfm2, width as given, biases, untied": (
@@ -167,11 +270,11 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("granitemoehybrid",),
     ),
-    "youtu": ("youtu", LATENT, ("deepseek_v3",)),
+    "youtu": ("youtu", LATENT, ("deepseek_v3", "glm4_moe_lite")),
     "youtu, plain queries, biases, untied": (
         "youtu",
         {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False},
-        ("deepseek_v3",),
+        ("deepseek_v3", "glm4_moe_lite"),
     ),
     "gemma4": ("gemma4_text", GEMMA, ("gemma4_text",)),
     "gemma4, no embedding of layers": (
@@ -191,6 +294,20 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "final_logit_softcapping": 30.0,
         },
         ("gemma4_text",),
+    ),
+    "nemotron_h": ("nemotron_h", NEMOTRON, ("nemotron_h",)),
+    "nemotron_h, biases, tied": (
+        "nemotron_h",
+        {
+            **NEMOTRON,
+            "layers_block_type": ["mlp", "attention", "mamba", "mlp"],
+            "num_hidden_layers": 4,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "n_groups": 1,
+            "tie_word_embeddings": True,
+        },
+        ("nemotron_h",),
     ),
     "granite_swa": (
         "granite_swa",
@@ -240,6 +357,24 @@ def test_it_loads_whole_and_computes_the_same(dense, tmp_path, source, target):
     assert_same(logits, expected, 2e-4)
     findings = {each.check: each for each in check_moe(tmp_path / "moe").findings}
     assert {check: f for check, f in findings.items() if f.status == "failed"} == {}
+
+
+# One of each kind of stacked experts among the families that are tested here alone.
+FUSED = [
+    ("nemotron_h", "nemotron_h"),
+    ("ernie4_5", "ernie4_5_moe"),
+    ("qwen3", "hy_v3"),
+    ("qwen3", "mellum"),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), FUSED)
+def test_stacked_experts_too(dense, tmp_path, source, target):
+    folder, expected = dense(source)
+    build_moe(folder, tmp_path / "moe", CONFIG, target=target, layout="fused")
+    logits, problems = compute_logits(tmp_path / "moe", TOKENS)
+    assert not problems
+    assert_same(logits, expected, 2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -315,6 +450,8 @@ TRANSFORMERS_4 = {
     "hunyuan": "hunyuan_v1_moe",
     "granite hybrid": "granitemoehybrid",
     "youtu": "deepseek_v3",
+    "ernie4_5": "ernie4_5_moe",
+    "qwen3": "dots1",
 }
 
 

@@ -20,6 +20,13 @@ from reader_cases import CASES, SIZES, SOURCES, expected_of, name_of, reader_of
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40).tolist()
+# What vLLM says where it does not load a model.
+REFUSALS = (
+    "no module or parameter named",
+    "Model architectures [",  # it has none of that name
+    "is_act_and_mul=False is supported only for",  # experts without a gate
+    "first_k_dense_replace",
+)
 # DeepSeek keeps its configuration's code on the Hub; this does the same.
 CODE = """
 from transformers import PretrainedConfig
@@ -43,7 +50,8 @@ def with_code(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory) -> list[Path]:
     scratch = tmp_path_factory.mktemp("vllm")
-    for source, (family, changes) in SOURCES.items():
+    for source in {source for source, _, _ in CASES}:
+        family, changes = SOURCES[source]
         save_random_model(scratch / source, family, **SIZES | changes)
     return [
         build_random_moe(scratch / source, scratch / f"moe{i}", CONFIG, target, options)
@@ -91,7 +99,7 @@ def test_vllm_computes_it_where_the_check_says_so(vllm, outputs, case):
         assert not isinstance(found, str), found
         assert_same(found, expected, 2e-5)
     elif isinstance(found, str):
-        assert "no module or parameter named" in found
+        assert any(each in found for each in REFUSALS), found
     else:  # without a word, but of something else
         assert np.abs(found - expected).max() > 0.1
 

@@ -14,12 +14,11 @@ import numpy.typing as npt
 from moe_fast.calibration.layers import open_device
 from moe_fast.calibration.running import read_settings, running
 from moe_fast.calibration.texts import Tokens, TokenSequences
-from moe_fast.dtypes import DTYPE_NAMES
+from moe_fast.dtypes import DTYPE_NAMES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DenseModel
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode
-from moe_fast.storage.safetensors_header import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -124,22 +123,26 @@ def stream_router_inputs(
             "pip install torch transformers (routers='cheap_embed' needs neither)",
             name=error.name,
         ) from None
-    if model.wrapper is not None or model.family.blocks is not None or model.block is not None:
+    if not model.family.runs_by_layer:
         raise CheckpointError(
-            f"{needed_by} runs models of plain attention alone, neither quantised nor inside of "
-            "others; take another way for routers to start",
+            f"{needed_by} runs one layer after the other; those of {model.family.model_type} need "
+            "more than the state that the one before leaves: take another way for routers to start",
             file=model.path / "config.json",
         )
     place = open_device(device)
     config_file = model.path / "config.json"
     failing = "transformers does not run the model of this configuration"
     with running(config_file, failing):
-        config = read_settings(model.path, model.config)
+        config = read_settings(model.path, model.config).get_text_config(decoder=True)
         with torch.device("meta"):
             network: Any = AutoModel.from_config(config, dtype=torch.float32)
             network.eval()
-        network.rotary_emb = type(network.rotary_emb)(config=config).to(place)
-        network.norm = torch.nn.Identity()  # nobody reads what follows the last layer
+        for name, child in list(network.named_children()):
+            if "Rotary" in type(child).__name__:
+                setattr(network, name, type(child)(config=config).to(place))
+            elif "Norm" in type(child).__name__:
+                # Nobody reads what follows the last layer.
+                setattr(network, name, torch.nn.Identity())
     sequences = TokenSequences(tuple(np.array(text, np.int64) for text in texts))
     ends = np.cumsum([len(text) for text in texts])
     batches = list(sequences.batches(TOKENS_AT_A_TIME))
@@ -155,14 +158,17 @@ def stream_router_inputs(
     for number, layer in enumerate(network.layers):
         inputs = np.empty((sequences.num_tokens, model.sizes.hidden_size), np.float32)
         source = number if source_layers is None else source_layers[number]
-        load_layer(layer, number, model, experts or model, source, place)
+        ffn = model.family.ffn_module if number in model.ffn_layers else None
+        load_layer(layer, number, model, experts or model, source, ffn, place)
         with running(config_file, failing), torch.inference_mode():
             for i, batch in enumerate(batches):
-                states[i], found = run_layer(layer, states[i].to(place), calls[i][number])
+                states[i], found = run_layer(layer, ffn, states[i].to(place), calls[i][number])
                 for row, text in enumerate(batch):
                     length = len(sequences.sequences[text])
                     inputs[ends[text] - length : ends[text]] = found[row, :length]
         layer.to("meta")
+        if ffn is None:
+            continue
         if not np.isfinite(inputs).all():
             raise CheckpointError(
                 f"what the router of layer {number} reads of the tokens is not finite; the weights "
@@ -173,12 +179,15 @@ def stream_router_inputs(
 
 
 def run_layer(
-    layer: torch.nn.Module, states: torch.Tensor, others: dict[str, Any]
+    layer: torch.nn.Module, ffn: str | None, states: torch.Tensor, others: dict[str, Any]
 ) -> tuple[torch.Tensor, Floats]:
-    """What leaves a layer, and what its feed-forward network read."""
+    """What leaves a layer, and what its feed-forward network read, if it has one by that name."""
     read: list[torch.Tensor] = []
-    mlp: Any = layer.mlp
-    hook = mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    module = layer if ffn is None else layer.get_submodule(ffn)
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(args[0] if args else next(iter(kwargs.values()))),
+        with_kwargs=True,
+    )
     result = layer(states, **others)
     hook.remove()
     left: torch.Tensor = result[0] if isinstance(result, tuple) else result
@@ -223,29 +232,38 @@ def load_layer(
     model: DenseModel,
     experts: DenseModel,
     source: int,
+    ffn: str | None,
     place: torch.device,
 ) -> None:
     """Give a layer its weights: the feed-forward network's are those of layer `source`."""
     weights = {}
     for name in layer.state_dict():
-        if name.startswith("mlp."):
-            tensor = find_tensor(experts, f"model.layers.{source}.{name}")
-        else:
-            tensor = find_tensor(model, f"model.layers.{number}.{name}")
-        weights[name] = read_tensor(tensor).to(place)
+        of_ffn = ffn is not None and name.startswith(f"{ffn}.")
+        origin, layer_number = (experts, source) if of_ffn else (model, number)
+        weights[name] = read_weight(origin, layer_number, name).to(place)
     layer.load_state_dict(weights, assign=True)
 
 
-def find_tensor(model: DenseModel, name: str) -> Tensor:
-    """A tensor as the file has it, where the model's family reads it as others."""
-    return model.stored[name] if name in model.stored else model.tensors[name]
-
-
-def read_tensor(tensor: Tensor) -> torch.Tensor:
-    """A tensor of a source, as float32."""
+def read_weight(model: DenseModel, layer: int, name: str) -> torch.Tensor:
+    """A tensor of a layer as the model's own class has it, in float32."""
     import torch
 
+    theirs = f"{model.family.name_in_files('model.layers.')}{layer}.{name}"
+    ours = model.family.name_here(theirs)
+    if model.block is not None and ours in model.scales:
+        weight = model.changed(ours, "F32")
+        data = bytearray(b"".join(chunk for piece in weight.pieces for chunk in piece.chunks()))
+        return torch.frombuffer(data, dtype=torch.float32).reshape(weight.shape)
+    # As the file has it, where others see it in another order or as parts.
+    tensor = model.stored[theirs] if theirs in model.stored else model.tensors[ours]
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            "is in FP8, and shares its tensor with others: such a model is not run to start "
+            "routers; take another way",
+            file=tensor.file.path,
+            tensor=tensor.name,
+        )
     with OpenFiles() as files:
-        data = files.read(tensor.file, tensor.offset, tensor.nbytes)
+        read = files.read(tensor.file, tensor.offset, tensor.nbytes)
     dtype = getattr(torch, DTYPE_NAMES[tensor.dtype])
-    return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape).float()
+    return torch.frombuffer(read, dtype=dtype).reshape(tensor.shape).float()

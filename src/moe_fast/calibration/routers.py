@@ -129,7 +129,10 @@ def make_hidden_rows(
 
     gates = [mean(e.positive_prompts) - mean(e.negative_prompts) for e in experts]
     weights = np.array([[normalised(layer) for layer in gate] for gate in gates], np.float32)
-    return PromptRows(weights.swapaxes(0, 1), np.stack([np.concatenate(k) for k in kept]))
+    read_by = [np.concatenate(k) if k else None for k in kept]
+    nothing = np.zeros_like(next(found for found in read_by if found is not None))
+    states = [nothing if found is None else found for found in read_by]  # no FFN, no router
+    return PromptRows(weights.swapaxes(0, 1), np.stack(states))
 
 
 def normalised(vector: Vector) -> Vector:

@@ -36,10 +36,15 @@ from moe_fast.config import Dtype, Layout, LayoutName, MoeConfig, choose_config
 from moe_fast.dtypes import DTYPE_CODES, as_weight_dtype
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError, Problem
 from moe_fast.families.choice import as_target_name, choose
-from moe_fast.families.dense import DenseModel
+from moe_fast.families.dense import LAST_NORM, DenseModel
 from moe_fast.families.key_types import with_floats
 from moe_fast.families.readers import find_readers
-from moe_fast.families.wrappers import warn_of_rest, wrapped_config, wrapped_weights
+from moe_fast.families.wrappers import (
+    has_place,
+    warn_of_rest,
+    wrapped_config,
+    wrapped_weights,
+)
 from moe_fast.models.adapters import is_adapter, named_base
 from moe_fast.models.folder import find_second_weights, read_config
 from moe_fast.models.readers import contents_of, warn_of_readers
@@ -57,6 +62,7 @@ from moe_fast.request import (
     RouterMethod,
     RouterStart,
     as_texts,
+    choose_start,
 )
 from moe_fast.routing.health import (
     HealthRecord,
@@ -74,6 +80,7 @@ if TYPE_CHECKING:
 
     from pandas import DataFrame
 
+    from moe_fast.calibration.texts import TokenArrays
     from moe_fast.checkpoint.clusters import Labels
     from moe_fast.dtypes import DtypeLike
 
@@ -269,10 +276,10 @@ def build_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -303,21 +310,21 @@ def build_moe(
     Parameters
     ----------
     models : path, ExpertSource, or sequence of them
-        Folders of Llama, Mistral, Qwen2, Qwen3, OLMo2 or Granite models in the Hugging Face layout,
-        safetensors, of one shape. An `ExpertSource` is a folder and what happens to its weights on
-        the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes folded in,
-        `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and reads
-        `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a repository on
-        the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
-        `HF_HUB_OFFLINE=1`.
+        Folders of dense models in the Hugging Face layout, safetensors, of one shape and a family
+        that `moe-fast families` lists. An `ExpertSource` is a folder and what happens to its
+        weights on the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes
+        folded in, `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and
+        reads `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a
+        repository on the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it
+        first unless `HF_HUB_OFFLINE=1`.
     output : path
         The folder to create.
     config : MoeConfig, optional
         By default 8 experts, 2 per token.
     target : str
-        The family to build: `"mixtral"`, `"qwen3_moe"`, `"qwen2_moe"`, `"granitemoe"`,
-        `"flex_olmo"`, `"granitemoeshared"`, `"deepseek"`, or `"auto"`, the first of them that has a
-        place for everything the base has.
+        The family to build: `"mixtral"`, `"qwen3_moe"`, `"granitemoe"` or another that `moe-fast
+        families` lists, or `"auto"`, the first of them that has a place for everything the base
+        has.
     layout : str or Layout, optional
         `"per-expert"`, the default, which every reader knows, or `"fused"`, which few do but
         transformers 5. GraniteMoE has a fused layout of its own and no other.
@@ -338,7 +345,9 @@ def build_moe(
         Qwen2-MoE and Qwen3-MoE any, DeepSeek-MoE the first ones and, after them, all but every
         n-th.
     routers : str or RouterStart
-        How the routers start: `"balanced"`, `"random"` and `"uniform"` as `RouterInit` has them,
+        How the routers start: `"auto"` stands for `"calibrated"` where texts or tokens are given,
+        and else for `"normal"` with a `logit_std` of 3; with `split`, for `"balanced"`.
+        `"balanced"`, `"random"` and `"uniform"` are as `RouterInit` has them,
         `"normal"` drawn from the standard normal distribution, `"linear"` as `torch.nn.Linear`
         starts. `"cheap_embed"` and `"hidden"` make them from the prompts of each `ExpertSource`:
         from the embeddings of their tokens, or from what the routers will read of them, which takes
@@ -348,17 +357,19 @@ def build_moe(
         difference.
     logit_std : float, optional
         How sharp the routers start: the standard deviation over the experts of a token's logits, as
-        `RouterStart` has it. By default 3 for rows that are made from texts; others keep the scale
-        of their method.
+        `RouterStart` has it. By default 3 for `"auto"` and for rows that are made from texts;
+        others keep the scale of their method.
     texts : path, str or sequence of them
         What the routers start from where `routers` are made from texts, what `logit_std` is
         measured on, and what the load is predicted on: files that end in `.txt`, `.md` or `.jsonl`,
         or texts themselves. The base reads them, which needs torch and transformers.
-    tokens : path, optional
-        In place of texts, a `.npy` file of tokens, `(sequences, length)`.
+    tokens : array, sequence of arrays, or path, optional
+        In place of texts: integers, `(sequences, length)`, sequences of several lengths, or a
+        `.npy` file of such an array. The manifest keeps the digest of arrays.
     tokens_used : int, optional
-        How many of these tokens rows are made from, spread evenly over the texts: by default 8192,
-        or 40 for each expert if that is more. Of the others a quarter as many judge the load.
+        How many of these tokens rows are made from, spread evenly over the texts: by default 256
+        for each expert, from 8192 to 32,768, and never fewer than 40 for each. Of the others a
+        quarter as many judge the load.
     device : str, optional
         Where torch runs the base: `"cpu"`, the default, `"cuda"`, ...
     seed : int
@@ -449,7 +460,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -467,10 +478,10 @@ def design_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -506,7 +517,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -522,7 +533,8 @@ def as_request(
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
-    routers: RouterStart,
+    routers: RouterMethod | RouterStart,
+    said: Mapping[str, Any],
     seed: int,
     granularity: int,
     mix_copies: bool,
@@ -554,7 +566,13 @@ def as_request(
         dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
-        routers=routers,
+        routers=choose_start(
+            routers,
+            said,
+            experts,
+            num_rows=config.num_experts // granularity,
+            parts=split is not None,
+        ),
         seed=as_index(seed, "seed"),
         granularity=as_granularity(granularity, config.num_experts),
         mix_copies=as_flag(mix_copies, "mix_copies"),
@@ -700,16 +718,18 @@ def stated_name(model: str) -> str:
     return name if isinstance(name, str) else ""
 
 
-def as_router_start(
-    routers: RouterMethod | RouterStart,
+def said_of_routers(
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
-) -> RouterStart:
-    """The argument `routers`, with what other arguments say of the start."""
-    start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
+) -> dict[str, Any]:
+    """What arguments say of a start, by the names that `RouterStart` has for it."""
+    if not (tokens is None or isinstance(tokens, (str, os.PathLike))):
+        from moe_fast.calibration.texts import TokensInMemory
+
+        tokens = TokensInMemory.of(tokens)
     said: dict[str, Any] = {
         "logit_std": logit_std,
         "texts": as_texts(texts) or None,
@@ -717,7 +737,7 @@ def as_router_start(
         "tokens_used": tokens_used,
         "device": device,
     }
-    return replace(start, **{key: value for key, value in said.items() if value is not None})
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:
@@ -812,7 +832,9 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
     return BuildDesign(
         weights=weights,
         config=config,
-        companions=find_companions(construction.base.path),
+        companions=find_companions(
+            base.path, processors=base.wrapper is None or has_place(family, base)
+        ),
         sources=[each for model in construction.opened_models() for each in model.sources()],
         family=family.name,
         num_experts=len(construction.moe_layers) * plan.num_experts,
@@ -837,6 +859,10 @@ def design_build(request: BuildRequest, decisions: Facts | None = None) -> Build
             *find_missing_tokenizer(construction.base.path),
             *construction.warnings(),
             *family.warnings(construction),
+            *(
+                f"{base.path / 'config.json'}: {each}"
+                for each in base.family.reservations(base.config, base.tensors[LAST_NORM].dtype)
+            ),
             *warn_of_rest(family, base),
             *warn_of_readers(config, contents, construction.base.path),
             *warn_of_unused_models(request.models, plan_report),
@@ -854,16 +880,17 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
     asked = (*request.models, *request.shared_experts)
     sources, base = open_sources(asked, request.base)
     num_layers = base.sizes.num_hidden_layers
+    with_ffn = base.ffn_layers
+    dense = {*request.dense_layers, *(n for n in range(num_layers) if n not in with_ffn)}
     plan = plan_experts(
         request.models,
         request.shared_experts,
-        request.dense_layers,
+        sorted(dense),
         request.config,
         num_layers,
         request.shards,
     )
     dtype = None if request.dtype is None else DTYPE_CODES[request.dtype]
-    dense = frozenset(request.dense_layers)
     context = RouterContext(
         base=base,
         experts=[request.models[model] for model in plan.source_model[0][:: request.row_repeats]],
@@ -886,7 +913,7 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
         seed=request.seed,
         shared_sources=sources[len(request.models) :],
         shared_experts=request.shared_experts,
-        dense_layers=request.dense_layers,
+        dense_layers=sorted(dense),
         converted_to=dtype,
         granularity=request.shards,
         row_repeats=request.row_repeats,
@@ -915,9 +942,10 @@ def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
     found = {}
     for layer in layers:
         source_layer = int(construction.plan.source_layer[layer, 0])
-        gate = construction.sources[0].ffn_weight(source_layer, "gate_proj")
+        source = construction.sources[0]
+        rows = source.ffn_weight(source_layer, source.family.roles[0])
         stream = choose_stream(construction.seed, f"{layer} clusters")
-        found[layer] = cluster_neurons(gate, parts, stream)
+        found[layer] = cluster_neurons(rows, parts, stream)
     return found
 
 

@@ -20,6 +20,7 @@ from moe_fast.families.dense import FFN, DenseModel
 from moe_fast.families.readers import find_readers
 from moe_fast.families.registry import moe_families
 from moe_fast.families.rules import Reader
+from moe_fast.families.wrappers import wrapped_family
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.folder import check_is_folder, find_second_weights
 from moe_fast.models.inspection import router_reports
@@ -206,7 +207,8 @@ def check_moe(
     ]
     if model.layers:
         findings.append(check_routing(model))
-    readers = find_readers(model.config, contents_of_model(model))
+    # A dense model may have the model_type of an MoE.
+    readers = find_readers(model.config, contents_of_model(model)) if model.layers else ()
     findings.append(check_readers(model, readers))
     if text is not None:
         findings.append(check_logits(model, design, sources, readers, text))
@@ -450,9 +452,9 @@ def check_origins(model: MoeModel, against: Sequence[ModelPath]) -> list[Finding
     experts = [expert for layer in model.layers for expert in layer.experts.items()]
     blocks = [layer.block for layer in model.layers for _ in layer.experts]
     ffns = [
-        [source.ffn(layer, role) for role in FFN]
+        [source.ffn(layer, role) for role in source.family.roles]
         for source in sources
-        for layer in range(source.sizes.num_hidden_layers)
+        for layer in source.ffn_layers
     ]
     weights = [[e[role] for role in FFN if role in e] for _, e in experts]
     known: set[int] = set()
@@ -503,8 +505,10 @@ def check_other_weights(model: MoeModel, sources: Sequence[DenseModel]) -> Findi
 def check_structure(model: MoeModel) -> Finding:
     """Names and shapes against what config.json says and the family asks for."""
     problems = model.problems()
-    if model.model_type not in moe_families():
-        known = ", ".join(moe_families())
+    families = moe_families()
+    inner = wrapped_family(model.config, families)
+    if model.model_type not in families and inner is None:
+        known = ", ".join(families)
         reason = f"no rules for model_type {model.model_type!r}; there are some for {known}"
         if problems:
             return finding("structure", "", problems, reason)
@@ -526,7 +530,12 @@ def check_structure(model: MoeModel) -> Finding:
                 tensor=found,
             )
         )
-    title = moe_families()[model.model_type].title
+    if inner is not None:
+        summary = (
+            f"names, shapes and config.json of the language model are those of {inner[0].title}"
+        )
+        return finding("structure", summary, problems)
+    title = families[model.model_type].title
     return finding("structure", f"names, shapes and config.json are those of {title}", problems)
 
 

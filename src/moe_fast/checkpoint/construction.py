@@ -27,7 +27,7 @@ from moe_fast.checks import collect
 from moe_fast.config import MoeConfig
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError, Problem
-from moe_fast.families.dense import FFN, DenseModel
+from moe_fast.families.dense import DenseModel
 from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.readers import find_other_token
@@ -62,7 +62,7 @@ class Construction:
     shared_experts: Sequence[ExpertSource] = ()
     """What was asked of each of the shared sources."""
     dense_layers: Sequence[int] = ()
-    """Layers that keep the base's FFN; the plan's rows for them mean nothing."""
+    """Layers without experts, which keep what the base has; plan rows for them mean nothing."""
     converted_to: str | None = None
     """The dtype of every output tensor; `None` keeps those of the sources."""
 
@@ -258,6 +258,7 @@ class Construction:
         problems += beside_ffn_problems(self.shared_sources)
         for source, model in self.all_sources():
             problems += find_misfits(source, self.base, model.source_layers)
+            problems += find_missing_ffns(source, model.source_layers, self.moe_layers)
             if self.converted_to is None:
                 problems += find_foreign_dtypes(source, self.dtype)
         return list(dict.fromkeys(problems))
@@ -272,7 +273,7 @@ class Construction:
     def width_problems(self) -> Iterator[Problem]:
         width = self.base.sizes.intermediate_size
         if width % self.granularity:
-            tensor = self.base.ffn(0, "gate_proj")
+            tensor = self.base.first_ffn
             parts = "the number of experts," if self.split else "granularity"
             yield Problem(
                 f"{list(tensor.shape)}: intermediate_size {width} is not a multiple of {parts} "
@@ -286,8 +287,9 @@ class Construction:
         names = [name for name, _ in (*self.base.before_layers(), *self.base.after_layers())]
         for layer in range(self.num_layers):
             names += [f"model.layers.{layer}.{name}" for name, _ in self.base.layer(layer)]
-        for layer in self.dense_layers:
-            names += [f"model.layers.{layer}.mlp.{role}.weight" for role in FFN]
+        for layer in frozenset(self.dense_layers) & frozenset(self.base.ffn_layers):
+            roles = self.base.family.roles
+            names += [f"model.layers.{layer}.mlp.{role}.weight" for role in roles]
         for model, _ in self.backbone:
             token = find_other_token(model.path, self.base.path)
             if token is not None:
@@ -409,7 +411,7 @@ SUITABLE_WIDTHS = (
 SEEN_IN = {
     "vocab_size": "model.embed_tokens.weight",
     "hidden_size": "model.embed_tokens.weight",
-    "intermediate_size": "model.layers.0.mlp.gate_proj.weight",
+    "intermediate_size": "model.layers.0.mlp.up_proj.weight",
     "num_attention_heads": "model.layers.0.self_attn.q_proj.weight",
     "num_key_value_heads": "model.layers.0.self_attn.k_proj.weight",
     "head_dim": "model.layers.0.self_attn.q_proj.weight",
@@ -431,15 +433,15 @@ def find_misfits(
             continue
         if value != getattr(base.sizes, name):
             what = f"{name} is {value}, the base model has {getattr(base.sizes, name)}"
-            if name in SEEN_IN:
-                tensor = source.tensors[SEEN_IN[name]]
+            tensor = source.tensors.get(SEEN_IN.get(name, ""))
+            if tensor is not None:
                 what = f"has the shape {list(tensor.shape)}: {what}"
                 yield Problem(what, file=tensor.file.path, tensor=tensor.name)
             else:
                 yield Problem(what, file=config)
     # A block of another form gives its FFN other inputs and does other things with the output.
     for what, (its, bases) in {
-        "hidden_act": (source.config.get("hidden_act"), base.config.get("hidden_act")),
+        "hidden_act": (activation_of(source), activation_of(base)),
         "FFN biases": (source.ffn_biases, base.ffn_biases),
         "attention biases": (source.attention_biases, base.attention_biases),
         "norms": (source.family.norms, base.family.norms),
@@ -456,10 +458,30 @@ def find_misfits(
             )
 
 
+def activation_of(model: DenseModel) -> object:
+    return model.config.get("hidden_act", model.config.get("mlp_hidden_act"))
+
+
+def find_missing_ffns(
+    source: DenseModel, source_layers: Sequence[int] | None, moe_layers: Sequence[int]
+) -> Iterator[str]:
+    """The layers of `source` that are to give an FFN and have none."""
+    there = frozenset(source.ffn_layers)
+    layers = range(source.sizes.num_hidden_layers)
+    wanted = moe_layers if source_layers is None else [source_layers[n] for n in moe_layers]
+    missing = sorted({layer for layer in wanted if layer in layers} - there)
+    if missing:
+        yield Problem(
+            f"{format_numbers('layer', missing)} of {source.path} would give experts, and has no "
+            "FFN",
+            file=source.path / "config.json",
+        )
+
+
 def find_foreign_dtypes(source: DenseModel, dtype: str) -> Iterator[str]:
     """The FFN weights of `source` that have another dtype than the experts are to have."""
-    layers = range(source.sizes.num_hidden_layers)
-    tensors = [source.ffn(layer, role) for layer in layers for role in FFN]
+    roles = source.family.roles
+    tensors = [source.ffn(layer, role) for layer in source.ffn_layers for role in roles]
     foreign = [tensor for tensor in tensors if source.dtype_of(tensor) != dtype]
     if foreign:
         first, others = foreign[0], len(foreign) - 1

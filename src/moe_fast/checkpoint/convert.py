@@ -335,7 +335,8 @@ def expert_tensors(
 ) -> list[ExpertTensor]:
     """The tensors that hold a layer's experts in a layout, in order."""
     if family is not None:
-        return family.expert_tensors(layer.number, model.num_experts, layout)
+        tensors = family.expert_tensors(layer.number, model.num_experts, layout)
+        return [tensor._replace(name=family.name_in_files(tensor.name)) for tensor in tensors]
     block, experts = block_name(model, layer, layout), range(model.num_experts)
     if layout is Layout.PER_EXPERT:
         return [
@@ -412,6 +413,8 @@ def warn_of_rounding(
         for layer in model.layers:
             assert layer.router is not None
             weight = weights[renamed(model, layer.router.name, layout)]
+            if weight.dtype == layer.router.dtype:
+                continue
             data = b"".join(weight.read(0, weight.nbytes))
             before = read_floats(layer.router, files)
             after = decode_any(data, weight.dtype, weight.shape)
@@ -437,7 +440,7 @@ def converted_config(model: MoeModel, family: MoeFamily | None, to: Dtype | None
     file = model.path / "config.json"
     if family is not None and ("num_experts" in config or "num_local_experts" in config):
         config |= {"num_local_experts": model.num_experts, "num_experts": model.num_experts}
-    plain = family is not None and family.blocks is None
+    plain = family is not None and family.blocks is None and not family.rope_by_kind
     if plain and (
         config.get("rope_parameters") is not None or config.get("rope_theta") is not None
     ):

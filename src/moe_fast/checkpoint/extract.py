@@ -26,8 +26,10 @@ from moe_fast.checks import as_index, as_path, as_size
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.config import Multipliers
-from moe_fast.families.dense import FFN, DenseFamily
+from moe_fast.families.dense import DenseFamily
+from moe_fast.families.moe import MoeFamily
 from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.families.wrappers import wrapped_family
 from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_experts
 from moe_fast.models.structure import structure_problems
@@ -106,8 +108,8 @@ def extract_dense(
     Parameters
     ----------
     model : path
-        A folder with an MoE of a family that `build_moe` can build, without shared experts that add
-        something.
+        A folder with an MoE of a family that `build_moe` can build, Gemma 4 and multimodal models
+        aside, without shared experts that add something.
     output : path
         The folder to create.
     expert : int, optional
@@ -240,15 +242,20 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
     model = open_moe_model(request.model)
     require_experts(model)
     family = moe_families().get(model.model_type)
+    if wrapped_family(model.config, moe_families()) is not None:
+        raise CheckpointError(
+            "is a multimodal model, and a dense model is extracted of a language model alone",
+            file=model.path / "config.json",
+        )
     if family is None:
         raise CheckpointError(
             f"{model.path / 'config.json'}: model_type {model.model_type!r} has no dense twin here;"
             f" {', '.join(moe_families())} have one"
         )
     twin = dense_families()[family.twin_name(model.config)]
-    if twin.blocks is not None:
+    if not twin.runs_by_layer:  # the FFN beside the experts would be left without a place
         raise CheckpointError(
-            f"{family.title} cannot be extracted: what becomes of its {twin.blocks} is not known",
+            f"{family.title} cannot be extracted: it has an FFN beside its experts already",
             file=model.path / "config.json",
         )
     left_out = set(router_tensors(model))
@@ -259,8 +266,9 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
     ]
     if problems:
         raise CheckpointError(*problems)
-    width = wide(request) * next(iter(model.layers[0].experts.values()))["gate_proj"].shape[0]
-    problems = dense_layer_problems(model, width)
+    first = next(iter(model.layers[0].experts.values()))
+    width = wide(request) * first[twin.roles[0]].shape[0]
+    problems = dense_layer_problems(model, twin, width)
     if problems:
         raise CheckpointError(*problems)
     number = len(next(iter(request.experts.values())))
@@ -272,8 +280,8 @@ def design_extracted(request: ExtractRequest, decisions: Facts | None = None) ->
     return design_operation(
         request,
         model,
-        dict(dense_tensors(model, request, left_out)),
-        dense_config(model, twin, width),
+        dict(dense_tensors(model, twin, request, left_out)),
+        dense_config(model, family, twin, width),
         experts_per_layer=0,
         experts_per_tok=None,
         reason_to_differ="the router no longer chooses among its experts",
@@ -340,18 +348,19 @@ def is_zero(tensor: Tensor, files: OpenFiles) -> bool:
     return True
 
 
-def dense_layer_problems(model: MoeModel, width: int) -> list[str]:
+def dense_layer_problems(model: MoeModel, twin: DenseFamily, width: int) -> list[str]:
     """Layers that were dense already, of another width than the others become."""
     return [
         f"{tensor.file.path}: tensor {name!r} has {tensor.shape[0]} rows, the FFNs made of experts "
         f"{width}; config.json of a dense model holds one width"
         for name, tensor in model.tensors.items()
-        if name.endswith(".mlp.gate_proj.weight") and tensor.shape[0] != width
+        if twin.name_here(name).endswith(f".mlp.{twin.roles[0]}.weight")
+        and tensor.shape[0] != width
     ]
 
 
 def dense_tensors(
-    model: MoeModel, request: ExtractRequest, left_out: set[str]
+    model: MoeModel, twin: DenseFamily, request: ExtractRequest, left_out: set[str]
 ) -> Iterator[OutputTensor]:
     """The model's tensors in their order, each layer's FFN where its first expert stood."""
     done = set()
@@ -360,13 +369,18 @@ def dense_tensors(
         if layer is not None and layer.key not in done and is_expert(name, layer):
             done.add(layer.key)
             prefix = layer.block.rpartition(".")[0]
-            for role in FFN:
-                experts = request.experts[layer.key]
+            experts = request.experts[layer.key]
+            weights = {}
+            for role in twin.roles:
                 if request.shards_of_one:
                     weight = joined_shards(layer, experts, role, scale_of_shards(model))
                 else:
                     weight = ffn_weight(layer, experts, role, request.mean)
-                yield OutputTensor(f"{prefix}.mlp.{role}.weight", weight)
+                weights[f"{prefix}.mlp.{role}.weight"] = weight
+            for whole, parts in twin.stored({n: w.shape for n, w in weights.items()}).items():
+                held = [weights[part] for part in parts]
+                shape = (sum(weight.shape[0] for weight in held), *held[0].shape[1:])
+                yield OutputTensor(twin.name_in_files(whole), Weight.stacked(held, shape))
         elif layer is None and name not in left_out:
             yield OutputTensor(name, Weight.of(tensor))
 
@@ -422,9 +436,13 @@ def joined_shards(layer: MoeLayer, experts: tuple[int, ...], role: str, scale: f
     return Weight(parts[0].dtype, shape, (SideBySide(rows, tuple((p,) for p in pieces)),))
 
 
-def dense_config(model: MoeModel, twin: DenseFamily, width: int) -> dict[str, Any]:
+def dense_config(
+    model: MoeModel, family: MoeFamily, twin: DenseFamily, width: int
+) -> dict[str, Any]:
     """The config.json of the dense model."""
     known = {*TAKEN_OVER, *twin.defaults}
+    if twin.blocks is not None:
+        known |= set(family.also_read)
     if twin.multipliers:
         known |= set(Multipliers._fields)
     config = {key: value for key, value in model.config.items() if key in known}
@@ -433,7 +451,8 @@ def dense_config(model: MoeModel, twin: DenseFamily, width: int) -> dict[str, An
         "architectures": [twin.architecture],
         "model_type": twin.model_type,
         **config,
-        "intermediate_size": width,
+        **twin.of_width(model.config, width),
+        **family.kept_for_dense(model.config),
         **({"mlp_bias": False} if twin.mlp_bias else {}),
         **({"attention_bias": biased} if twin.biases is None else {}),
     }

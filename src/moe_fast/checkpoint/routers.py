@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.calibration.balancing import Floats, balance, mean_input, remove_direction
+from moe_fast.calibration.balancing import (
+    Floats,
+    balance,
+    mean_input,
+    remove_direction,
+    remove_span,
+    topic_directions,
+)
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import mean_rows, ridge_rows
 from moe_fast.checkpoint.random_pieces import (
@@ -357,7 +364,7 @@ class TextRouters(Routers):
 
 
 class CalibratedRouters(TextRouters):
-    """Normal draws without the direction that all tokens share, their load evened."""
+    """Normal draws without the direction that all tokens share, nor topics; their load evened."""
 
     methods: ClassVar[tuple[RouterMethod, ...]] = ("calibrated",)
 
@@ -366,6 +373,7 @@ class CalibratedRouters(TextRouters):
     ) -> tuple[Floats, Floats]:
         rows, read = self.draw(layer), np.concatenate(inputs)
         without = remove_direction(rows, mean_input(read))
+        without = remove_span(without, topic_directions(read))
         return balance(without, read, self.context.num_experts_per_tok), rows
 
 

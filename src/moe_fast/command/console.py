@@ -175,6 +175,8 @@ def show_comparison(report: CompareReport) -> None:
         say(f"the same model: {weights}, {format_quantity(report.num_bytes, 'B')}{within}")
     else:
         say(f"not the same model: {format_count(len(lines), 'difference')} in {weights}")
+    for warning in report.warnings:
+        warn(warning)
 
 
 def show_operation(report: OperationReport) -> None:
@@ -192,6 +194,8 @@ def show_operation(report: OperationReport) -> None:
     }
     if not report.num_experts:
         pairs["experts"] = f"{report.num_experts_before} per layer to none: a dense model"
+    if report.routers is not None:
+        pairs["router load"] = describe_prediction(report.routers)
     show_pairs(pairs)
     show_readers(report.readers)
     if report.dry_run:

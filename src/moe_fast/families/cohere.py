@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_fast.errors import CheckpointError
 from moe_fast.families.config import Sizes, is_count
 from moe_fast.families.experts import ExpertAxis
-from moe_fast.families.moe import Parts, as_count, ffn_shapes
+from moe_fast.families.moe import LayerLists, Parts, as_count, ffn_shapes
 from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
-from moe_fast.storage.strict_json import brief
 
 PARALLEL = "attention and FFN side by side"
 KINDS = ("sliding_attention", "full_attention")
@@ -34,7 +32,7 @@ class Cohere2(OwnBlocks):
         return shapes | {"input_layernorm.weight": (sizes.hidden_size,)}
 
 
-class Cohere2Moe(Twin):
+class Cohere2Moe(LayerLists, Twin):
     """Command A+ (Cohere 2026)."""
 
     name = "cohere2_moe"
@@ -92,20 +90,6 @@ class Cohere2Moe(Twin):
     blocks = PARALLEL
     own_expert_width = False
     dropped = ("sliding_window_pattern",)
-
-    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
-        kinds = ["dense" if layer in layers else "sparse" for layer in range(num_layers)]
-        return {"mlp_layer_types": kinds}
-
-    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
-        kinds = config.get("mlp_layer_types")
-        if kinds is None:
-            return frozenset()
-        if not isinstance(kinds, list):
-            raise CheckpointError(
-                f"mlp_layer_types is {brief(kinds)}; it must list kinds", file="config.json"
-            )
-        return frozenset(n for n, kind in enumerate(kinds[:num_layers]) if kind == "dense")
 
     def dense_width(self, config: Mapping[str, Any]) -> int:
         own = config.get("prefix_dense_intermediate_size")

@@ -11,8 +11,8 @@ from moe_fast.families.dense import FFN, NORMS_BEFORE
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
-from moe_fast.families.twins import OwnBlocks, Twin
+from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, VLLM, Rules
+from moe_fast.families.twins import LATENT, OwnBlocks, Twin
 from moe_fast.storage.tensors import Weight
 
 
@@ -135,9 +135,6 @@ class DeepSeek(MoeFamily):
         }
 
 
-LATENT = "latent attention"
-
-
 class Youtu(OwnBlocks):
     """Youtu-LLM (Tencent 2025): latent attention (DeepSeek-V2, 2405.04434) in a dense model."""
 
@@ -230,7 +227,7 @@ class DeepSeekV3(GroupedExperts, Twin):
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         if reader == VLLM:
-            yield f"computed something else of a {self.name} on the processor"
+            yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         spread = parts.base.config["initializer_range"]

@@ -7,7 +7,7 @@ and through `DenseModel.weight` Llama's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from moe_fast.families.config import (
 )
 from moe_fast.records import dataclass
 from moe_fast.storage.fp8 import Block, dequantised
-from moe_fast.storage.pieces import PairsToHalves
+from moe_fast.storage.pieces import PairsToHalves, Shifted
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
@@ -60,7 +60,10 @@ class DenseFamily:
     `partial_rotary`, whether it may turn a part of each head. `sinks` says whether each head of
     attention has one. `blocks` names what its layers are made of if that is something else than all
     this; it fits MoE families of the same blocks alone. `unread` are the beginnings of names of
-    tensors that no reader makes anything of, such as those of layers that predict ahead.
+    tensors that no reader makes anything of, such as those of layers that predict ahead. Where the
+    FFN is not `gated`, it has two matrices, up and down. `norm_shift` is what norms add to their
+    weights before they multiply with them. `runs_by_layer` says whether layers need nothing but the
+    state that the one before leaves, and its routers will read what its FFNs do.
     """
 
     model_type: str
@@ -84,6 +87,14 @@ class DenseFamily:
     sinks: bool = False
     blocks: str | None = None
     unread: tuple[str, ...] = ()
+    gated: bool = True
+    norm_shift: float = 0.0
+    runs_by_layer: bool = True
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The matrices of its FFN."""
+        return FFN if self.gated else FFN[1:]
 
     @property
     def architecture(self) -> str:
@@ -130,9 +141,18 @@ class DenseFamily:
             return self.biases
         return tuple(n for key, names in self.bias_keys.items() if config[key] for n in names)
 
+    @property
+    def ffn_module(self) -> str:
+        """What the family calls its FFN."""
+        return self.name_in_files(".mlp.down_proj.").split(".")[1]
+
+    def of_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """The keys of an MoE's config.json that a dense model made of it has otherwise."""
+        return {"intermediate_size": width}
+
     def ffn_bias_names(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The matrices of the FFN that have a bias."""
-        return FFN if self.mlp_bias and config["mlp_bias"] else ()
+        return self.roles if self.mlp_bias and config["mlp_bias"] else ()
 
     def is_moe(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json of the same `model_type` has experts already."""
@@ -145,6 +165,16 @@ class DenseFamily:
     def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
         """The rotary embedding that a config.json of the family describes."""
         return read_rope(config, file, partial=self.partial_rotary)
+
+    def read_multipliers(self, config: Mapping[str, Any], sizes: Sizes) -> Multipliers:
+        """What activations are multiplied with."""
+        if self.multipliers:
+            return Multipliers(*(config[name] for name in Multipliers._fields))
+        return Multipliers(1.0, sizes.head_dim**-0.5, 1.0, 1.0)
+
+    def reservations(self, config: Mapping[str, Any], dtype: str) -> Iterator[str]:
+        """Where an MoE made of weights of a `dtype` does not compute what its source does."""
+        yield from ()
 
     def outer_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The tensors that belong to no layer, the head apart, with their shapes."""
@@ -175,13 +205,18 @@ class DenseFamily:
             shapes["self_attn.sinks"] = (sizes.num_attention_heads,)
         return shapes | {f"{norm}.weight": (hidden,) for norm in self.norms}
 
+    def ffn_layers(self, sizes: Sizes, config: Mapping[str, Any]) -> Sequence[int]:
+        """The layers that have a feed-forward network: all, in most families."""
+        return range(sizes.num_hidden_layers)
+
     def ffn_shapes(self, sizes: Sizes, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The tensors of one layer's feed-forward network, with their shapes."""
         hidden, intermediate = sizes.hidden_size, sizes.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {
-            "mlp.gate_proj.weight": (intermediate, hidden),
-            "mlp.up_proj.weight": (intermediate, hidden),
-            "mlp.down_proj.weight": (hidden, intermediate),
+            f"mlp.{role}.weight": (hidden, intermediate)
+            if role == "down_proj"
+            else (intermediate, hidden)
+            for role in self.roles
         }
         for name in self.ffn_bias_names(config):
             shapes[f"mlp.{name}.bias"] = shapes[f"mlp.{name}.weight"][:1]
@@ -277,7 +312,8 @@ class DenseModel:
         return self.weight(ffn_name(layer, role), dtype)
 
     def weight(self, name: str, dtype: str | None = None) -> Weight:
-        """The same as others have it: the rows of queries and keys in Llama's order.
+        """The same as others have it: the rows of queries and keys in Llama's order, norms as they
+        multiply, in float32 where that is not what the file has.
 
         What is in FP8 is dequantised to `dtype`, or that of the norms; others keep theirs.
         """
@@ -291,6 +327,10 @@ class DenseModel:
             weight = Weight(
                 weight.dtype, weight.shape, (PairsToHalves(piece, nbytes, size, turned),)
             )
+        if self.family.norm_shift and name.endswith("norm.weight"):
+            (piece,) = weight.pieces
+            shifted = Shifted(piece, weight.dtype, self.family.norm_shift)
+            weight = Weight("F32", weight.shape, (shifted,))
         return weight
 
     def before_layers(self) -> Iterator[tuple[str, Tensor]]:
@@ -319,9 +359,19 @@ class DenseModel:
         return {**self.stored, **({} if self.wrapper is None else self.wrapper.rest)}
 
     @property
+    def ffn_layers(self) -> Sequence[int]:
+        """The layers that have an FFN."""
+        return self.family.ffn_layers(self.sizes, self.config)
+
+    @property
+    def first_ffn(self) -> Tensor:
+        """The first matrix of the first FFN."""
+        return self.ffn(self.ffn_layers[0], self.family.roles[0])
+
+    @property
     def expert_dtype(self) -> str:
         """The dtype of the FFN weights, as safetensors spells it."""
-        return self.dtype_of(self.ffn(0, "gate_proj"))
+        return self.dtype_of(self.first_ffn)
 
     @property
     def attention_biases(self) -> tuple[str, ...]:
@@ -372,9 +422,3 @@ def read_windows(
             f"layer_types is {brief(types)}; it must list {layers} types", file=file
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def read_multipliers(family: DenseFamily, config: Mapping[str, Any], sizes: Sizes) -> Multipliers:
-    if family.multipliers:
-        return Multipliers(*(config[name] for name in Multipliers._fields))
-    return Multipliers(1.0, sizes.head_dim**-0.5, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Gemma 4, and the experts that stand beside the dense FFN of each of its layers."""
+"""Gemma 1 and VaultGemma, and Gemma 4 with the experts that stand beside the FFN of each layer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Sizes
-from moe_fast.families.dense import FFN
+from moe_fast.families.config import Multipliers, Sizes, is_number
+from moe_fast.families.dense import DEFAULTS, FFN, DenseFamily
 from moe_fast.families.experts import ExpertAxis
 from moe_fast.families.moe import ExpertTensor, Parts, as_count, ffn_shapes, stacks
 from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
+from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
 
 BLOCKS = "blocks of Gemma 4"
@@ -203,13 +204,91 @@ class Gemma4Moe(Twin):
         }
 
 
+class Gemma(DenseFamily):
+    """Gemma 1 (Gemma Team 2024): Llama, its embedding multiplied, its norms' weights less 1."""
+
+    def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Its first files say "gelu" and mean the other one."""
+        found = super().with_defaults(config)
+        if found["hidden_act"] == "gelu":
+            found["hidden_act"] = "gelu_pytorch_tanh"
+        return found
+
+    def read_multipliers(self, config: Mapping[str, Any], sizes: Sizes) -> Multipliers:
+        return Multipliers(sizes.hidden_size**0.5, sizes.head_dim**-0.5, 1.0, 1.0)
+
+    def reservations(self, config: Mapping[str, Any], dtype: str) -> Iterator[str]:
+        if dtype != "F32":
+            yield (
+                "norms are weights plus 1, in float32 unless a dtype is asked for: where they are "
+                "rounded to 16 bits, the output computes what its source does only to that rounding"
+            )
+
+
+class VaultGemma(Gemma):
+    """VaultGemma (Sinha et al. 2025): Gemma 1 with sliding windows."""
+
+    def read_sizes(self, config: Mapping[str, Any], file: Path) -> Sizes:
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config[key] is not None:
+                raise CheckpointError(
+                    f"{key} is {brief(config[key])}; no MoE of such blocks caps them", file=file
+                )
+        return super().read_sizes(config, file)
+
+    def read_multipliers(self, config: Mapping[str, Any], sizes: Sizes) -> Multipliers:
+        scale = config["query_pre_attn_scalar"]
+        if not is_number(scale) or not scale > 0:
+            raise CheckpointError(
+                f"query_pre_attn_scalar is {brief(scale)}; it must be a positive number",
+                file="config.json",
+            )
+        return super().read_multipliers(config, sizes)._replace(attention_multiplier=scale**-0.5)
+
+
+DEFAULTS_OF_GEMMA_1: dict[str, Any] = {
+    **DEFAULTS,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
 DENSE = (
+    Gemma(
+        "gemma",
+        {**DEFAULTS_OF_GEMMA_1, "num_key_value_heads": 16, "use_bidirectional_attention": None},
+        multipliers=True,
+        norm_shift=1.0,
+    ),
+    VaultGemma(
+        "vaultgemma",
+        {
+            **DEFAULTS_OF_GEMMA_1,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "layer_types": None,
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+        },
+        class_name="VaultGemmaForCausalLM",
+        multipliers=True,
+        norm_shift=1.0,
+        aliases={"hidden_activation": "hidden_act"},
+        names=((".post_attention_layernorm.", ".pre_feedforward_layernorm."),),
+        windows="layer_types",
+        full_attention=(2, 1),
+    ),
     Gemma4(
         "gemma4_text",
         {key: DEFAULTS_OF_GEMMA[key] for key in DEFAULTS_OF_GEMMA if key != "intermediate_size"},
         class_name="Gemma4ForCausalLM",
         biases=(),
         blocks=BLOCKS,
+        runs_by_layer=False,
     ),
 )
 MOE = (Gemma4Moe(),)

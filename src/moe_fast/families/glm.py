@@ -1,7 +1,7 @@
 """GLM-4-9B, and GLM-4.5 and later with experts.
 
 Other dense models become GLM-4.5-MoE where groups of experts are wanted, or a part of each head is
-rotated.
+rotated, and Youtu-LLM becomes GLM-4.7-Flash.
 """
 
 from __future__ import annotations
@@ -11,9 +11,20 @@ from typing import Any
 
 from moe_fast.families.dense import DEFAULTS, FFN, FUSED_GATE_UP, QKV, DenseFamily
 from moe_fast.families.experts import BIAS, ExpertAxis
-from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import VLLM, Rules
+from moe_fast.families.moe import (
+    DEFAULTS_OF_MOE,
+    LayerLists,
+    MoeFamily,
+    Parts,
+    Shapes,
+    as_count,
+    ffn_shapes,
+)
+from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.twins import LATENT, Twin
 from moe_fast.storage.tensors import Weight
+
+GLM_TOKENS = ("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
 
 
 class GroupedExperts(MoeFamily):
@@ -77,7 +88,7 @@ class Glm4Moe(GroupedExperts):
         "n_routed_experts",
         128,
         1e4,
-        llama_cpp_tokens=("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>"),
+        llama_cpp_tokens=GLM_TOKENS,
         want_head=(VLLM,),
     )
     defaults = DEFAULTS_OF_MOE | {
@@ -123,6 +134,79 @@ class Glm4Moe(GroupedExperts):
         }
 
 
+class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
+    """GLM-4.7-Flash (2026): the experts of GLM-4.5-MoE with latent attention."""
+
+    name = "glm4_moe_lite"
+    title = "GLM-4.7-Flash"
+    architecture = "Glm4MoeLiteForCausalLM"
+    auto_rank = 23
+    rules = Rules(
+        "n_routed_experts",
+        64,
+        1e4,
+        llama_cpp_ropes=("default",),
+        llama_cpp_tokens=GLM_TOKENS,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
+    )
+    defaults: Mapping[str, Any] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "intermediate_size": 10240,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 202752,
+        "mlp_layer_types": None,
+        "moe_intermediate_size": 1536,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 20,
+        "output_router_logits": False,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_interleave": True,
+        "routed_scaling_factor": 1.8,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "use_cache": True,
+        "v_head_dim": 256,
+    }
+    types: Mapping[str, str] = {
+        "mlp_layer_types": "list[str] | None",
+        "rope_interleave": "bool",
+        "v_head_dim": "int",
+    }
+    dense_twin = "youtu"
+    blocks = LATENT
+    dropped = ("embedding_initializer_range",)
+    first_is_dense = counts_first = True
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        if reader == VLLM:
+            yield ROTATED_WRONGLY.format(self.name)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        spread = parts.base.config["initializer_range"]
+        return {
+            **super().own_config(parts),
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+            "initializer_range": 0.02 if spread is None else spread,
+            "partial_rotary_factor": 1.0,
+        }
+
+
 DENSE = (
     DenseFamily(
         "glm",
@@ -144,7 +228,7 @@ DENSE = (
         partial_rotary=True,
     ),
 )
-MOE = (Glm4Moe(),)
+MOE = (Glm4Moe(), Glm4MoeLite())
 EXPERTS = (
     ExpertAxis(
         ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe", "glm4v_moe_text"),

@@ -39,6 +39,10 @@ SLIDING = "sliding_attention"
 NO_SINK = -1e4
 
 
+def usual_head_dim(sizes: Sizes) -> int:
+    return sizes.hidden_size // sizes.num_attention_heads
+
+
 class GraniteMoe(MoeFamily):
     """GraniteMoE: experts fused on disk, multipliers on embedding, attention, residual, logits."""
 
@@ -77,7 +81,6 @@ class GraniteMoe(MoeFamily):
     dense_twin = "granite"
     layouts = (Layout.FUSED,)
     attention_biases = ((), QKVO)
-    own_head_dim = False
     sliding_window = False
     multipliers = True
     block = "block_sparse_moe"
@@ -91,6 +94,12 @@ class GraniteMoe(MoeFamily):
     def router_name(self, layer: int, layout: Layout) -> str:
         return f"model.layers.{layer}.{self.block}.router.layer.weight"
 
+    def config(self, parts: Parts) -> dict[str, Any]:
+        config, usual = super().config(parts), usual_head_dim(parts.base.sizes)
+        if config["head_dim"] == usual:  # whose key few readers look at
+            del config["head_dim"]
+        return config
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
             **num_experts(parts),
@@ -100,6 +109,10 @@ class GraniteMoe(MoeFamily):
         }
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        size, heads = config.get("head_dim"), config.get("num_attention_heads")
+        sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
+        if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
+            yield f"takes hidden_size / num_attention_heads for the head_dim of a {self.name}"
         if reader == VLLM and config.get("attention_bias"):
             yield f"leaves the biases of attention out of a {self.name}"
 
@@ -164,7 +177,8 @@ class GraniteMoeSwa(GraniteMoeShared):
     dense_twin = "granite_swa"
     sinks = True
     sliding_window = True
-    unlike_layers = True
+    unlike_windows = True
+    unlike_ropes = True
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         prefix = f"model.layers.{layer}.{self.block}.experts"
@@ -286,6 +300,9 @@ class GraniteHybrid(OwnBlocks):
     def is_moe(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("num_local_experts", 8) != 0)
 
+    def of_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        return {"shared_intermediate_size": width, "num_local_experts": 0}
+
     def read_sizes(self, config: Mapping[str, Any], file: Path) -> Sizes:
         width = config["shared_intermediate_size"]
         return super().read_sizes({**config, "intermediate_size": width}, file)
@@ -339,6 +356,7 @@ class GraniteMoeHybrid(Twin):
         **dict.fromkeys(Multipliers._fields, "int | float | None"),
     }
     dense_twin = "granitemoehybrid"
+    also_read = ("time_step_limit",)
     blocks = MAMBA
     layouts = (Layout.FUSED,)
     block = "block_sparse_moe"

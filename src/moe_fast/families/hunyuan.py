@@ -1,4 +1,7 @@
-"""HunYuan 1, dense and with experts: queries and keys are normalised after they are rotated."""
+"""HunYuan 1, dense and with experts, whose queries and keys are normalised after they are rotated.
+
+And HY 3, which Qwen3 becomes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.families.config import Sizes
-from moe_fast.families.dense import FFN
+from moe_fast.families.dense import FFN, QKVO
 from moe_fast.families.experts import ExpertAxis
-from moe_fast.families.moe import Parts, as_count, ffn_shapes
+from moe_fast.families.moe import DEFAULTS_OF_MOE, LayerLists, Parts, as_count, ffn_shapes
 from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes
@@ -95,6 +98,88 @@ class HunYuanMoe(Twin):
         }
 
 
+class HyV3(LayerLists):
+    """HY 3 (Tencent 2026): sigmoid scores, a bias for selection, a shared expert.
+
+    That one adds nothing where none is asked for.
+    """
+
+    name = "hy_v3"
+    title = "HY 3"
+    architecture = "HYV3ForCausalLM"
+    auto_rank = 21
+    rules = Rules(
+        "num_experts",
+        192,
+        11_158_840.0,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        unasked=(VLLM, LLAMA_CPP),
+    )
+    defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
+        "attention_bias": False,
+        "enable_moe_fp32_combine": True,
+        "head_dim": 128,
+        "initializer_range": 0.006,
+        "intermediate_size": 13312,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "mlp_layer_types": None,
+        "moe_intermediate_size": 1536,
+        "num_experts": 192,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 8,
+        "num_shared_experts": 1,
+        "rms_norm_eps": 1e-5,
+        "router_scaling_factor": 2.826,
+    }
+    types: Mapping[str, str] = {
+        "attention_dropout": "float",
+        "head_dim": "int",
+        "mlp_layer_types": "list[str] | None",
+        "num_experts": "int | None",
+        "num_experts_per_tok": "int | None",
+        "num_shared_experts": "int | None",
+    }
+    dense_twin = "qwen3"
+    qk_norms = ("head",)
+    attention_biases = ((), QKVO)
+    sliding_window = False
+    shared_experts = True
+    scaling_key = "router_scaling_factor"
+    first_is_dense = counts_first = True
+
+    def router_name(self, layer: int, layout: Layout) -> str:
+        return f"model.layers.{layer}.mlp.router.gate.weight"
+
+    def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
+        yield "mlp.expert_bias", Weight.zeros("F32", (parts.num_experts,))
+        for role in FFN:
+            if parts.shared_experts:
+                weight = parts.shared_ffn(layer, role)
+            else:
+                weight = parts.silent_ffn(layer, parts.expert_width, role)
+            yield f"mlp.shared_mlp.{role}.weight", weight
+
+    def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> MoeShapes:
+        experts = as_count(config, "num_experts", minimum=1)
+        width = as_count(config, "num_shared_experts", 1) * as_count(
+            config, "moe_intermediate_size"
+        )
+        return {"mlp.expert_bias": (experts,)} | ffn_shapes("mlp.shared_mlp", width, hidden)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        shards = parts.granularity
+        return {
+            "num_experts": parts.num_experts,
+            "moe_intermediate_size": parts.expert_width,
+            "num_shared_experts": max(1, len(parts.shared_experts) * shards),
+            "router_scaling_factor": float(shards),
+            "attention_bias": bool(parts.base.attention_biases),
+            "mlp_bias": False,
+            **self.dense_keys(frozenset(parts.dense_layers), parts.num_layers),
+        }
+
+
 DENSE = (
     HunYuan(
         "hunyuan_v1_dense",
@@ -120,7 +205,7 @@ DENSE = (
         blocks=NORMS,
     ),
 )
-MOE = (HunYuanMoe(),)
+MOE = (HunYuanMoe(), HyV3())
 EXPERTS = (
     ExpertAxis(("hunyuan_v1_moe",), router="gate.wg.weight"),
     ExpertAxis(("hy_v3",), router="router.gate.weight", counted=("expert_bias",)),

@@ -12,7 +12,7 @@ from moe_fast.families.config import Sizes, is_count, is_number
 from moe_fast.families.experts import W1_W3_W2, ExpertAxis
 from moe_fast.families.moe import Parts, as_count
 from moe_fast.families.moe import Shapes as MoeShapes
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
@@ -43,6 +43,9 @@ class Lfm2(OwnBlocks):
             )
         width = int(factor * int(2 * sizes.intermediate_size / 3))
         return replace(sizes, intermediate_size=-(-width // multiple) * multiple)
+
+    def of_width(self, config: Mapping[str, Any], width: int) -> dict[str, Any]:
+        return {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
 
     def layer_shapes(self, sizes: Sizes, config: Mapping[str, Any], layer: int) -> Shapes:
         hidden, layers = sizes.hidden_size, range(sizes.num_hidden_layers)
@@ -136,7 +139,7 @@ class Lfm2Moe(Twin):
         if reader == LLAMA_CPP and not config.get("tie_word_embeddings", True):
             yield f"has no place for a head of its own in a {self.name}"
         if reader == VLLM:
-            yield f"computed something else of a {self.name} on the processor"
+            yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base

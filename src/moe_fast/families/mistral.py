@@ -1,10 +1,13 @@
-"""Mistral, and Mixtral with experts in place of its FFNs."""
+"""Mistral and Ministral, and Mixtral with experts in place of their FFNs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moe_fast.config import Layout
+from moe_fast.families.config import ORIGINAL, Rope, Sizes, is_count
 from moe_fast.families.dense import DEFAULTS, DenseFamily
 from moe_fast.families.experts import mixtral_like
 from moe_fast.families.moe import DEFAULTS_OF_MOE, ExpertTensor, MoeFamily, Parts, num_experts
@@ -63,6 +66,47 @@ class Mixtral(MoeFamily):
         }
 
 
+BETA = "llama_4_scaling_beta"
+
+
+class Ministral3(DenseFamily):
+    """Ministral 3 (Liu et al. 2026): queries grow with their position, from a certain one on."""
+
+    def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The context ends where queries begin to grow, which no MoE has."""
+        found = super().with_defaults(config)
+        start = start_of_growth(found)
+        context = found["max_position_embeddings"]
+        if start is not None and is_count(context):
+            found["max_position_embeddings"] = min(start, context)
+        return found
+
+    def read_rope(self, config: Mapping[str, Any], sizes: Sizes, file: Path) -> Rope:
+        rope = config.get("rope_parameters")
+        if isinstance(rope, dict):
+            kept = {
+                k: v for k, v in rope.items() if k not in (BETA, "max_position_embeddings", "type")
+            }
+            kept.setdefault("rope_type", rope.get("type", "default"))
+            config = {**config, "rope_parameters": kept}
+        return super().read_rope(config, sizes, file)
+
+    def reservations(self, config: Mapping[str, Any], dtype: str) -> Iterator[str]:
+        start = start_of_growth(config)
+        if start is not None:
+            yield (
+                f"{BETA}: from position {start} on, queries are multiplied with more than 1, which "
+                f"no MoE does; max_position_embeddings of the output is at most {start}"
+            )
+
+
+def start_of_growth(config: Mapping[str, Any]) -> int | None:
+    """The position from which on queries grow, if they do."""
+    rope = config.get("rope_parameters") or {}
+    start = rope.get(ORIGINAL) if isinstance(rope, dict) else None
+    return start if is_count(start) and rope.get(BETA) else None
+
+
 DENSE = (
     DenseFamily(
         "mistral",
@@ -71,6 +115,44 @@ DENSE = (
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
             "sliding_window": 4096,
+        },
+        biases=(),
+        windows="all",
+    ),
+    DenseFamily(
+        "ministral",
+        {
+            **DEFAULTS,
+            "layer_types": None,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 0,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+        biases=(),
+        windows="layer_types",
+    ),
+    Ministral3(
+        "ministral3",
+        {
+            **DEFAULTS,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "num_key_value_heads": 8,
+            "pad_token_id": 11,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_theta": 1e6,
+                "rope_type": "yarn",
+                "factor": 16.0,
+                ORIGINAL: 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                BETA: 0.1,
+            },
+            "sliding_window": None,
         },
         biases=(),
         windows="all",

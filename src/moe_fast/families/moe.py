@@ -10,10 +10,11 @@ from moe_fast.config import Layout, MoeConfig, RoutingMethod
 from moe_fast.dtypes import DTYPE_NAMES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import ORIGINAL, ROPE_TYPES
-from moe_fast.families.dense import FFN, NORMS_BEFORE, DenseFamily, DenseModel
+from moe_fast.families.dense import FFN, NORMS_BEFORE, QK, DenseFamily, DenseModel
 from moe_fast.families.key_types import TYPES
-from moe_fast.families.rules import Rules
+from moe_fast.families.rules import VLLM, Rules
 from moe_fast.request import ExpertSource
+from moe_fast.storage.pieces import HalvesToPairs, PairsToHalves
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import format_numbers
@@ -174,8 +175,14 @@ class MoeFamily:
     block = "mlp"
     partial_rotary = False
     """Whether models of the family may rotate a part of each head."""
-    unlike_layers = False
-    """Whether layers may differ in their sliding window and the base of their rotary embedding."""
+    unlike_windows = False
+    """Whether layers may differ in their sliding window."""
+    unlike_ropes = False
+    """Whether they may differ in the base of their rotary embedding."""
+    rope_by_kind = False
+    """Whether `rope_parameters` holds one for each kind of layer."""
+    interleaved = False
+    """Whether the rotary embedding turns neighbours, as in some dense families."""
     sinks = False
     """Whether each head of attention has a sink, which takes a part of its weights."""
     blocks: str | None = None
@@ -222,7 +229,8 @@ class MoeFamily:
                         f"prompts of the shared expert {expert.model}: {self.title} has no gate "
                         "for it that prompts could make"
                     )
-        layers = frozenset(parts.dense_layers)
+        with_ffn = parts.base.ffn_layers
+        layers = frozenset(layer for layer in parts.dense_layers if layer in with_ffn)
         if self.dense_keys(layers, parts.num_layers) is None:
             listed = ", ".join(map(str, sorted(layers)))
             yield f"dense_layers {listed}: {self.title} {self.dense_places}"
@@ -252,6 +260,8 @@ class MoeFamily:
                 yield f"{config}: model_type {kind} has no {self.blocks}, {self.title} has"
             elif base.family.blocks != self.blocks:
                 yield f"{config}: {self.title} has no place for {kind}'s {base.family.blocks}"
+            elif base.ffn_biases:
+                yield f"{config}: mlp_bias: {self.title} has no place for FFN biases"
             return
         if base.family.norms != self.norms:
             place = "before" if self.norms == NORMS_BEFORE else "after"
@@ -284,11 +294,12 @@ class MoeFamily:
             )
         longest = base.config["max_position_embeddings"]
         windows = {width if width and width < longest else None for width in base.windows}
-        if len(windows) > 1 and not self.unlike_layers:
+        if len(windows) > 1 and self.sliding_window and not self.unlike_windows:
             yield f"{config}: sliding_window in some layers alone, {self.title} has it in all"
         elif windows != {None} and not self.sliding_window:
-            yield f"{config}: sliding_window is {base.windows[0]}; {self.title} has none"
-        if base.rope.layer_thetas is not None and not self.unlike_layers:
+            width = max(width for width in windows if width)
+            yield f"{config}: sliding_window is {width}; {self.title} has none"
+        if base.rope.layer_thetas is not None and not self.unlike_ropes:
             bare = [n for n, theta in enumerate(base.rope.layer_thetas) if not theta]
             what = f"{format_numbers('layer', bare)} without rotary embedding"
             yield f"{config}: {what if bare else 'rope_theta differs'}; {self.title} has one in all"
@@ -334,6 +345,10 @@ class MoeFamily:
         """The dense family that a checkpoint of this config.json is outside of its experts."""
         return self.dense_twin
 
+    def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a config.json of the family that its dense twin spells otherwise."""
+        return {}
+
     def warnings(self, parts: Parts) -> list[str]:
         """What fits the target and may yet surprise."""
         return []
@@ -355,6 +370,10 @@ class MoeFamily:
     def dense_width(self, config: Mapping[str, Any]) -> int:
         """The width of the FFN in layers without experts."""
         return as_count(config, "intermediate_size", minimum=1)
+
+    def expert_input(self, config: Mapping[str, Any], hidden: int) -> int:
+        """The size of what an expert reads and writes."""
+        return hidden
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:
         """The tensors that hold a layer's experts, in order."""
@@ -392,7 +411,8 @@ class MoeFamily:
             for name, weight in self.attention(parts, layer):
                 yield OutputTensor(f"{prefix}.{name}", weight)
             if layer in dense:
-                for role in FFN:
+                roles = parts.base.family.roles if layer in parts.base.ffn_layers else ()
+                for role in roles:
                     name = f"{prefix}.mlp.{role}.weight"
                     yield OutputTensor(name, parts.dense_ffn(layer, role))
                 continue
@@ -406,7 +426,9 @@ class MoeFamily:
 
     def attention(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         """Attention and norms of a layer, with their names inside the layer."""
-        yield from parts.layer(layer)
+        for name, weight in parts.layer(layer):
+            turned = name.startswith(tuple(f"self_attn.{each}." for each in QK))
+            yield name, as_pairs(weight, parts.base) if self.interleaved and turned else weight
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         """What belongs to the shared experts of a layer, with its names inside the layer."""
@@ -469,6 +491,58 @@ class MoeFamily:
     def own_config(self, parts: Parts) -> dict[str, Any]:
         """The keys that this family alone has."""
         raise NotImplementedError
+
+
+class LayerLists(MoeFamily):
+    """Families that say in `mlp_layer_types` which layers have experts."""
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        said = "mlp_layer_types" in config and "first_k_dense_replace" not in config
+        if reader == VLLM and self.counts_first and said:
+            yield (
+                f"looks for first_k_dense_replace in a {self.name}, config.json has "
+                "mlp_layer_types alone"
+            )
+
+    counts_first = False
+    """Whether vLLM looks at `first_k_dense_replace` instead."""
+    first_is_dense = False
+    """Whether the first layer has none where config.json does not say."""
+
+    def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
+        kinds = ["dense" if layer in layers else "sparse" for layer in range(num_layers)]
+        first = {"first_k_dense_replace": len(layers)} if self.counts_first else {}
+        return {
+            "mlp_layer_types": kinds,
+            **(first if layers == frozenset(range(len(layers))) else {}),
+        }
+
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        kinds = config.get("mlp_layer_types")
+        if kinds is None:
+            return frozenset({0} if self.first_is_dense else ())
+        if not isinstance(kinds, list):
+            raise CheckpointError(
+                f"mlp_layer_types is {brief(kinds)}; it must list kinds", file="config.json"
+            )
+        return frozenset(n for n, kind in enumerate(kinds[:num_layers]) if kind == "dense")
+
+
+def windows_as_qwen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `layer_types` says, as Qwen's dense families want to be told."""
+    return {"use_sliding_window": "sliding_attention" in (config.get("layer_types") or ())}
+
+
+def as_pairs(weight: Weight, base: DenseModel) -> Weight:
+    """Queries or keys for a rotary embedding that turns neighbours."""
+    (piece,) = weight.pieces
+    if isinstance(piece, PairsToHalves):  # as they were
+        return Weight(weight.dtype, weight.shape, (piece.source,))
+    size = base.sizes.head_dim
+    turned, nbytes = int(size * base.rope.partial), weight.nbytes // weight.shape[0]
+    piece = HalvesToPairs(piece, nbytes, size, turned)
+    return Weight(weight.dtype, weight.shape, (piece,))
 
 
 def stacks(gate_up: str, down: str, experts: range) -> list[ExpertTensor]:

@@ -266,8 +266,8 @@ class Qwen35Moe(GatedSharedExpert, Twin):
         "num_experts",
         256,
         1e4,
-        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
+        natively=(TRANSFORMERS_5, LLAMA_CPP),
+        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_QWEN35 | {
         "moe_intermediate_size": 512,

@@ -22,6 +22,7 @@ from moe_fast.families.rules import (
     Reader,
     Rules,
 )
+from moe_fast.families.wrappers import wrapped_family
 from moe_fast.records import dataclass
 from moe_fast.storage.strict_json import brief
 
@@ -92,15 +93,20 @@ def readers_of(family: MoeFamily) -> tuple[str, ...]:
 def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader, ...]:
     """Each reader, and why it does not load a checkpoint of this `config.json`.
 
-    Empty for a family without rules.
+    Of a multimodal model, what they say of its language model. Empty for a family without rules.
     """
     model_type = config.get("model_type")
     family = moe_families().get(model_type) if isinstance(model_type, str) else None
+    inner = wrapped_family(config, moe_families())
+    if inner is not None:
+        family, config = inner
     if family is None:
         return ()
+    # Nobody has asked these two for a multimodal model.
+    unasked = family.rules.unasked if inner is None else (VLLM, LLAMA_CPP)
     found = []
     for reader in READERS:
-        if reader in family.rules.unasked:
+        if reader in unasked:
             reasons = [f"has been asked for no {model_type} yet, it may load it"]
         elif reader in family.rules.natively:
             reasons = [
@@ -144,6 +150,9 @@ def value_problems(reader: str, family: MoeFamily, config: Mapping[str, Any]) ->
     if reader in CHECK_TYPES and TRANSFORMERS_5 in family.rules.natively:
         yield from find_wrong_types(config, family.key_types())
     effective = family.effective_config(config)
+    activation = effective.get("hidden_act", "silu")
+    if reader in (VLLM, LLAMA_CPP) and activation not in ("silu", "swish"):
+        yield f"has silu alone in a {family.name}, hidden_act is {brief(activation)}"
     pad, rows = effective["pad_token_id"], effective.get("vocab_size")
     if reader in (TRANSFORMERS_4, TRANSFORMERS_5) and is_beyond(pad, rows):
         yield f"takes no padding beyond the embedding: pad_token_id is {pad}, of {rows} rows"

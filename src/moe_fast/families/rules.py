@@ -13,6 +13,9 @@ __all__ = ["Reader"]
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
 VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
 READERS = (TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP)
+# vLLM's `rotary_embedding` for the processor takes queries of three dimensions for those of two; a
+# model that transformers made is computed as wrongly.
+ROTATED_WRONGLY = "rotates the queries of a {} wrongly on the processor, the one device asked"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moe_fast.families.moe import MoeFamily, Parts
 from moe_fast.storage.strict_json import brief
 
 Shapes = dict[str, tuple[int, ...]]
+LATENT = "latent attention"
 # Keys of a dense config.json that say nothing of an MoE made of it.
 NOT_KEPT = (
     *("architectures", "model_type", "auto_map", "transformers_version"),

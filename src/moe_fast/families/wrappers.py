@@ -14,6 +14,20 @@ from moe_fast.wording import format_count
 OF_THE_WHOLE = ("tie_word_embeddings", "dtype", "torch_dtype")
 
 
+def wrapped_family(
+    config: Mapping[str, Any], families: Mapping[str, MoeFamily]
+) -> tuple[MoeFamily, dict[str, Any]] | None:
+    """The family of the MoE inside a multimodal model, and what config.json says of that MoE."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return None
+    for family in families.values():
+        outer = {model_type for model_type, _ in family.wrappers.values()}
+        if config.get("model_type") in outer and inner.get("model_type") == family.name:
+            return family, {**inner, **{key: config[key] for key in OF_THE_WHOLE if key in config}}
+    return None
+
+
 def has_place(family: MoeFamily, base: DenseModel) -> bool:
     """Whether the MoE stands in a multimodal model as its base does."""
     return base.wrapper is not None and base.wrapper.config.get("model_type") in family.wrappers

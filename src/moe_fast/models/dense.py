@@ -15,7 +15,6 @@ from moe_fast.families.dense import (
     DenseFamily,
     DenseModel,
     Wrapper,
-    read_multipliers,
     read_windows,
 )
 from moe_fast.families.registry import dense_families
@@ -84,7 +83,7 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     stored = {name: tensor for name, tensor in stored.items() if name not in of_scales}
     tensors = check_tensors(folder, family, config, sizes, stored, scales)
     windows = read_windows(family, config, sizes, config_file)
-    multipliers = read_multipliers(family, config, sizes)
+    multipliers = family.read_multipliers(config, sizes)
     return DenseModel(
         folder,
         family,
@@ -189,8 +188,10 @@ def check_tensors(
     present = {family.name_here(name): tensor for name, tensor in stored.items()}
     numbers = {name.split(".")[2] for name in present if name.startswith("model.layers.")}
     layers = sizes.num_hidden_layers
+    with_ffn = family.ffn_layers(sizes, config)
     first = family.layer_shapes(sizes, config, 0) | family.ffn_shapes(sizes, config)
-    per_layer = len(family.stored(first))
+    # Where layers are alike; one that has no FFN may have a few tensors alone.
+    per_layer = len(family.stored(first)) if len(with_ffn) == layers else 1
     # Before looping over a number from a file: that many layers must be able to be there.
     if layers > len(numbers) or layers * per_layer > 2 * len(stored):
         raise CheckpointError(
@@ -200,7 +201,9 @@ def check_tensors(
         )
     expected = dict(family.outer_shapes(sizes, config))
     for layer in range(layers):
-        shapes = family.layer_shapes(sizes, config, layer) | family.ffn_shapes(sizes, config)
+        shapes = family.layer_shapes(sizes, config, layer)
+        if layer in with_ffn:
+            shapes |= family.ffn_shapes(sizes, config)
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     optional = {"lm_head.weight": (sizes.vocab_size, sizes.hidden_size)}
     if not config["tie_word_embeddings"]:

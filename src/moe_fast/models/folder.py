@@ -31,7 +31,11 @@ MOST_NAMED = 8
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # The embedding's name inside of the model, and what stands before it in the Hugging Face layout.
-STEMS = {"embed_tokens.weight": "model.", "wte.weight": "transformer."}
+STEMS = {
+    "embed_tokens.weight": "model.",
+    "wte.weight": "transformer.",
+    "embeddings.weight": "backbone.",
+}
 HEAD = "lm_head."
 
 
@@ -68,7 +72,7 @@ def canonical_names(names: Iterable[str]) -> list[str]:
     such as `module.`, is left out as far as the embedding shows where the model begins. `model.` is
     put before the names of a model that was saved without its head, as `AutoModel` saves it.
     """
-    plain = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names]
+    plain = [without_wrappers(name) for name in names]
     embeddings = {
         embedding: [name for name in plain if f".{name}".endswith(f".{embedding}")]
         for embedding in STEMS
@@ -85,6 +89,12 @@ def canonical_names(names: Iterable[str]) -> list[str]:
     if inner:
         return plain
     return [name if name.startswith(HEAD) else f"{stem}{name}" for name in plain]
+
+
+def without_wrappers(name: str) -> str:
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def find_second_weights(folder: Path) -> Iterator[str]:

@@ -17,7 +17,8 @@ from moe_fast.storage.files import open_regular
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
 from moe_fast.storage.tensors import Weight
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
+HEAD = "lm_head.weight"
 VOCABULARY, LIST = b'"vocab"', re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 CHUNK = 16 * 1024 * 1024
 
@@ -51,7 +52,7 @@ def contents_of(
 def contents_of_model(model: MoeModel) -> Contents:
     """The contents of a checkpoint on disk."""
     tensors = model.tensors
-    stored = {n: Weight.of(tensors[n]) for n in (EMBEDDING, HEAD) if n in tensors}
+    stored = {n: Weight.of(tensors[n]) for n in (*EMBEDDINGS, HEAD) if n in tensors}
     contents = contents_of(
         model.config, stored, model.path, layout=model.layout, num_experts=model.num_experts
     )
@@ -98,7 +99,8 @@ def has_other_head(config: Mapping[str, Any], weights: Mapping[str, Weight]) -> 
     """Whether `config` ties the head to the embedding, and another head is stored."""
     if config.get("tie_word_embeddings") is not True or HEAD not in weights:
         return False
-    return EMBEDDING in weights and not hold_the_same(weights[HEAD], weights[EMBEDDING])
+    found = [weights[name] for name in EMBEDDINGS if name in weights]
+    return any(not hold_the_same(weights[HEAD], embedding) for embedding in found)
 
 
 def hold_the_same(first: Weight, second: Weight) -> bool:

@@ -12,8 +12,10 @@ from moe_fast.families.config import Sizes, read_rope, read_sizes
 from moe_fast.families.dense import DenseFamily
 from moe_fast.families.moe import MoeFamily, Shapes, as_count
 from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.families.wrappers import wrapped_family
 from moe_fast.models.moe import MoeModel
 
+HEAD = "lm_head.weight"
 MOST_AHEAD = 64  # layers that predict ahead, far above what models have
 
 
@@ -25,6 +27,7 @@ def structure_problems(model: MoeModel) -> list[Problem]:
     CheckpointError
         For a configuration whose numbers are none.
     """
+    model = language_model(model)
     family = moe_families()[model.model_type]
     file = model.path / "config.json"
     config = family.effective_config(model.config)
@@ -36,10 +39,11 @@ def structure_problems(model: MoeModel) -> list[Problem]:
     if family.blocks is None:
         read_rope(config, file, partial=family.partial_rotary)
     ahead = prediction_tensors(model, sizes.num_hidden_layers)
+    layers = family.name_in_files("model.layers.")
     present = {
-        name.split(".")[2]
+        name.removeprefix(layers).partition(".")[0]
         for name in model.tensors.keys() - ahead
-        if name.startswith("model.layers.")
+        if name.startswith(layers)
     }
     if sizes.num_hidden_layers != len(present):  # before looping over a number from a file
         return [
@@ -73,6 +77,25 @@ def structure_problems(model: MoeModel) -> list[Problem]:
             continue
         problems.append(Problem(what, file=tensor.file.path, tensor=tensor.name))
     return problems
+
+
+def language_model(model: MoeModel) -> MoeModel:
+    """The language model of a multimodal one, under the names that it has alone; others as is."""
+    inner = wrapped_family(model.config, moe_families())
+    if inner is None:
+        return model
+    embedding = "embed_tokens.weight"
+    prefixes = [name.removesuffix(embedding) for name in model.tensors if name.endswith(embedding)]
+    prefix = next((each for each in prefixes if "language_model." in each), "model.")
+    tensors = {
+        f"model.{name.removeprefix(prefix)}": tensor
+        for name, tensor in model.tensors.items()
+        if name.startswith(prefix)
+    }
+    for name, tensor in model.tensors.items():
+        if name.rpartition("language_model.")[2] == HEAD:
+            tensors[HEAD] = tensor
+    return replace(model, config=inner[1], tensors=tensors)
 
 
 def prediction_tensors(model: MoeModel, num_layers: int) -> set[str]:
@@ -123,9 +146,12 @@ def expected_shapes(
     if not config["tie_word_embeddings"]:
         expected["lm_head.weight"] = (vocabulary, hidden)
     dense_layers = family.dense_layers(config, sizes.num_hidden_layers)
+    with_ffn = twin.ffn_layers(sizes, config)
     for layer in range(sizes.num_hidden_layers):
         shapes = dict(twin.layer_shapes(sizes, config, layer))
-        if layer in dense_layers:
+        if layer not in with_ffn:
+            pass
+        elif layer in dense_layers:
             width = family.dense_width(config)
             shapes |= twin.ffn_shapes(replace(sizes, intermediate_size=width), config)
         else:
@@ -140,8 +166,8 @@ def expert_shapes(
 ) -> Shapes:
     """Experts and router of a layer."""
     width = as_count(config, "moe_intermediate_size", as_count(config, "intermediate_size"))
-    matrix = {"gate_proj": (width, hidden), "up_proj": (width, hidden)}
-    matrix["down_proj"] = (hidden, width)
+    inner = family.expert_input(config, hidden)
+    matrix = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
     layout = Layout.FUSED if model.layout == "fused" else Layout.PER_EXPERT
     if layout not in family.layouts:
         layout = family.layouts[0]

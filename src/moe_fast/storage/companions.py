@@ -31,6 +31,8 @@ COMPANIONS = (
     "*.jinja",
     "generation_config.json",
 )
+# What reads pictures and sound, for models that have more than a language model.
+PROCESSORS = ("processor_config.json", "*preprocessor_config.json")
 TEMPLATES = "additional_chat_templates/*.jinja"
 CODE = "*.py"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -38,13 +40,16 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "vocab.json")
 
 
-def find_companions(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, Path]:
+def find_companions(
+    folder: Path, config: Mapping[str, Any] | None = None, *, processors: bool = True
+) -> dict[str, Path]:
     """The companions of a model folder by their path in it, each one readable.
 
-    If the tokenizer's configuration, or `config`, names code of the folder, all code that lies
-    there is among them: what is named may import the rest.
+    Those of pictures and sound only with `processors`. If the tokenizer's configuration, or
+    `config`, names code of the folder, all code that lies there is among them: what is named may
+    import the rest.
     """
-    patterns = [*COMPANIONS, TEMPLATES]
+    patterns = [*COMPANIONS, TEMPLATES, *(PROCESSORS if processors else ())]
     if named_code(folder, config):
         patterns.append(CODE)
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]

@@ -20,7 +20,7 @@ from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
 from moe_fast.records import dataclass
 from moe_fast.storage.files import SourceFile, fill, open_regular
-from moe_fast.storage.floats import convert
+from moe_fast.storage.floats import convert, decode
 
 CHUNK = 1024 * 1024
 
@@ -149,10 +149,52 @@ class PairsToHalves:
 
     def chunks(self) -> Iterator[memoryview]:
         turned = np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)
-        order = np.concatenate([turned, np.arange(self.rotated, self.head_dim)])
-        for head in read_in_blocks((self.source,), self.head_dim * self.row_nbytes):
-            rows = np.frombuffer(head, np.uint8).reshape(self.head_dim, self.row_nbytes)
-            yield rows[order].reshape(-1).data
+        yield from reordered_heads(self, turned)
+
+
+@dataclass(frozen=True, slots=True)
+class HalvesToPairs:
+    """The opposite of `PairsToHalves`."""
+
+    source: Piece
+    row_nbytes: int
+    head_dim: int
+    rotated: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        turned = np.arange(self.rotated).reshape(2, -1).T.reshape(-1)
+        yield from reordered_heads(self, turned)
+
+
+def reordered_heads(
+    piece: PairsToHalves | HalvesToPairs, turned: npt.NDArray[np.int64]
+) -> Iterator[memoryview]:
+    """The rows of each head, those that are `turned` in this order."""
+    order = np.concatenate([turned, np.arange(piece.rotated, piece.head_dim)])
+    for head in read_in_blocks((piece.source,), piece.head_dim * piece.row_nbytes):
+        rows = np.frombuffer(head, np.uint8).reshape(piece.head_dim, piece.row_nbytes)
+        yield rows[order].reshape(-1).data
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """The numbers of a piece plus another, in float32."""
+
+    source: Piece
+    dtype: str
+    shift: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes // ITEM_SIZES[self.dtype] * 4
+
+    def chunks(self) -> Iterator[memoryview]:
+        for chunk in self.source.chunks():
+            yield rounded_to("F32", decode(chunk, self.dtype) + np.float32(self.shift))
 
 
 @dataclass(frozen=True, slots=True)
