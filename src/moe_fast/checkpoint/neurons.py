@@ -249,7 +249,8 @@ class Redrawn:
 
     def held(self) -> list[memoryview]:
         """The same blocks, read at once."""
-        (whole,) = map(memoryview, read_in_blocks((self.source,), self.nbytes))
+        (block,) = read_in_blocks((self.source,), self.nbytes)
+        whole = memoryview(block)
         return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
 
     def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:
