@@ -24,14 +24,16 @@ from benchmarks import (
     operations,
     plan,
     routing,
+    shared_blocks,
+    start,
 )
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
 TOPICS = [
-    *(gates, plan, conversion, routing, gradients, checkpoint, operations, experts, loading),
-    calibration,
+    *(gates, plan, conversion, routing, gradients, checkpoint, start, shared_blocks, operations),
+    *(experts, loading, calibration),
 ]
 
 

@@ -8,6 +8,7 @@ and as one for x86-64, and then with the names of both counts, for the table.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_fast import MoeConfig, RoutingStats, compute_gate_weights, kernels, route
+from moe_fast.routing.gradients import pull_back_means
 
 MARK = 0x5EED5EED  # the plugin's
 TOKENS = 512
@@ -84,6 +86,20 @@ def rows() -> Iterator[tuple[str, int, Callable[[int], object]]]:
     yield "expert choice 64/8", TOKENS, lambda n: route(x[:n], choice)
     stats = RoutingStats(MoeConfig(64, 8))
     yield "statistics 64/8", TOKENS, lambda n: stats.update(x[:n])
+    of_mean, log_sums = np.ones(64), np.zeros(2 * TOKENS)
+    yield (
+        "gradient of losses 64",
+        TOKENS,
+        lambda n: pull_back_means(x[:n], log_sums[:n], of_mean, 1.0, 1),
+    )
+    few = logits(8, "float32")
+    switch_8 = MoeConfig(8, 1, "switch_transformer")
+    yield "switch 8, choice", TOKENS, lambda n: route(few[:n], switch_8, capacity_factor=math.inf)
+    yield (
+        "switch 8, choice, drop, permutation",
+        TOKENS,
+        lambda n: route(few[:n], switch_8).permutation,
+    )
 
 
 def logits(num_experts: int, dtype: str) -> np.ndarray:

@@ -30,7 +30,8 @@ def main() -> None:
     if process.returncode:
         sys.exit(1)
     unit = 1 if sys.platform == "darwin" else 1024
-    print(json.dumps({"seconds": seconds, "peak": usage.ru_maxrss * unit}))
+    cpu = usage.ru_utime + usage.ru_stime
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": usage.ru_maxrss * unit}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ SIZES = {
     (128, 8): {"all": 14, "choice": 8, "baseline": 2.5, "switch": 6, "expert choice": 5},
     (256, 8): {"all": 16, "choice": 8, "baseline": 3, "switch": 5, "expert choice": 5},
 }
+# More than 8 experts a token, as Qwen3-Next has them, and what fine-grained builds make: the goal
+# against torch.
+FURTHER_SIZES = {(512, 10): 8, (232, 8): 8}
 
 
 def rows(reference: Reference | None) -> Iterator[Row]:
@@ -82,7 +85,16 @@ def rows(reference: Reference | None) -> Iterator[Row]:
                 rotating(batches, call),
                 goals["expert choice"],
             )
+    for (num_experts, k), goal in FURTHER_SIZES.items():
+        batches = logits(BATCHES, TOKENS, num_experts)
+        config = MoeConfig(num_experts, k)
+        for peer, call in peers.top_k(num_experts, k):
+            if peer == "torch":
+                ours = rotating(batches, lambda z, config=config: route(z, config))
+                work = f"{num_experts} experts, top {k}: choice"
+                yield Row(work, ours, peer, rotating(batches, call), goal)
     yield from without_a_peer()
+    yield statistics()
 
 
 def one_token() -> Iterator[Row]:
@@ -114,14 +126,23 @@ def without_a_peer() -> Iterator[Row]:
         )
     except ImportError:
         pass
+
+
+def statistics() -> Row:
+    config = MoeConfig(64, 8)
+    batches = logits(BATCHES, TOKENS, 64)
     stats = RoutingStats(config)
 
     def update(z: Any) -> None:
         stats.__init__(config)  # type: ignore[misc]  # a layer takes 2^31 tokens at most
         stats.update(z)
 
-    yield Row(
-        "64 experts, top 8: `RoutingStats.update`", rotating(logits(BATCHES, TOKENS, 64), update)
+    return Row(
+        "64 experts, top 8: `RoutingStats.update`",
+        rotating(batches, update),
+        "`route` alone",
+        rotating(batches, lambda z: route(z, config)),
+        1 / 1.5,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -126,7 +127,9 @@ def test_an_operation_is_one_file(tmp_path, damaged):
     if damaged:
         file = tmp_path / "turned" / "model.safetensors"
         data = bytearray(file.read_bytes())
-        data[-1] ^= 1
+        length = int.from_bytes(data[:8], "little")
+        _, end = json.loads(data[8 : 8 + length])["model.embed_tokens.weight"]["data_offsets"]
+        data[8 + length + end - 1] ^= 1
         file.write_bytes(data)
     output = run(
         """

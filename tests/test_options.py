@@ -21,12 +21,17 @@ from typer.testing import CliRunner
 
 from command import run
 from moe_fast import design_moe
-from moe_fast.command.cli import app, command_for
+from moe_fast.command import cli
+from moe_fast.command.application import application_for, make_application
+from moe_fast.command.declaration import COMMANDS
 from moe_fast.command.options import CALLED, in_options, option_names
+from moe_fast.command.parser import parse
 from moe_fast.demo import make_dense_model
 from moe_fast.errors import Problem
 from moe_fast.families.registry import moe_families
 from moe_fast.storage.hub import repository_name
+
+app = make_application(COMMANDS.values())
 
 
 def test_arguments_are_called_as_the_command_calls_them():
@@ -313,7 +318,7 @@ def test_results_that_no_file_takes(arguments):
 
 @pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
 def test_a_command_makes_its_own_parser_alone(name):
-    one = typer.main.get_command(command_for([name, "--help"]))
+    one = typer.main.get_command(application_for([name, "--help"]))
     assert list(one.commands) == [name]
     every = typer.main.get_command(app).commands[name]
     assert [p.opts for p in one.commands[name].params] == [p.opts for p in every.params]
@@ -321,4 +326,84 @@ def test_a_command_makes_its_own_parser_alone(name):
 
 @pytest.mark.parametrize("arguments", [[], ["--version", "build"], ["bild"], ["--help"]], ids=str)
 def test_what_names_no_command_gets_all(arguments):
-    assert command_for(arguments) is app
+    commands = typer.main.get_command(application_for(arguments)).commands
+    assert list(commands) == list(COMMANDS)
+
+
+LINES = [
+    "build a -o out", "build a b -o out --experts 4 --experts-per-token=1 -q --json",
+    "build a --output=out --reinit 0.5 --logit-std 1e-2 --layout fused --text x --text y",
+    "build a -o out --dry-run --threads 2 --max-shard-size 300MB --overwrite --base b",
+    "plan 2 3 --experts 8", "gates 64 8 -o g.npy --no-transpose --keep-base --init random",
+    "gates 64 8 -o g.npy --remove-base --layers 2", "demo", "demo there --overwrite", "families",
+    "prune m -o out --experts 4 --scores s.json --by frequency", "route l.npy --norm",
+    "route l.npy --no-norm --method switch_transformer --capacity-factor 2", "doctor --json",
+    "merge m -o out --align", "expand m -o out --experts 16 --noise-scale 0.01 --seed 3",
+    "inspect m --no-copies", "compare a b --tolerance 1e-3", "check m --against a --against b",
+    "score m -o s.json --text a --length 12", "extract m -o d --best 2 --copy 1",
+]  # fmt: skip
+# What has to be said something about, or stands in the line in an uncommon way.
+LEFT_TO_TYPER = [
+    "build a", "build", "build a -o out --expert 4", "build a -o", "build a -o out --help",
+    "build a -o out --experts four", "build a -o out --experts -1", "build a -oout", "plan 1 2 3",
+    "build a -o out --layout flat", "build a -o out --dry-run=1", "build -- -a", "gates 0 8 -o g",
+    "build a -o out -o other", "build a -o out --reinit .5", "plan 1", "build a -o out --text=",
+    "plan two 3", "doctor --json --json",
+]  # fmt: skip
+
+
+def typers_values(monkeypatch, line):
+    """What typer makes of a line that is right."""
+    name = line.split()[0]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(COMMANDS[name], "function", lambda call, **given: seen.append((call, given)))
+        command = typer.main.get_command(make_application([COMMANDS[name]]))
+        command.main(line.split(), standalone_mode=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_both_parsers_agree(monkeypatch, line):
+    expected, values = typers_values(monkeypatch, line)
+    seen = []
+    command = COMMANDS[line.split()[0]]
+    monkeypatch.setattr(command, "function", lambda call, **given: seen.append((call, given)))
+    monkeypatch.setattr(cli, "asks_typer", lambda arguments: False)
+    assert parse(command, line.split()[1:]) is not None
+    cli.run_command(line.split())
+    ((call, given),) = seen
+    assert call.given == expected.given
+    assert given.keys() == values.keys()
+    for name, value in given.items():
+        other = values[name]
+        if hasattr(value, "of_functions"):
+            value, other = vars(value), vars(other)
+        assert (type(value), value) == (type(other), other), name
+
+
+@pytest.mark.parametrize("line", LEFT_TO_TYPER)
+def test_what_typer_has_to_say_something_about(line):
+    name, *words = line.split()
+    assert parse(COMMANDS[name], words) is None
+
+
+def test_a_plain_line_needs_no_typer_and_no_rich():
+    code = (
+        "import sys; sys.argv = ['moe-fast', 'plan', '2', '4']\n"
+        "from moe_fast.__main__ import main; main()\n"
+        "assert not {'typer', 'rich', 'click', 'pydantic'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_has_enough():
+    """Nothing is said where `head` closes the pipe."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "moe_fast", "plan", "2", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

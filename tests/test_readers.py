@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model
 from moe_fast.families.readers import Contents, find_readers
 from moe_fast.families.registry import moe_families
+from moe_fast.models.readers import numbers_from
 
 CONFIG = MoeConfig(num_experts=4)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -179,6 +181,22 @@ def test_tokens_beyond_the_embedding(dense, tmp_path, place, more):
         reasons = reasons_of(tmp_path / folder)
         assert len(about(reasons["llama.cpp"], "takes no tokens beyond the embedding")) == more
         assert not about(reasons["transformers 5"], "tokens")
+
+
+@pytest.mark.parametrize("least", [0, 7, 9, 10, 99, 100, 256, 1909, 49152, 99999])
+def test_a_pattern_of_numbers_from_one_on(least):
+    pattern = re.compile(numbers_from(least))
+    near = {*range(30), *range(max(0, least - 1500), least + 1500), 10 * least, 10**6, 10**12}
+    for number in near:
+        assert bool(pattern.match(b"%d," % number)) == (number >= least), number
+
+
+@pytest.mark.parametrize("text", ['": 999', ": 999,", '"vocab": [', "\\: 999"])
+def test_a_token_whose_text_looks_like_json(dense, tmp_path, text):
+    tokenizer = json.loads((dense / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"][text] = 255
+    (dense / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert not about(build_moe(dense, tmp_path / "moe", CONFIG).warnings, "tokens up to")
 
 
 @pytest.mark.parametrize("target", ["mixtral", "granitemoe", "deepseek", "qwen2_moe", "glm4_moe"])

@@ -43,23 +43,25 @@ def run(arguments: list[str]) -> None:
         from moe_fast.requirements import require_numpy
 
         require_numpy()
-        from moe_fast.command.cli import command_for
+        from moe_fast.command.cli import run_command
+    except ImportError as error:  # too old a NumPy, or no kernels; the message says what to do
+        sys.exit(f"error: {error}")
+    if guarded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run_command(arguments)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(
             f"moe-fast: the command needs {error.name}: pip install 'moe-fast[checkpoint,cli]'"
         )
-    except ImportError as error:  # too old a NumPy, or no kernels; the message says what to do
-        sys.exit(f"error: {error}")
-    if guarded:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command_for(arguments)()
-        sys.stdout.flush()
     except OSError as error:  # commands report their own: this is a full disk behind a `>`
         # Or the interpreter tries the rest again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever reads has enough, as `head` does
+            sys.exit(1)
         sys.exit(f"error: standard output: {error.strerror}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
@@ -16,6 +15,7 @@ from moe_fast.checks import as_index, as_member
 from moe_fast.config import MoeConfig, RouterInit, RouterInitName
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.plain import check_keys
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.wording import brief_number
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
+import numpy as np
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
@@ -116,12 +117,12 @@ class RoutingTensors:
         The convention of the Switch Transformer (Fedus et al. 2022, equation 4) and Megatron-LM.
         """
         counts = self.routing.tokens_per_expert_before_drop
-        load = torch.from_numpy(divide(counts, counts.sum()))
-        return self._loss(alpha * len(load) * (load * self._mean_probabilities()).sum())
+        load = torch.from_numpy(divide(counts, int(counts.sum())) * (alpha * len(counts)))
+        return self._loss((load * self._mean_probabilities()).sum())
 
     def z_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the mean squared log-sum-exp of the logits (Zoph et al. 2022)."""
-        return self._loss(alpha * MeanSquare.apply(self._logits, self._sums, self._threads))
+        return self._loss(alpha * self._mean_square())
 
     def importance_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the squared coefficient of variation of the experts' summed weights.
@@ -141,8 +142,21 @@ class RoutingTensors:
     def _sums(self) -> ProbabilitySums:
         return sum_probabilities(as_array(self._logits, "logits"), self._rule, self._threads)
 
+    @cached_property
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Of softmax, whose probabilities are kept for the gradient: mean ones, mean square."""
+        means: tuple[Tensor, Tensor] = Means.apply(self._logits, self._rule, self._threads)
+        return means
+
     def _mean_probabilities(self) -> Tensor:
+        if not self._rule.is_sigmoid:
+            return self._means[0]
         return MeanProbabilities.apply(self._logits, self._sums, self._rule, self._threads)
+
+    def _mean_square(self) -> Tensor:
+        if not self._rule.is_sigmoid:
+            return self._means[1]
+        return MeanSquare.apply(self._logits, self._sums, self._threads)
 
     def _loss(self, value: Tensor) -> Tensor:
         return value.to(self.weights.dtype)
@@ -275,7 +289,44 @@ class Weights(torch.autograd.Function):
             weight_gradient.contiguous().numpy(),
             threads,
         )
-        return as_gradient(gradient, logits), None, None, None, None
+        return as_gradient(gradient, logits.dtype), None, None, None, None
+
+
+class Means(torch.autograd.Function):
+    """float64 `[E]` and float64: the mean probabilities of softmax, and the mean squared
+    log-sum-exp. What one pass keeps is all that both gradients need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rule: Rule, threads: int) -> tuple[Tensor, Tensor]:
+        array = as_array(logits, "logits")
+        probabilities = np.empty(array.shape, np.float64 if array.itemsize == 8 else np.float32)
+        log_sums = np.empty(len(array))
+        sums = sum_probabilities(
+            array, rule, threads, probabilities=probabilities, log_sums=log_sums
+        )
+        # Not saved as tensors, which backward of one loss would free before that of the other.
+        ctx.kept = probabilities, log_sums
+        ctx.arguments = logits.dtype, threads
+        ctx.set_materialize_grads(False)
+        return torch.from_numpy(sums.mean_probabilities), torch.from_numpy(sums.mean_square)
+
+    @staticmethod
+    def backward(
+        ctx: Any, mean_gradient: Tensor | None, square_gradient: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        probabilities, log_sums = ctx.kept
+        dtype, threads = ctx.arguments
+        if mean_gradient is None:
+            mean_gradient = torch.zeros(probabilities.shape[1], dtype=torch.float64)
+        gradient = gradients.pull_back_means(
+            probabilities,
+            log_sums,
+            mean_gradient.numpy(),
+            0.0 if square_gradient is None else square_gradient.item(),
+            threads,
+        )
+        return as_gradient(gradient, dtype), None, None
 
 
 class MeanProbabilities(torch.autograd.Function):
@@ -296,7 +347,7 @@ class MeanProbabilities(torch.autograd.Function):
         gradient = gradients.pull_back_probabilities(
             as_array(logits, "logits"), rule, mean_gradient.numpy(), threads
         )
-        return as_gradient(gradient, logits), None, None, None
+        return as_gradient(gradient, logits.dtype), None, None, None
 
 
 class MeanSquare(torch.autograd.Function):
@@ -314,13 +365,13 @@ class MeanSquare(torch.autograd.Function):
         gradient = gradients.pull_back_squares(
             as_array(logits, "logits"), mean_gradient.item(), ctx.threads
         )
-        return as_gradient(gradient, logits), None, None
+        return as_gradient(gradient, logits.dtype), None, None
 
 
-def as_gradient(gradient: npt.NDArray[Any], logits: Tensor) -> Tensor:
+def as_gradient(gradient: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
     """A gradient in the dtype of the logits."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "gradients of moe_fast.torch have none themselves: create_graph must be False"
         )
-    return torch.from_numpy(gradient).to(logits.dtype)
+    return torch.from_numpy(gradient).to(dtype)

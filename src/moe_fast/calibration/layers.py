@@ -11,7 +11,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from moe_fast.dtypes import DTYPE_NAMES, WEIGHT_DTYPES
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.models.moe import LAYER, MoeLayer, MoeModel, is_mtp
 from moe_fast.models.quantisation import block_of, find_scales
+from moe_fast.records import dataclass
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.fp8 import dequantised
 from moe_fast.storage.safetensors_header import Tensor

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moe_fast.calibration.running import read_settings, running
 from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.errors import CheckpointError
 from moe_fast.models.folder import read_config
+from moe_fast.records import dataclass
 
 MOST_TOKENS = 512
 MOST_NAMES = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from moe_fast.calibration.activations import embeddings, visit_router_inputs
 from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import DenseModel
+from moe_fast.records import dataclass
 from moe_fast.request import ExpertSource, RouterMethod
 
 Vector = npt.NDArray[np.float64]

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.models.scores import MEASURES, digest_routers
 from moe_fast.progress import Progress, ShowsProgress, as_progress
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import ModelPath
 from moe_fast.storage.safetensors_header import header_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from moe_fast.calibration.texts import TokenArrays, Tokens, TokenSequences, read_tokens
 from moe_fast.errors import MoeConfigError
+from moe_fast.records import dataclass
 
 LENGTH = 256  # tokens that are read together: many short pieces have more kinds of text in them
 LEAST_USED = 8192

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from moe_fast.calibration.tokenizer import PromptTokenizer
 from moe_fast.checks import as_path
 from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError, Problem
 from moe_fast.families.config import first_size
+from moe_fast.records import dataclass
 from moe_fast.storage.files import open_regular
 from moe_fast.storage.npy import map_npy
 from moe_fast.wording import brief

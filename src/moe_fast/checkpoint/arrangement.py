@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from moe_fast.errors import CheckpointError
 from moe_fast.families.config import GROUP_KEYS, NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
 from moe_fast.families.dense import FFN
 from moe_fast.models.moe import MoeLayer, MoeModel
+from moe_fast.records import dataclass
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.pieces import FileRange, Piece
 from moe_fast.storage.safetensors_header import Tensor

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.storage.floats import decode
 from moe_fast.storage.pieces import CHUNK, Piece, read_in_blocks, rounded_to
 

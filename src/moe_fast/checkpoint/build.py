@@ -6,19 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.calibration.activations import stream_router_inputs
-from moe_fast.calibration.selection import select_tokens
-from moe_fast.calibration.texts import TokenArrays, TokensInMemory
 from moe_fast.checkpoint.card import distinct_names, file_metadata, model_card, model_name
-from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
 from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
 from moe_fast.checkpoint.design import Design, Facts, design_of, find_rounding, make_design
 from moe_fast.checkpoint.manifest import Manifest
@@ -56,6 +51,7 @@ from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.plain import typed
 from moe_fast.plan import MoeConstructionPlan, MoeReport, as_granularity
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
@@ -80,8 +76,12 @@ from moe_fast.storage.hub import ADAPTER_CONFIG, REPOSITORY, find_missing_tokeni
 from moe_fast.storage.writer import FileRecord
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from pandas import DataFrame
 
+    from moe_fast.calibration.texts import TokenArrays
+    from moe_fast.checkpoint.clusters import Labels
     from moe_fast.dtypes import DtypeLike
 
 ReinitSets = Literal["shared", "separate"]
@@ -200,6 +200,9 @@ class BuildDesign(Design):
 
 def judge_on_text(construction: Construction) -> RouterHealth:
     """What routers do with a text that they were not made from."""
+    from moe_fast.calibration.activations import stream_router_inputs  # what reads texts, if any do
+    from moe_fast.calibration.selection import select_tokens
+
     start, base = construction.routers.start, construction.base
     chosen = select_tokens(
         base.path, base.config, 0, texts=start.texts, tokens=start.tokens,
@@ -724,6 +727,8 @@ def said_of_routers(
 ) -> dict[str, Any]:
     """What arguments say of a start, by the names that `RouterStart` has for it."""
     if not (tokens is None or isinstance(tokens, (str, os.PathLike))):
+        from moe_fast.calibration.texts import TokensInMemory
+
         tokens = TokensInMemory.of(tokens)
     said: dict[str, Any] = {
         "logit_std": logit_std,
@@ -926,6 +931,8 @@ def construct(request: BuildRequest, decisions: Facts) -> Construction:
 
 def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
     """The cluster of each neuron in each layer with experts: those `kept` by a manifest, or new."""
+    from moe_fast.checkpoint.clusters import cluster_neurons, read_labels
+
     width, parts = construction.base.sizes.intermediate_size, construction.granularity
     layers = construction.moe_layers
     if kept is not None:
@@ -944,6 +951,8 @@ def find_clusters(construction: Construction, kept: Any) -> dict[int, Labels]:
 
 def written_clusters(construction: Construction) -> dict[str, str]:
     """The same as a manifest keeps them."""
+    from moe_fast.checkpoint.clusters import write_labels
+
     return {str(layer): write_labels(labels) for layer, labels in construction.clusters.items()}
 
 

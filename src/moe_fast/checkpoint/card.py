@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moe_fast.checkpoint.construction import Construction
 from moe_fast.errors import CheckpointError
 from moe_fast.families.moe import MoeFamily
 from moe_fast.families.rules import Reader
+from moe_fast.records import dataclass
 from moe_fast.request import ExpertSource
 from moe_fast.storage.companions import named_code
 from moe_fast.storage.files import open_regular

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from moe_fast.models.moe import PARTS, MoeModel, open_moe_model, part_of, requir
 from moe_fast.models.readers import contents_of_model, find_other_names
 from moe_fast.models.structure import structure_problems
 from moe_fast.progress import Progress, ShowsProgress, as_progress
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
 from moe_fast.storage.companions import find_companions

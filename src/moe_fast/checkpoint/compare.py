@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from moe_fast.families.config import NUM_EXPERTS_KEYS
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, role_of, slices_of
 from moe_fast.progress import Progress, as_progress
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath
 from moe_fast.storage.arithmetic import E4M3

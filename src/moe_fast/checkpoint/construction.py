@@ -6,14 +6,13 @@ Whatever happens to a weight on its way happens here, so that a target only give
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from moe_fast.checkpoint.averages import Averaged
-from moe_fast.checkpoint.clusters import Labels
 from moe_fast.checkpoint.neurons import (
     NeuronColumns,
     NeuronRows,
@@ -33,11 +32,15 @@ from moe_fast.models.adapters import beside_ffn_problems, open_adapted_model
 from moe_fast.models.dense import open_dense_model
 from moe_fast.models.readers import find_other_token
 from moe_fast.plan import MoeConstructionPlan, plan_moe_construction
+from moe_fast.records import dataclass
 from moe_fast.request import ExpertSource
 from moe_fast.storage.low_rank import LowRankSum
 from moe_fast.storage.pieces import FileRange, Piece, Remembered, SideBySide
 from moe_fast.storage.tensors import OutputTensor, Weight
 from moe_fast.wording import brief, format_numbers
+
+if TYPE_CHECKING:
+    from moe_fast.checkpoint.clusters import Labels
 
 Split = Literal["contiguous", "random", "clustered"]
 

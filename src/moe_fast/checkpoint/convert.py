@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +33,7 @@ from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.models.structure import structure_problems
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.routing.health import complaint_on_random_tokens
@@ -46,6 +46,8 @@ from moe_fast.storage.tensors import FORMAT, OutputTensor, Weight
 from moe_fast.wording import format_numbers
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from pandas import DataFrame
 
     from moe_fast.dtypes import DtypeLike

@@ -7,7 +7,7 @@ dry runs, resuming, the manifest and `check_moe` act on the design alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, singledispatch
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from moe_fast.checks import as_path
 from moe_fast.config import Dtype
 from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, as_stored_dtype
 from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.records import dataclass
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.safetensors_header import Tensor

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import (
@@ -37,7 +36,11 @@ from moe_fast.checks import as_index, as_number, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["expand_moe"]
 MOST_EXPERTS = 2**16  # of a layer, far above what models have

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.arrangement import Group, mean_of, range_of
@@ -35,12 +34,16 @@ from moe_fast.models.inspection import read_floats
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, require_experts
 from moe_fast.models.structure import structure_problems
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.arithmetic import LinearCombination
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.pieces import Piece, SideBySide
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import OutputTensor, Weight
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["extract_dense"]
 # What a dense model's config.json takes over besides the keys that its family has defaults for.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 from moe_fast import checkpoint
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.plain import plain, typed
+from moe_fast.records import dataclass
 from moe_fast.request import Request
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.strict_json import LONGEST_INDEX, brief, json_text, read_json

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_fast.calibration.score import ScoreReport
 from moe_fast.checkpoint.alignment import find_orders, read_orders, stored_orders
@@ -32,8 +31,12 @@ from moe_fast.checks import as_flag, as_index, as_path, as_size
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeModel, open_moe_model, require_experts
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.wording import format_count
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["merge_experts"]
 

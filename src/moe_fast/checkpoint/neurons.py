@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from moe_fast import kernels
 from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.storage.floats import UNSIGNED, decode
 from moe_fast.storage.pieces import (
     CHUNK,
@@ -249,7 +249,8 @@ class Redrawn:
 
     def held(self) -> list[memoryview]:
         """The same blocks, read at once."""
-        (whole,) = map(memoryview, read_in_blocks((self.source,), self.nbytes))
+        (block,) = read_in_blocks((self.source,), self.nbytes)
+        whole = memoryview(block)
         return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
 
     def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:

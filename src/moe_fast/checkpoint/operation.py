@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from moe_fast.families.rules import Reader
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel, language_key
 from moe_fast.models.readers import contents_of, warn_of_readers
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
 from moe_fast.routing.health import RouterHealth

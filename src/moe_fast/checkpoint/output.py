@@ -6,19 +6,23 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import ArgumentTypeError, Problem
 from moe_fast.progress import Progress, ShowsProgress, as_progress
+from moe_fast.records import dataclass
+from moe_fast.storage.block_order import BLOCK
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.pieces import FileRange
 from moe_fast.storage.staging import is_around, on_disk, staged, unfinished, why_not
-from moe_fast.storage.tensors import BLOCK, Shard
+from moe_fast.storage.tensors import Shard
 from moe_fast.storage.writer import FileRecord, copy_file, key_of, write_shards, write_text
 from moe_fast.threads import as_threads
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 # Any one of these makes a folder a model, which may be overwritten.
 MARKS = ("config.json", MANIFEST)
@@ -60,11 +64,14 @@ class Writing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", as_threads(self.threads))
         as_progress(self.progress, "")
-        if self.executor is not None and not isinstance(self.executor, Executor):
-            raise ArgumentTypeError(
-                f"must be a concurrent.futures.Executor, got {self.executor!r}",
-                argument="executor",
-            )
+        if self.executor is not None:
+            from concurrent.futures import Executor  # loads logging, for a rare argument
+
+            if not isinstance(self.executor, Executor):
+                raise ArgumentTypeError(
+                    f"must be a concurrent.futures.Executor, got {self.executor!r}",
+                    argument="executor",
+                )
 
 
 def find_obstacles(

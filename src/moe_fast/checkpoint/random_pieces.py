@@ -6,7 +6,6 @@ Each value is drawn from its own place in a stream that the seed and the weight'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from moe_fast import kernels
 from moe_fast.config import RouterInit
 from moe_fast.dtypes import DTYPE_NAMES, ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.routing.sharpness import sharpen
 from moe_fast.routing.weights import draw_router_bits
 from moe_fast.storage.floats import decode, encode

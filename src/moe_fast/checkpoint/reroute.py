@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.models.moe import MoeLayer, MoeModel, is_mtp, open_moe_model, require_experts
 from moe_fast.plain import typed
 from moe_fast.progress import Progress
+from moe_fast.records import dataclass
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
     ExpertSource,
@@ -43,6 +43,9 @@ from moe_fast.storage.floats import decode
 from moe_fast.storage.pieces import Piece, Remembered
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import Weight
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["reroute_moe"]
 OF_SOURCES = ("cheap_embed", "hidden", "ridge", "means")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_fast.calibration.activations import stream_router_inputs
 from moe_fast.calibration.balancing import (
     Floats,
     balance,
@@ -24,9 +23,6 @@ from moe_fast.calibration.balancing import (
 )
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import mean_rows, ridge_rows
-from moe_fast.calibration.routers import PromptRows, make_prompt_rows
-from moe_fast.calibration.selection import Selection, select_tokens
-from moe_fast.calibration.texts import Tokens
 from moe_fast.checkpoint.random_pieces import (
     RandomRouter,
     ReferenceRouter,
@@ -37,11 +33,17 @@ from moe_fast.config import RouterInit
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.families.dense import DenseModel
+from moe_fast.records import dataclass
 from moe_fast.request import ExpertSource, RouterMethod, RouterStart
 from moe_fast.routing.health import HealthRecord, RouterHealth
 from moe_fast.routing.sharpness import measure_logit_std, sharpen
 from moe_fast.storage.floats import decode, encode
 from moe_fast.storage.pieces import Given, Piece, Remembered
+
+if TYPE_CHECKING:
+    from moe_fast.calibration.routers import PromptRows
+    from moe_fast.calibration.selection import Selection
+    from moe_fast.calibration.texts import Tokens
 
 BESIDE = 0.5  # how much of the spread of rows of kinds random rows beside them have
 
@@ -83,6 +85,8 @@ class RouterContext:
         self, texts: Sequence[Tokens], start: RouterStart, kind: ExpertSource | None
     ) -> Iterator[tuple[int, Floats]]:
         """What the routers will read of tokens, layer by layer; through the FFNs of a `kind`."""
+        from moe_fast.calibration.activations import stream_router_inputs
+
         yield from stream_router_inputs(
             self.base,
             texts,
@@ -206,6 +210,8 @@ class PromptRouters(Routers):
     @cached_property
     def rows(self) -> PromptRows:
         """Those of the experts, and after them that of the shared experts' gate."""
+        from moe_fast.calibration.routers import make_prompt_rows
+
         context = self.context
         shared = [combine_prompts(context.shared_experts)] if self.makes_gates else []
         return make_prompt_rows(self.start.method, context.base, context.experts, shared)
@@ -295,6 +301,8 @@ class TextRouters(Routers):
 
     def select_from(self, texts: Sequence[str], share: int = 1) -> Selection:
         """Tokens of these texts, for so many kinds."""
+        from moe_fast.calibration.selection import select_tokens
+
         start, context = self.start, self.context
         if not texts and start.tokens is None:
             raise MoeConfigError(

@@ -1,17 +1,22 @@
-"""The command as a whole: its name, its version, how all its commands are parsed."""
+"""The command as typer has it: its help, its completion, and what it says of wrong lines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import moe_fast
-
-GROW, CHANGE, LOOK = "Grow an MoE", "Change an MoE", "Look at a model"
+from moe_fast.command.declaration import (
+    COMMANDS,
+    Argument,
+    BadValue,
+    Command,
+    Parameter,
+)
 
 
 class PlainFlags:
@@ -25,11 +30,11 @@ class PlainFlags:
         return params
 
 
-class Group(PlainFlags, TyperGroup):
+class GroupOfCommands(PlainFlags, TyperGroup):
     """All commands."""
 
 
-class Command(PlainFlags, TyperCommand):
+class OneCommand(PlainFlags, TyperCommand):
     """One command. If its output is missing, it may stand where mergekit has it: last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -42,33 +47,70 @@ class Command(PlainFlags, TyperCommand):
             raise
 
 
-app = typer.Typer(
-    name="moe-fast",
-    cls=Group,
-    context_settings={"help_option_names": ["--help", "-h"]},
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Grow a Mixture-of-Experts model out of dense models on disk, check it, and prune, merge "
-    "or convert any MoE. `moe-fast demo` makes two small models to try it on; then run "
-    "`moe-fast build MODEL... -o OUTPUT`. `moe-fast COMMAND --help` shows a command's options.",
-)
+def make_application(commands: Iterable[Command]) -> typer.Typer:
+    """The application with some of the commands."""
+    made = typer.Typer(
+        name="moe-fast",
+        cls=GroupOfCommands,
+        context_settings={"help_option_names": ["--help", "-h"]},
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Grow a Mixture-of-Experts model out of dense models on disk, check it, and prune, "
+        "merge or convert any MoE. `moe-fast demo` makes two small models to try it on; then run "
+        "`moe-fast build MODEL... -o OUTPUT`. `moe-fast COMMAND --help` shows a command's options.",
+    )
+    made.callback()(version)
+    for each in commands:
+        made.command(
+            each.name,
+            cls=OneCommand,
+            rich_help_panel=each.panel,
+            help=each.help,
+            epilog=each.epilog,
+        )(callback_of(each))
+    return made
 
 
-def command_for(arguments: Sequence[str]) -> typer.Typer:
-    """The command with the parser of the subcommand that `arguments` begin with, or with all.
+def callback_of(command: Command) -> Any:
+    """A function with the signature that typer reads, which runs the command."""
 
-    To make the others' takes a fifth of the start.
-    """
-    named = [
-        each
-        for each in app.registered_commands
-        if each.callback is not None and [each.name or each.callback.__name__] == arguments[:1]
+    def run(context: typer.Context, **values: Any) -> None:
+        sources = {name: context.get_parameter_source(name) for name in values}
+        given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
+        try:
+            command(values, frozenset(given))
+        except BadValue as error:
+            raise typer.BadParameter(error.message, param_hint=error.option) from None
+
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     ]
-    if not named:
-        return app
-    one = copy(app)
-    one.registered_commands = named
-    return one
+    for each in command.parameters:
+        default = inspect.Parameter.empty if each.default is ... else each.default
+        parameters.append(
+            inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[each.type, declare(each)],
+            )
+        )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def declare(parameter: Parameter) -> Any:
+    """An argument or option in typer's words."""
+    declared = parameter.declared
+    return (typer.Argument if isinstance(declared, Argument) else typer.Option)(
+        *declared.names,
+        help=declared.help if isinstance(declared.help, str) else declared.help(),
+        metavar=declared.metavar,
+        show_default=declared.show_default,
+        autocompletion=declared.autocompletion,
+        min=declared.min,
+    )
 
 
 def print_version(asked: bool) -> None:
@@ -77,8 +119,7 @@ def print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def commands(
+def version(
     show_version: Annotated[
         bool,
         typer.Option(
@@ -90,3 +131,12 @@ def commands(
     ] = False,
 ) -> None:
     pass
+
+
+def application_for(arguments: Sequence[str]) -> typer.Typer:
+    """The application with the subcommand that `arguments` begin with, or with all.
+
+    To make the others' parsers takes time.
+    """
+    named = COMMANDS.get(arguments[0]) if arguments else None
+    return make_application(COMMANDS.values() if named is None else [named])

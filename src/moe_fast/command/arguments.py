@@ -7,53 +7,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from moe_fast.command.console import (
-    be_quiet,
-)
+from moe_fast.command.declaration import Argument, BadValue, Option, Options
 from moe_fast.config import RouterInit, RoutingMethod
 
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="The folder to create.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
+OutputFolder = Annotated[Path, Option("--output", "-o", help="The folder to create.")]
 MaxShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
+    str, Option(metavar="SIZE", help="Weights per file, such as 500MB, 5GB or 5GiB.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+    Option(help="Files written at a time.", show_default="MOE_FAST_NUM_THREADS, or 1"),
 ]
 Checksum = Annotated[
     bool,
-    typer.Option("--checksum", help="Record the SHA-256 of every file in the manifest."),
+    Option("--checksum", help="Record the SHA-256 of every file in the manifest."),
 ]
 Fsync = Annotated[
     bool,
-    typer.Option("--fsync", help="Wait until the output would survive a power failure."),
+    Option("--fsync", help="Wait until the output would survive a power failure."),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Report every problem and show the plan, but write nothing."),
+    Option("--dry-run", help="Report every problem and show the plan, but write nothing."),
 ]
 Granularity = Annotated[
-    int, typer.Option(help="Split each FFN into this many experts; --experts counts the parts.")
+    int, Option(help="Split each FFN into this many experts; --experts counts the parts.")
 ]
 Experts = Annotated[
-    int | None, typer.Option(help="Experts per layer.", show_default="8, times the granularity")
+    int | None, Option(help="Experts per layer.", show_default="8, times the granularity")
 ]
 ExpertsPerToken = Annotated[
     int | None,
-    typer.Option(help="Experts per token.", show_default="2, or the granularity"),
+    Option(help="Experts per token.", show_default="2, or the granularity"),
 ]
 RouterStart = Annotated[
     RouterInit,
-    typer.Option(metavar="START", help="Initial router weights: balanced, random or uniform."),
+    Option(metavar="START", help="Initial router weights: balanced, random or uniform."),
 ]
 LogitStd = Annotated[
     float | None,
-    typer.Option(
+    Option(
         metavar="NUMBER",
         help="Standard deviation of a token's router logits over the experts.",
         show_default="as the method gives",
@@ -61,7 +57,7 @@ LogitStd = Annotated[
 ]
 TokensUsed = Annotated[
     int | None,
-    typer.Option(
+    Option(
         metavar="N",
         help="Number of tokens to use.",
         show_default="256 per expert, from 8192 to 32768",
@@ -69,7 +65,7 @@ TokensUsed = Annotated[
 ]
 HiddenStates = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--hidden-states",
         metavar="FILE.npy",
         help="Router inputs, [T, H] or [L, T, H], on which the load is predicted.",
@@ -77,51 +73,49 @@ HiddenStates = Annotated[
     ),
 ]
 MoeFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
+    Path, Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
 ]
 Scores = Annotated[
     Path | None,
-    typer.Option(
-        metavar="SCORES.json", help="The scores of the experts, as written by moe-fast score."
-    ),
+    Option(metavar="SCORES.json", help="The scores of the experts, as written by moe-fast score."),
 ]
 ScoredBy = Annotated[
-    str,
-    typer.Option(metavar="MEASURE", help="The score to use, such as reap, frequency or ean_sum."),
+    str, Option(metavar="MEASURE", help="The score to use, such as reap, frequency or ean_sum.")
 ]
 TextFiles = Annotated[
     list[Path] | None,
-    typer.Option(
+    Option(
         metavar="FILE",
         help="A file of text: .txt, .md or .jsonl (text or messages). May be repeated.",
     ),
 ]
 TokensFile = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE.npy", help="Instead of --text: token ids of shape (sequences, length)."
-    ),
+    Option(metavar="FILE.npy", help="Instead of --text: token ids of shape (sequences, length)."),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="Device on which torch runs the model: cpu, cuda, ...")
+    str, Option(metavar="DEVICE", help="Device on which torch runs the model: cpu, cuda, ...")
 ]
 
 
-def ask_for_quiet(asked: bool) -> None:
-    if asked:
-        be_quiet()
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print only warnings and errors.")]
 
 
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        callback=ask_for_quiet,
-        expose_value=False,
-        help="Print only warnings and errors.",
-    ),
-]
+class Writing(Options):
+    """How an output is written, for all commands that write a checkpoint."""
+
+    max_shard_size: MaxShardSize = "5GB"
+    overwrite: Overwrite = False
+    threads: Threads = None
+    checksum: Checksum = False
+    fsync: Fsync = False
+    dry_run: DryRun = False
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    def of_functions(self) -> dict[str, Any]:
+        """What the functions of the package take of it."""
+        return {n: value for n, value in vars(self).items() if n not in ("as_json", "quiet")}
 
 
 def text_files(files: Sequence[Path] | None) -> list[Path]:
@@ -142,8 +136,8 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers; write 1,1.25,2", param_hint="--capacity-factors"
+        raise BadValue(
+            f"{text!r} is not a list of numbers; write 1,1.25,2", option="--capacity-factors"
         ) from None
 
 
@@ -154,8 +148,8 @@ def parse_backbone(text: str) -> Any:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", param_hint="--backbone"
+        raise BadValue(
+            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", option="--backbone"
         ) from None
 
 
@@ -166,8 +160,8 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = match.groups(match[1]) if match else ("1", "0")
         if int(first) > int(last):
-            raise typer.BadParameter(
-                f"{text!r} is not a list of layers; write 0,5 or 0-3", param_hint="--dense-layers"
+            raise BadValue(
+                f"{text!r} is not a list of layers; write 0,5 or 0-3", option="--dense-layers"
             )
         layers += range(int(first), int(last) + 1)
     return layers

@@ -8,35 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 import moe_fast
-from moe_fast.command.application import (
-    GROW,
-    Command,
-    app,
-)
 from moe_fast.command.arguments import (
     CONVERT_TO,
     AsJson,
-    Checksum,
     Device,
-    DryRun,
     Experts,
     ExpertsPerToken,
-    Fsync,
     Granularity,
     HiddenStates,
     LogitStd,
-    MaxShardSize,
     OutputFolder,
     Overwrite,
     Quiet,
     RouterStart,
     TextFiles,
-    Threads,
     TokensFile,
     TokensUsed,
+    Writing,
     open_states,
     parse_backbone,
     parse_layers,
@@ -50,16 +39,22 @@ from moe_fast.command.console import (
     show_families,
     show_plan,
 )
-from moe_fast.command.examples import copy_examples
+from moe_fast.command.declaration import (
+    GROW,
+    Argument,
+    BadValue,
+    Call,
+    Option,
+    command,
+)
 from moe_fast.command.outcome import (
     print_json,
     reported_errors,
     show,
 )
 from moe_fast.config import Dtype, Layout, RouterInit, choose_config
-from moe_fast.families.choice import UNFIT, targets_of
-from moe_fast.families.readers import readers_of
-from moe_fast.families.registry import dense_families, moe_families
+from moe_fast.families.registry import moe_families
+from moe_fast.recipes.document import is_recipe
 from moe_fast.request import ROUTER_METHODS, RouterMethod
 
 OPTIONS_OF_MODELS = (
@@ -87,20 +82,20 @@ OPTIONS_OF_MODELS = (
 )
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Build a Mixture-of-Experts checkpoint from dense models or from a recipe.",
     epilog="Example: `moe-fast build Qwen/Qwen3-0.6B -o moe --experts 8`",
 )
 def build(
-    context: typer.Context,
+    call: Call,
+    *,
     models: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="MODEL",
-            help="Dense models or LoRA adapters: folders, names on the Hub, or MODEL+ADAPTER. Or "
-            "one recipe, a YAML file.",
+            help="Dense models or LoRA adapters: folders, names on the Hub, or "
+            "MODEL+ADAPTER. Or one recipe, a YAML file.",
         ),
     ],
     output: OutputFolder,
@@ -108,21 +103,19 @@ def build(
     experts_per_token: ExpertsPerToken = None,
     target: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="FAMILY",
-            help=f"auto, {', '.join(moe_families())}.",
+            help=lambda: f"auto, {', '.join(moe_families())}.",
             autocompletion=lambda: ["auto", *moe_families()],
         ),
     ] = "auto",
     layout: Annotated[
         Layout | None,
-        typer.Option(
-            help="How experts are stored.", show_default="per-expert, if the family has it"
-        ),
+        Option(help="How experts are stored.", show_default="per-expert, if the family has it"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="DTYPE",
             help=CONVERT_TO,
             autocompletion=lambda: list(Dtype),
@@ -131,46 +124,46 @@ def build(
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="The model to take attention, embeddings, norms and tokenizer from.",
             show_default="the first model",
         ),
     ] = None,
     dense_layers: Annotated[
         str,
-        typer.Option(metavar="LAYERS", help="Layers without experts, such as 0,5 or 0-3."),
+        Option(metavar="LAYERS", help="Layers without experts, such as 0,5 or 0-3."),
     ] = "",
     routers: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="START",
-            help=f"How routers are initialised: {', '.join(ROUTER_METHODS)}.",
+            help="How routers are initialised: ",
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    seed: Annotated[int, Option(help="Seed of all random numbers.")] = 0,
     granularity: Granularity = 1,
     mix_copies: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--mix-copies",
             help="Put all experts in one group, so that tokens can mix parts of copies.",
         ),
     ] = False,
     shuffle: Annotated[
         bool,
-        typer.Option("--shuffle", help="Shuffle the neurons of each copy before they are split."),
+        Option("--shuffle", help="Shuffle the neurons of each copy before they are split."),
     ] = False,
     reinit: Annotated[
         float,
-        typer.Option(
+        Option(
             metavar="FRACTION",
             help="Fraction of each expert's neurons to reinitialise, such as 0.5.",
         ),
     ] = 0.0,
     reinit_sets: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="SETS",
             help="shared: the same neurons in gate, up and down; separate: different ones in each.",
             autocompletion=lambda: ["shared", "separate"],
@@ -178,7 +171,7 @@ def build(
     ] = "shared",
     split: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="WAY",
             help="Make all experts from one FFN, without copies: contiguous, random or clustered.",
             autocompletion=lambda: ["contiguous", "random", "clustered"],
@@ -187,10 +180,10 @@ def build(
     ] = None,
     backbone: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="MEAN",
-            help="The weights outside the experts: those of the base (base), the mean of the "
-            "models (mean), or a weighted mean, such as 2,1,1.",
+            help="The weights outside the experts: those of the base (base), the mean of"
+            " the models (mean), or a weighted mean, such as 2,1,1.",
             autocompletion=lambda: ["base", "mean"],
         ),
     ] = "base",
@@ -200,32 +193,18 @@ def build(
     tokens_used: TokensUsed = None,
     device: Device = "cpu",
     hidden_states: HiddenStates = None,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    from moe_fast.recipes.recipe import is_recipe  # loads the builder, as `make_demo` does
-
     from_recipe = any(is_recipe(model) for model in models)
     in_recipe = OPTIONS_OF_MODELS if from_recipe else ()
-    with reported_errors(context, in_recipe), progress_bar() as progress:
-        how: dict[str, Any] = {
+    with reported_errors(call, in_recipe), progress_bar() as progress:
+        how = {
+            **writing.of_functions(),
             "hidden_states": open_states(hidden_states),
-            "max_shard_size": max_shard_size,
-            "overwrite": overwrite,
-            "threads": threads,
-            "checksum": checksum,
-            "fsync": fsync,
-            "dry_run": dry_run,
             "progress": progress,
         }
         if from_recipe:
-            refuse_beside_a_recipe(context, models)
+            refuse_beside_a_recipe(call, models)
             report = moe_fast.build_recipe(models[0], output, **how)
         else:
             report = moe_fast.build_moe(
@@ -253,38 +232,37 @@ def build(
                 device=device,
                 **how,
             )
-    show(report, show_build, as_json)
+    show(report, show_build, writing.as_json)
 
 
-def refuse_beside_a_recipe(context: typer.Context, models: list[Path]) -> None:
+def refuse_beside_a_recipe(call: Call, models: list[Path]) -> None:
     """Raise for models and their options beside a recipe, which says all that itself."""
     if len(models) > 1:
-        raise typer.BadParameter("give only the recipe, without models or other recipes")
+        raise BadValue("give only the recipe, without models or other recipes")
     for name in OPTIONS_OF_MODELS:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if name in call.given:
             option = "--" + name.replace("_", "-")
-            raise typer.BadParameter(f"{option} is for models; write it into the recipe")
+            raise BadValue(f"{option} is for models; write it into the recipe")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Show which model each expert would come from, without reading any model.",
     epilog="Example: `moe-fast plan 2 32 --experts 8`",
 )
 def plan(
-    context: typer.Context,
-    models: Annotated[int, typer.Argument(metavar="MODELS", help="Number of dense models.")],
-    layers: Annotated[int, typer.Argument(metavar="LAYERS", help="Number of layers of each.")],
+    call: Call,
+    *,
+    models: Annotated[int, Argument(metavar="MODELS", help="Number of dense models.")],
+    layers: Annotated[int, Argument(metavar="LAYERS", help="Number of layers of each.")],
     experts: Experts = None,
     experts_per_token: ExpertsPerToken = None,
     granularity: Granularity = 1,
-    hidden_size: Annotated[int, typer.Option(help="To estimate the parameters.")] = 0,
-    intermediate_size: Annotated[int, typer.Option(help="To estimate the parameters.")] = 0,
+    hidden_size: Annotated[int, Option(help="To estimate the parameters.")] = 0,
+    intermediate_size: Annotated[int, Option(help="To estimate the parameters.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         config = choose_config(experts, experts_per_token, granularity)
         made = moe_fast.plan_moe_construction(models, layers, config, granularity=granularity)
         report = made.report(
@@ -296,37 +274,35 @@ def plan(
         show_plan(made, report)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Write initial router weights to a file.",
     epilog="Example: `moe-fast gates 2048 8 -o gates.safetensors --layers 24`",
 )
 def gates(
-    context: typer.Context,
+    call: Call,
+    *,
     hidden_size: Annotated[
-        int, typer.Argument(metavar="HIDDEN_SIZE", min=1, help="Width of the router's input.")
+        int, Argument(metavar="HIDDEN_SIZE", min=1, help="Width of the router's input.")
     ],
-    experts: Annotated[int, typer.Argument(metavar="EXPERTS", min=1, help="Experts per layer.")],
+    experts: Annotated[int, Argument(metavar="EXPERTS", min=1, help="Experts per layer.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The file to create: .npy or .safetensors.")
+        Path, Option("--output", "-o", help="The file to create: .npy or .safetensors.")
     ],
-    layers: Annotated[int, typer.Option(min=1, help="Number of routers.")] = 1,
+    layers: Annotated[int, Option(min=1, help="Number of routers.")] = 1,
     init: RouterStart = RouterInit.BALANCED,
     dtype: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="DTYPE",
             help="float64, float32, float16 or bfloat16.",
             autocompletion=lambda: ["float64", "float32", "float16", "bfloat16"],
         ),
     ] = "float32",
-    transpose: Annotated[
-        bool, typer.Option(help="Write one row per expert, as checkpoints do.")
-    ] = True,
+    transpose: Annotated[bool, Option(help="Write one row per expert, as checkpoints do.")] = True,
     remove_base: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--remove-base/--keep-base",
             help="Leave out the constant 1 / EXPERTS, beside which the noise is lost in 16 bits.",
             show_default="removed if balanced and in 16 bits",
@@ -334,12 +310,12 @@ def gates(
     ] = None,
     full_range: Annotated[
         bool,
-        typer.Option("--full-range", help="Draw from [-s, s]; the reference fills [-s, 0]."),
+        Option("--full-range", help="Draw from [-s, s]; the reference fills [-s, 0]."),
     ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         weights = moe_fast.compute_router_weights(
             layers,
             hidden_size,
@@ -350,7 +326,7 @@ def gates(
             full_range=full_range,
             remove_base=rounds_base(init, dtype) if remove_base is None else remove_base,
         )
-    with reported_errors(context, path="output"):
+    with reported_errors(call, path="output"):
         nbytes = moe_fast.write_router_weights(output, weights, overwrite=overwrite)
     say(f"{output}: {layers} x {weights.shape[1]} x {weights.shape[2]} {dtype}, {nbytes:,} bytes")
 
@@ -360,12 +336,15 @@ def rounds_base(init: RouterInit, dtype: str) -> bool:
     return init is RouterInit.BALANCED and dtype.endswith("16")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Show which dense models become which MoEs, and which programs load them.",
 )
-def families(as_json: AsJson = False) -> None:
+def families(call: Call, *, as_json: AsJson = False) -> None:
+    from moe_fast.families.choice import UNFIT, targets_of
+    from moe_fast.families.readers import readers_of
+    from moe_fast.families.registry import dense_families
+
     becomes = {
         name: [target.name for target in targets_of(dense)]
         for name, dense in dense_families().items()
@@ -377,24 +356,24 @@ def families(as_json: AsJson = False) -> None:
         show_families(becomes, readers, UNFIT)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Make two small dense models, build an MoE from them, and check it.",
 )
 def demo(
-    context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder to make them in.")
-    ] = Path("demo"),
+    call: Call,
+    *,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="The folder to make them in.")] = Path(
+        "demo"
+    ),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier demo in FOLDER.")
+        bool, Option("--overwrite", help="Replace an earlier demo in FOLDER.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     from moe_fast.demo import make_demo  # loads builder and check, which other commands do without
 
-    with reported_errors(context):
+    with reported_errors(call):
         built, checked = make_demo(folder, overwrite=overwrite)
     if as_json:
         print_json({"build": built.to_dict(), "check": checked.to_dict()})
@@ -402,21 +381,23 @@ def demo(
         show_build(built)
         show_check(checked)
     if not checked.passed:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=GROW,
+@command(
+    GROW,
     help="Copy the example scripts: train an upcycled model, prune by scores, route by kind.",
     epilog="Example: `moe-fast examples && python examples/train_upcycled.py`",
 )
 def examples(
-    context: typer.Context,
+    call: Call,
+    *,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder to copy them into.")
+        Path, Argument(metavar="FOLDER", help="The folder to copy them into.")
     ] = Path("examples"),
 ) -> None:
-    with reported_errors(context):
+    from moe_fast.command.examples import copy_examples
+
+    with reported_errors(call):
         for file in copy_examples(folder):
             say(f"{file}")

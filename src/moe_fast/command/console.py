@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from moe_fast.command.terminal import error_output, output
 from moe_fast.wording import (
     brief,
     format_count,
@@ -43,58 +40,18 @@ MOST_LINES = 100
 MOST_FILES = 12
 LONGEST_NAME = 200  # of a family or a class that config.json names
 STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
-output_console = Console()
-error_console = Console(stderr=True)
-
-
-for console in (output_console, error_console):
-    if not console.is_terminal:
-        console.width = 10_000  # nothing is wrapped in a file or a pipe
 
 
 def say(text: str) -> None:
-    print_lines(output_console, text)
+    output.print(text)
 
 
 def warn(text: str) -> None:
-    print_lines(error_console, f"warning: {text}", style="yellow")
+    error_output.print(f"warning: {text}", style="yellow")
 
 
 def complain(text: str) -> None:
-    print_lines(error_console, text, style="red")
-
-
-def be_quiet() -> None:
-    """Print nothing but warnings, errors and JSON from here on."""
-    output_console.quiet = True
-
-
-def print_lines(
-    console: Console,
-    text: str,
-    *,
-    indent: int | None = None,
-    style: str = "",
-    label: tuple[int, str] = (0, ""),
-) -> None:
-    """Print text in lines that fit, broken between words.
-
-    What goes on in a second line stands `indent` columns to the right, by default two more than its
-    first line. `label` is a number of characters at the beginning and their style.
-    """
-    for line in text.split("\n"):
-        hanging = len(line) - len(line.lstrip()) + 2 if indent is None else indent
-        folded = textwrap.fill(
-            line,
-            # A terminal that is too narrow for the indent breaks lines itself.
-            max(console.width, hanging + 20),
-            subsequent_indent=" " * hanging,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        printed = Text(folded, style=style)
-        printed.stylize(label[1], 0, label[0])
-        console.print(printed, soft_wrap=True)
+    error_output.print(text, style="red")
 
 
 def show_build(report: BuildReport) -> None:
@@ -174,12 +131,10 @@ def show_check(report: CheckReport) -> None:
         findings = list(same)
         names = ", ".join(finding.check for finding in findings)
         line = f"{status:<12}  {names:<{width}}{': ' if len(findings) > 1 else '  '}{summary}"
-        print_lines(
-            output_console, line, indent=width + 16, label=(len(status), STATUS_STYLES[status])
-        )
+        output.print(line, indent=width + 16, label=(len(status), STATUS_STYLES[status]))
         problems = [problem for finding in findings for problem in finding.problems]
         for problem in problems[:MOST_PROBLEMS]:
-            print_lines(output_console, f"  {problem}", style="red")
+            output.print(f"  {problem}", style="red")
         if len(problems) > MOST_PROBLEMS:
             say(f"  and {len(problems) - MOST_PROBLEMS} more, which --json lists")
     show_readers(reader for reader in report.readers if not reader.loads)
@@ -478,15 +433,15 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
             "threads": f"{diagnosis.threads}",
         }
     )
-    table = new_table("extra", "for", "installed", "missing")
+    rows = []
     for extra in diagnosis.extras:
         there = [f"{p.name} {p.installed}" for p in extra.packages if p.fits]
         absent = [
             f"{p.name}>={p.minimum}" if p.minimum else p.name for p in extra.packages if not p.fits
         ]
-        table.add_row(extra.name, extra.purpose, ", ".join(there), ", ".join(absent))
+        rows.append((extra.name, extra.purpose, ", ".join(there), ", ".join(absent)))
     say("")
-    output_console.print(table)
+    output.print_table(("extra", "for", "installed", "missing"), rows)
     for extra in diagnosis.extras:
         if not extra.complete:
             say(f"for {extra.purpose or extra.name}: {extra.install_command}")
@@ -514,7 +469,7 @@ def show_pairs(pairs: Mapping[str, str]) -> None:
     width = max(map(len, pairs))
     for name, value in pairs.items():
         line = f"{name:<{width}}  {value}"
-        print_lines(output_console, line, indent=width + 2, label=(len(name), "bold"))
+        output.print(line, indent=width + 2, label=(len(name), "bold"))
 
 
 def align_numbers(values: Sequence[float | None]) -> list[str]:
@@ -531,34 +486,43 @@ def show_columns(columns: Mapping[str, Sequence[str]]) -> None:
     first, *rest = columns
     blocks = [[first]]
     for name in rest:
-        if sum(widths[each] + 2 for each in blocks[-1]) + widths[name] > output_console.width:
+        if sum(widths[each] + 2 for each in blocks[-1]) + widths[name] > output.width:
             blocks.append([first])
         blocks[-1].append(name)
     for number, names in enumerate(blocks):
         if number:
             say("")
         header = "  ".join(f"{name:>{widths[name]}}" for name in names)
-        output_console.print(Text(header, style="bold"), soft_wrap=True)
+        output.write(header, style="bold")
         for cells in zip(*(columns[name] for name in names), strict=True):
             line = "  ".join(
                 f"{cell:>{widths[name]}}" for cell, name in zip(cells, names, strict=True)
             )
-            output_console.print(Text(line), soft_wrap=True)
-
-
-def new_table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
+            output.write(line)
 
 
 @contextmanager
 def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on a terminal, nothing in a pipe."""
-    if not error_console.is_terminal or output_console.quiet:
+    """A bar of bytes on a terminal, from the first bytes on; nothing in a pipe."""
+    if not error_output.is_terminal or output.quiet:
         yield lambda done, total: None
         return
+    started: list[Any] = []
+
+    def show_progress(done: int, total: int) -> None:
+        if not started:
+            started.append(start_bar(task))
+        bar = started[0]
+        bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield show_progress
+    finally:
+        for bar in started:
+            bar.stop()
+
+
+def start_bar(task: str) -> Any:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -574,10 +538,9 @@ def progress_bar(task: str = "writing") -> Iterator[Callable[[int, int], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=error_console,
+        console=error_output.console,
         transient=True,
     )
-    with bar:
-        # A model may run for minutes before the first byte: nothing is being written then.
-        number = bar.add_task("preparing", total=None)
-        yield lambda done, total: bar.update(number, description=task, completed=done, total=total)
+    bar.add_task(task, total=None)
+    bar.start()
+    return bar

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
 
 from moe_fast import kernels
 from moe_fast.kernels.level import levels_available, levels_built
+from moe_fast.records import dataclass
 from moe_fast.reports import Report
 from moe_fast.threads import default_threads
 

@@ -9,14 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 import moe_fast
-from moe_fast.command.application import (
-    LOOK,
-    Command,
-    app,
-)
 from moe_fast.command.arguments import (
     AsJson,
     Device,
@@ -38,6 +31,13 @@ from moe_fast.command.console import (
     show_model,
     show_routing,
 )
+from moe_fast.command.declaration import (
+    LOOK,
+    Argument,
+    Call,
+    Option,
+    command,
+)
 from moe_fast.command.outcome import (
     print_json,
     reported_errors,
@@ -49,26 +49,24 @@ from moe_fast.errors import CheckpointError
 LIKE_A_FILE = re.compile(r"\S+\.[A-Za-z]{2,4}")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Check an MoE: its files, experts, configuration, and which programs can load it.",
     epilog="Examples: `moe-fast check moe`; `moe-fast check moe --text letter.txt`",
 )
 def check(
-    context: typer.Context,
+    call: Call,
+    *,
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="A folder with an MoE, made by any tool.")
+        Path, Argument(metavar="OUTPUT", help="A folder with an MoE, made by any tool.")
     ],
     against: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="A source model, if it was moved or there is no manifest. May be repeated."
-        ),
+        Option(help="A source model, if it was moved or there is no manifest. May be repeated."),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FILE or TEXT",
             help="Compare the logits of the MoE and of its dense model on this text.",
         ),
@@ -76,13 +74,13 @@ def check(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("comparing") as progress:
+    with reported_errors(call), progress_bar("comparing") as progress:
         report = moe_fast.check_moe(
             output, against=against or (), text=read_text(text), progress=progress
         )
     show(report, show_check, as_json)
     if not report.passed:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
 def read_text(text: str | None) -> str | None:
@@ -103,43 +101,43 @@ def read_text(text: str | None) -> str | None:
     return text
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Compare two checkpoints, whatever their layout; exit code 1 if the models differ.",
     epilog="Example: `moe-fast compare moe moe-fused`",
 )
 def compare(
-    context: typer.Context,
-    first: Annotated[Path, typer.Argument(metavar="A", help="A folder with a model.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another folder with a model.")],
+    call: Call,
+    *,
+    first: Annotated[Path, Argument(metavar="A", help="A folder with a model.")],
+    second: Annotated[Path, Argument(metavar="B", help="Another folder with a model.")],
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference of two numbers that count as equal.")
+        float, Option(help="Largest difference of two numbers that count as equal.")
     ] = 0.0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("comparing") as progress:
+    with reported_errors(call), progress_bar("comparing") as progress:
         report = moe_fast.compare_moe(first, second, tolerance=tolerance, progress=progress)
     show(report, show_comparison, as_json)
     if not report.equal:
-        raise typer.Exit(1)
+        raise SystemExit(1)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Show what a model contains: experts, sizes, dtypes, routers, copies.",
     epilog="Example: `moe-fast inspect moe`",
 )
 def inspect(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
+        Path, Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
     ],
     copies: Annotated[
         bool,
-        typer.Option(help="Look for experts that are copies of each other, by comparing bytes."),
+        Option(help="Look for experts that are copies of each other, by comparing bytes."),
     ] = True,
     hidden_states: HiddenStates = None,
     text: TextFiles = None,
@@ -148,7 +146,7 @@ def inspect(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         report = moe_fast.inspect_model(
             model,
             copies=copies,
@@ -161,24 +159,24 @@ def inspect(
     show(report, show_model, as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Write one HTML page about a model: experts, sources, sizes, routers, readers.",
     epilog="Example: `moe-fast report moe -o moe.html`",
 )
 def report(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
+        Path, Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
+        Option("--output", "-o", help="The file to write.", show_default="MODEL-report.html"),
     ] = None,
     with_check: Annotated[
         bool,
-        typer.Option("--check", help="Also check the model, which reads it and its sources."),
+        Option("--check", help="Also check the model, which reads it and its sources."),
     ] = False,
     text: TextFiles = None,
     tokens: TokensFile = None,
@@ -186,7 +184,7 @@ def report(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context):
+    with reported_errors(call):
         checked = None
         if with_check:
             with progress_bar("comparing") as progress:
@@ -203,78 +201,78 @@ def report(
     say(f"{file}")
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Route tokens by saved logits: load, losses, collapse, dropped tokens.",
     epilog="Example: `moe-fast route logits.npy --experts-per-token 2 --plot load.png`",
 )
 def route(
-    context: typer.Context,
+    call: Call,
+    *,
     logits: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="LOGITS",
-            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors with a "
-            "tensor per layer.",
+            help="Router logits: .npy of shape [T, E] or [L, T, E], or .safetensors with"
+            " a tensor per layer.",
         ),
     ],
     method: Annotated[
         RoutingMethod,
-        typer.Option(
+        Option(
             metavar="METHOD", help="Routing method: top_k, switch_transformer or expert_choice."
         ),
     ] = RoutingMethod.TOP_K,
     experts_per_token: Annotated[
-        int | None, typer.Option(help="Experts per token.", show_default="2, for Switch 1")
+        int | None, Option(help="Experts per token.", show_default="2, for Switch 1")
     ] = None,
     scores: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Function applied to the logits: softmax or sigmoid.",
             autocompletion=lambda: ["softmax", "sigmoid"],
         ),
     ] = "softmax",
     norm: Annotated[
         bool | None,
-        typer.Option(help="Divide the weights of a token by their sum.", show_default="for top-k"),
+        Option(help="Divide the weights of a token by their sum.", show_default="for top-k"),
     ] = None,
-    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
+    groups: Annotated[int, Option(help="Groups of experts.")] = 1,
     groups_per_token: Annotated[
-        int | None, typer.Option(help="Groups from which a token may choose.", show_default="all")
+        int | None, Option(help="Groups from which a token may choose.", show_default="all")
     ] = None,
     capacity_factor: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Limit the tokens per expert to this multiple of the mean.",
             show_default="no limit for top-k, 1.25 for Switch, 1 for expert choice",
         ),
     ] = None,
     drop_policy: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Which tokens a full expert keeps: the first (position) or the likeliest (probs).",
             autocompletion=lambda: ["position", "probs"],
             show_default="probs, for Switch position",
         ),
     ] = None,
     capacity_factors: Annotated[
-        str, typer.Option(help="Show the share of tokens that each of these factors would drop.")
+        str, Option(help="Show the share of tokens that each of these factors would drop.")
     ] = "1,1.25,1.5,2",
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(help="Tokens that share a capacity.", show_default="all of a layer"),
+        Option(help="Tokens that share a capacity.", show_default="all of a layer"),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Number of threads.", show_default="MOE_FAST_NUM_THREADS, or 1"),
+        Option(help="Number of threads.", show_default="MOE_FAST_NUM_THREADS, or 1"),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the load per layer and expert into this file.")
+        Path | None, Option(help="Draw the load per layer and expert into this file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    with reported_errors(context, path="logits"):
+    with reported_errors(call, path="logits"):
         stats = moe_fast.statistics_of_file(
             logits,
             method,
@@ -290,7 +288,7 @@ def route(
             drop_policy=cast(Any, drop_policy),
         )
     if plot is not None:
-        with reported_errors(context, path="plot"):
+        with reported_errors(call, path="plot"):
             from moe_fast.drawing.plotting import save_load_picture
 
             save_load_picture(stats.counts, plot)
@@ -300,12 +298,11 @@ def route(
         show_routing(stats)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=LOOK,
+@command(
+    LOOK,
     help="Show what is installed, what is missing, and which kernels are used.",
 )
-def doctor(context: typer.Context, as_json: AsJson = False) -> None:
-    with reported_errors(context):
+def doctor(call: Call, *, as_json: AsJson = False) -> None:
+    with reported_errors(call):
         diagnosis = moe_fast.diagnose()
     show(diagnosis, show_diagnosis, as_json)

@@ -8,33 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import typer
-
 import moe_fast
-from moe_fast.command.application import (
-    CHANGE,
-    Command,
-    app,
-)
 from moe_fast.command.arguments import (
     CONVERT_TO,
     AsJson,
-    Checksum,
     Device,
-    DryRun,
-    Fsync,
     LogitStd,
-    MaxShardSize,
     MoeFolder,
     OutputFolder,
-    Overwrite,
     Quiet,
     ScoredBy,
     Scores,
     TextFiles,
-    Threads,
     TokensFile,
     TokensUsed,
+    Writing,
     text_files,
 )
 from moe_fast.command.console import (
@@ -42,6 +30,13 @@ from moe_fast.command.console import (
     show_conversion,
     show_operation,
     show_scores,
+)
+from moe_fast.command.declaration import (
+    CHANGE,
+    Argument,
+    Call,
+    Option,
+    command,
 )
 from moe_fast.command.outcome import (
     reported_errors,
@@ -51,95 +46,82 @@ from moe_fast.config import Dtype, Layout
 from moe_fast.request import RouterMethod
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Convert an MoE to another layout or dtype.",
     epilog="Example: `moe-fast convert moe -o moe-fused --layout fused`",
 )
 def convert(
-    context: typer.Context,
+    call: Call,
+    *,
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
+        Path, Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
     ],
     output: OutputFolder,
     layout: Annotated[
         Layout | None,
-        typer.Option(help="How experts are stored.", show_default="as they are"),
+        Option(help="How experts are stored.", show_default="as they are"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="DTYPE",
             help=CONVERT_TO,
             autocompletion=lambda: list(Dtype),
             show_default="as they are",
         ),
     ] = None,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.convert_moe(
             model,
             output,
             layout=layout,
             dtype=cast(Any, dtype),
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_conversion, as_json)
+    show(report, show_conversion, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Run an MoE on texts and write how important each expert is.",
     epilog="Example: `moe-fast score moe -o scores.json --text book.txt`",
 )
 def score(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
+        Option("--output", "-o", metavar="SCORES.json", help="The file to create."),
     ],
     text: TextFiles = None,
     tokens: TokensFile = None,
     length: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Truncate texts to this many tokens.",
             show_default="the model's context, at most 2048",
         ),
     ] = None,
     mean_outputs: Annotated[
-        bool,
-        typer.Option("--mean-outputs", help="Store the experts' mean outputs, for merge --scores."),
+        bool, Option("--mean-outputs", help="Store the experts' mean outputs, for merge --scores.")
     ] = False,
     gate_similarity: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--gate-similarity", help="Store the similarity of router logits, for merge --scores."
         ),
     ] = False,
     device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing files.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    with reported_errors(context), progress_bar("reading") as progress:
+    with reported_errors(call), progress_bar("reading") as progress:
         report = moe_fast.score_experts(
             model,
             output,
@@ -155,39 +137,32 @@ def score(
     show(report, show_scores, as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Keep some experts of an MoE: a list of them, or those with the best scores.",
     epilog="Example: `moe-fast prune moe -o pruned --experts 4 --scores scores.json`",
 )
 def prune(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="KEEP.json", help="The experts to keep in each layer."),
+        Option(metavar="KEEP.json", help="The experts to keep in each layer."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="Keep this many experts per layer, the best by --scores.")
+        int | None, Option(help="Keep this many experts per layer, the best by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     ungroup: Annotated[
         bool,
-        typer.Option("--ungroup", help="Put all experts in one group, which changes the routing."),
+        Option("--ungroup", help="Put all experts in one group, which changes the routing."),
     ] = False,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.prune_moe(
             model,
             output,
@@ -196,52 +171,37 @@ def prune(
             scores=scores,
             by=by,
             ungroup=ungroup,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Merge each group of experts of an MoE into their mean.",
     epilog="Example: `moe-fast merge moe -o merged --groups groups.json`",
 )
 def merge(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     groups: Annotated[
         Path | None,
-        typer.Option(metavar="GROUPS.json", help="The groups of experts to merge in each layer."),
+        Option(metavar="GROUPS.json", help="The groups of experts to merge in each layer."),
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="Merge to this many experts per layer, grouped by --scores.")
+        int | None, Option(help="Merge to this many experts per layer, grouped by --scores.")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
     align: Annotated[
-        bool,
-        typer.Option(
-            "--align", help="Reorder neurons to match those of each group's first expert."
-        ),
+        bool, Option("--align", help="Reorder neurons to match those of each group's first expert.")
     ] = False,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.merge_experts(
             model,
             output,
@@ -250,48 +210,36 @@ def merge(
             scores=scores,
             by=by,
             align=align,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Add copies of experts to an MoE.",
     epilog="Example: `moe-fast expand moe -o wider --experts 16`",
 )
 def expand(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
-    experts: Annotated[int, typer.Option(help="Experts per layer of the output.")],
+    experts: Annotated[int, Option(help="Experts per layer of the output.")],
     keep_k: Annotated[
         bool,
-        typer.Option("--keep-k", help="Keep the number of experts per token."),
+        Option("--keep-k", help="Keep the number of experts per token."),
     ] = False,
     scores: Scores = None,
     by: ScoredBy = "reap",
     noise_scale: Annotated[
-        float, typer.Option(help="Standard deviation of the noise added to copies.")
+        float, Option(help="Standard deviation of the noise added to copies.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    seed: Annotated[int, Option(help="Seed of the noise.")] = 0,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.expand_moe(
             model,
             output,
@@ -301,50 +249,38 @@ def expand(
             by=by,
             noise_scale=noise_scale,
             seed=seed,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Write a dense model whose FFN is made of experts of an MoE.",
     epilog="Example: `moe-fast extract moe -o dense --expert 0`",
 )
 def extract(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
-    expert: Annotated[int | None, typer.Option(help="Use this expert of each layer.")] = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Use the mean of all experts.")] = False,
+    expert: Annotated[int | None, Option(help="Use this expert of each layer.")] = None,
+    mean: Annotated[bool, Option("--mean", help="Use the mean of all experts.")] = False,
     best: Annotated[
-        int | None, typer.Option(help="Use this many experts, the best by --scores, side by side.")
+        int | None, Option(help="Use this many experts, the best by --scores, side by side.")
     ] = None,
     copy: Annotated[
-        int | None, typer.Option(help="Use the shards of this copy of a fine-grained model.")
+        int | None, Option(help="Use the shards of this copy of a fine-grained model.")
     ] = None,
     granularity: Annotated[
-        int | None, typer.Option(help="Number of shards per copy.", show_default="from the model")
+        int | None, Option(help="Number of shards per copy.", show_default="from the model")
     ] = None,
     scores: Scores = None,
     by: ScoredBy = "reap",
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.extract_dense(
             model,
             output,
@@ -355,30 +291,25 @@ def extract(
             granularity=granularity,
             scores=scores,
             by=by,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)
 
 
-@app.command(
-    cls=Command,
-    rich_help_panel=CHANGE,
+@command(
+    CHANGE,
     help="Reinitialise the routers of an MoE, at random or from text.",
     epilog="Example: `moe-fast reroute moe -o even --text text.txt`",
 )
 def reroute(
-    context: typer.Context,
+    call: Call,
+    *,
     model: MoeFolder,
     output: OutputFolder,
     routers: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="START",
             help="calibrated, clustered, normal, balanced, random or linear.",
         ),
@@ -388,17 +319,10 @@ def reroute(
     tokens: TokensFile = None,
     tokens_used: TokensUsed = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
-    max_shard_size: MaxShardSize = "5GB",
-    overwrite: Overwrite = False,
-    threads: Threads = None,
-    checksum: Checksum = False,
-    fsync: Fsync = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    seed: Annotated[int, Option(help="Seed of all random numbers.")] = 0,
+    writing: Writing,
 ) -> None:
-    with reported_errors(context), progress_bar() as progress:
+    with reported_errors(call), progress_bar() as progress:
         report = moe_fast.reroute_moe(
             model,
             output,
@@ -409,12 +333,7 @@ def reroute(
             tokens_used=tokens_used,
             device=device,
             seed=seed,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            threads=threads,
-            checksum=checksum,
-            fsync=fsync,
-            dry_run=dry_run,
+            **writing.of_functions(),
             progress=progress,
         )
-    show(report, show_operation, as_json)
+    show(report, show_operation, writing.as_json)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-import typer
-
 from moe_fast.command.console import (
     complain,
 )
+from moe_fast.command.declaration import Call
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.errors import MoeFastError, list_problems
 from moe_fast.reports import Report, json_document
@@ -26,13 +25,11 @@ def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    typer.echo(json_document(values))
+    print(json_document(values))
 
 
 @contextmanager
-def reported_errors(
-    context: typer.Context, in_recipe: Sequence[str] = (), **called: str
-) -> Iterator[None]:
+def reported_errors(call: Call, in_recipe: Sequence[str] = (), **called: str) -> Iterator[None]:
     """Turn an error of this package or of the system into a message and an exit code.
 
     The code is 2 if the value of an option is wrong, and 1 otherwise. The message names the option,
@@ -41,7 +38,7 @@ def reported_errors(
     try:
         yield
     except MoeFastError as error:
-        parameters = [each for each in context.command.params if each.name not in in_recipe]
+        parameters = [each for each in call.command.parameters if each.name not in in_recipe]
         options = option_names(parameters, called)
         problems = [in_options(problem, options) for problem in error.problems]
         complain(f"error: {list_problems(problems)}")
@@ -57,4 +54,4 @@ def reported_errors(
 def fail(error: BaseException, code: int) -> NoReturn:
     for note in getattr(error, "__notes__", ()):
         complain(note)
-    raise typer.Exit(code) from None
+    raise SystemExit(code) from None

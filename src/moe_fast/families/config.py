@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_fast.errors import CheckpointError, Problem
+from moe_fast.records import dataclass
 from moe_fast.storage.strict_json import LARGEST_SIZE, brief
 
 # What families call the number of experts, and of those that work on a token.

@@ -8,7 +8,7 @@ and through `DenseModel.weight` Llama's order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from moe_fast.families.config import (
     read_rope,
     read_sizes,
 )
+from moe_fast.records import dataclass
 from moe_fast.storage.fp8 import Block, dequantised
 from moe_fast.storage.pieces import PairsToHalves, Shifted
 from moe_fast.storage.safetensors_header import Tensor

@@ -9,11 +9,12 @@ shared experts, dense layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from moe_fast.config import Layout
 from moe_fast.families.dense import FFN
+from moe_fast.records import dataclass
 
 GATE_UP_DOWN: Mapping[str, str] = {role: role for role in FFN}
 W1_W3_W2: Mapping[str, str] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

@@ -7,7 +7,6 @@ computes something else. That counts as not loading.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from moe_fast.families.config import ORIGINAL
@@ -24,6 +23,7 @@ from moe_fast.families.rules import (
     Rules,
 )
 from moe_fast.families.wrappers import wrapped_family
+from moe_fast.records import dataclass
 from moe_fast.storage.strict_json import brief
 
 # Readers that take a stored head even if config.json says that the head is the embedding.
@@ -51,9 +51,9 @@ class Contents:
     has_sentencepiece : bool
         Whether the tokenizer is there as sentencepiece has it, in `tokenizer.model`.
     largest_token : int, optional
-        The largest token that the tokenizer gives, if that is known.
+        The largest token that the tokenizer gives, if the embedding has no row for it.
     added_tokens : frozenset of str
-        The tokens that the tokenizer has beside its vocabulary.
+        The tokens that the tokenizer has beside its vocabulary, where a reader looks for some.
     has_head : bool
         Whether a head is stored.
     has_other_head : bool

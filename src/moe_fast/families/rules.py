@@ -6,7 +6,7 @@ llama-cpp-python 0.3.36) were asked themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from moe_fast.records import dataclass
 
 __all__ = ["Reader"]
 

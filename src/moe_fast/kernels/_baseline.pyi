@@ -219,9 +219,10 @@ def add_statistics(
     encoding: int,
     num_experts: int,
     is_sigmoid: bool,
-    work: _Real,
     probability: _Float64,
     totals: _Float64,
+    probabilities: _Real | None,
+    log_sums: _Float64 | None,
     start: int,
     stop: int,
 ) -> int: ...
@@ -265,3 +266,13 @@ def float16_to_float32(values: _Half, out: _Words) -> int: ...
 def scale_bfloat16(values: _Half, factor: float, out: _Half) -> int: ...
 def scale_float16(values: _Half, factor: float, out: _Half) -> int: ...
 def bfloat16_to_float32(values: _Half, out: _Words) -> int: ...
+@_fused
+def pull_back_means(
+    probabilities: _Real,
+    log_sums: _Float64,
+    of_mean: _Real,
+    of_square: float,
+    gradient: _Real,
+    start: int,
+    stop: int,
+) -> None: ...

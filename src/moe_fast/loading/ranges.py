@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.storage.files import OpenFiles, fill
 from moe_fast.storage.floats import UNSIGNED, convert
 from moe_fast.storage.pieces import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError, Problem
 from moe_fast.families.dense import DenseModel
 from moe_fast.models.folder import check_is_folder
+from moe_fast.records import dataclass
 from moe_fast.storage.files import is_absent
 from moe_fast.storage.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from moe_fast.storage.low_rank import LowRankSum

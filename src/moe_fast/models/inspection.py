@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from moe_fast.errors import CheckpointError, RoutingError
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel, is_mtp, open_moe_model
 from moe_fast.models.unknown_experts import layer_of
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, frame_of
 from moe_fast.routing.health import as_hidden_states, predict_load
 from moe_fast.storage.copies import equal_groups

@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from moe_fast.families.experts import GATE_UP_DOWN, GRANITE_STACKED, STACKED, W1
 from moe_fast.families.registry import expert_axes, moe_families
 from moe_fast.models.folder import read_checkpoint, read_config
 from moe_fast.models.unknown_experts import UnknownExperts, find_unknown_experts
+from moe_fast.records import dataclass
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.wording import format_count
 

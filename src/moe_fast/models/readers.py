@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import Contents, find_readers, is_beyond
+from moe_fast.families.registry import moe_families
 from moe_fast.models.moe import MoeModel
 from moe_fast.storage.companions import find_missing_code, has_tokenizer
+from moe_fast.storage.files import open_regular
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
 from moe_fast.storage.tensors import Weight
 
 EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
 HEAD = "lm_head.weight"
+VOCABULARY, LIST = b'"vocab"', re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 CHUNK = 16 * 1024 * 1024
 
 
@@ -31,14 +35,13 @@ def contents_of(
 
     Weights are read only if a head is stored that should be the embedding.
     """
-    tokenizer = read_or_none(folder / "tokenizer.json")  # megabytes: once
     return Contents(
         layout=layout,
         num_experts=num_experts,
         has_tokenizer=has_tokenizer(folder),
         has_sentencepiece=(folder / "tokenizer.model").is_file(),
-        largest_token=find_largest_token(folder, tokenizer),
-        added_tokens=find_added_tokens(tokenizer),
+        largest_token=find_token_beyond(folder, config.get("vocab_size")),
+        added_tokens=find_added_tokens(folder) if asks_for_tokens(config) else frozenset(),
         has_head=HEAD in weights,
         has_other_head=has_other_head(config, weights),
         missing_code=tuple(find_missing_code(folder, config)),
@@ -108,23 +111,62 @@ def hold_the_same(first: Weight, second: Weight) -> bool:
     return all(b"".join(first.read(*r)) == b"".join(second.read(*r)) for r in ranges)
 
 
-def find_largest_token(folder: Path, tokenizer: Any) -> int | None:
-    """The largest token of the tokenizer in a folder; `None` if that is not known.
-
-    `tokenizer` is what its tokenizer.json holds.
-    """
-    found = [
-        *tokens_of_tokenizer(tokenizer),
-        *tokens_of_config(read_or_none(folder / "tokenizer_config.json")),
-    ]
+def find_token_beyond(folder: Path, num_rows: Any) -> int | None:
+    """The largest token of the tokenizer in a folder, if an embedding of `num_rows` lacks it."""
+    if not is_size(num_rows):
+        return None
+    found = [*tokens_of_config(read_or_none(folder / "tokenizer_config.json"))]
+    if may_have_tokens_beyond(folder / "tokenizer.json", num_rows):
+        found += tokens_of_tokenizer(read_or_none(folder / "tokenizer.json"))
     for name in ("added_tokens.json", "vocab.json"):
-        found += values_of(read_or_none(folder / name))
+        if may_have_tokens_beyond(folder / name, num_rows):
+            found += values_of(read_or_none(folder / name))
     tokens = [token for token in found if type(token) is int and 0 <= token <= LARGEST_SIZE]
-    return max(tokens, default=None)
+    return max((token for token in tokens if token >= num_rows), default=None)
 
 
-def find_added_tokens(tokenizer: Any) -> frozenset[str]:
-    """The tokens that a tokenizer.json has beside its vocabulary."""
+def may_have_tokens_beyond(file: Path, num_rows: int) -> bool:
+    """Whether a JSON file of a tokenizer has to be parsed to know that.
+
+    A vocabulary and its merges are megabytes, and parsing them would take as long as all else that
+    a dry run does. Where tokens are values, no token is beyond the embedding if no number is that
+    stands behind a colon. In a list (Unigram), a token is its place, which shows no number.
+    """
+    try:
+        with open_regular(file) as stream:
+            text = stream.read(LONGEST_INDEX + 1)
+    except (CheckpointError, OSError):
+        return False
+    place = text.find(VOCABULARY)
+    while place >= 0:
+        if LIST.match(text, place + len(VOCABULARY)):
+            return True
+        place = text.find(VOCABULARY, place + 1)
+    return re.search(rb":[ \t\r\n]*(?:%s)" % numbers_from(num_rows), text) is not None
+
+
+def numbers_from(least: int) -> bytes:
+    """A pattern for the decimal numbers that are no smaller, without going through all others."""
+    digits = str(least)
+    longer = [f"[0-9]{{{len(digits) + 1}}}"]
+    larger = [
+        f"{digits[:i]}[{int(digit) + 1}-9][0-9]{{{len(digits) - i - 1}}}"
+        for i, digit in enumerate(digits)
+        if digit != "9"
+    ]
+    return "|".join([*longer, *larger, digits]).encode()
+
+
+def asks_for_tokens(config: Mapping[str, Any]) -> bool:
+    """Whether a reader of the family looks for certain tokens."""
+    model_type = config.get("model_type")
+    family = moe_families().get(model_type) if isinstance(model_type, str) else None
+    return family is not None and bool(family.rules.llama_cpp_tokens)
+
+
+def find_added_tokens(folder: Path) -> frozenset[str]:
+    """The tokens that the tokenizer.json of a folder has beside its vocabulary."""
+    tokenizer = read_or_none(folder / "tokenizer.json")
     added = tokenizer.get("added_tokens") if isinstance(tokenizer, Mapping) else None
     texts = [t.get("content") for t in added or () if isinstance(t, Mapping)]
     return frozenset(text for text in texts if isinstance(text, str))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from moe_fast.families.config import NUM_EXPERTS_KEYS, TOP_K_KEYS, first_size
+from moe_fast.records import dataclass
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.wording import brief, format_count
 

@@ -18,10 +18,27 @@ from moe_fast.storage.files import open_regular
 
 LARGEST_FILE = 1_000_000  # bytes
 MOST_VALUES = 200_000
+FIRST_KEYS = re.compile(
+    rb"(?:^|\A\s*\{\s*\")(base_model|experts|models|merge_method|slices)\"?[ \t]*:",
+    re.MULTILINE | re.ASCII,
+)
 DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,999})")
 YAML = "tag:yaml.org,2002:"
 Node = Any
 """A node as PyYAML composes it: `id` is "scalar", "sequence" or "mapping"."""
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe, by its ending or by the keys in it."""
+    if path.suffix.lower() in (".yml", ".yaml"):
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return FIRST_KEYS.search(stream.read(LARGEST_FILE)) is not None
+    except OSError:
+        return False
 
 
 class Unread(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,6 +15,7 @@ from moe_fast.errors import MoeConfigError
 from moe_fast.families.choice import as_target_name
 from moe_fast.families.registry import moe_families
 from moe_fast.plain import describe_value, typed
+from moe_fast.records import dataclass
 from moe_fast.request import RouterMethod
 from moe_fast.storage.hub import REPOSITORY, repository_name
 

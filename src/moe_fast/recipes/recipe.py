@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -20,8 +18,9 @@ from moe_fast.errors import CheckpointError, MoeConfigError, RecipeError
 from moe_fast.models.folder import read_config
 from moe_fast.plain import Mistakes, decode
 from moe_fast.progress import Progress
-from moe_fast.recipes.document import LARGEST_FILE, Document
+from moe_fast.recipes.document import Document
 from moe_fast.recipes.keys import GATE_MODES, ExpertKeys, RecipeKeys
+from moe_fast.records import dataclass
 from moe_fast.reports import Report
 from moe_fast.request import (
     DEFAULT_SHARD_SIZE,
@@ -33,15 +32,14 @@ from moe_fast.request import (
 )
 from moe_fast.storage.hub import find_model
 
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
 __all__ = ["Recipe", "build_recipe", "read_recipe"]
 OF_MERGEKIT_YAML = (
     "chat_template", "merge_method", "modules", "name", "out_dtype", "parameters", "slices",
     "tokenizer", "tokenizer_source",
 )  # fmt: skip
-FIRST_KEYS = re.compile(
-    rb"(?:^|\A\s*\{\s*\")(base_model|experts|models|merge_method|slices)\"?[ \t]*:",
-    re.MULTILINE | re.ASCII,
-)
 # Keys that people leave in, and what to say of them.
 REFUSED = {
     **dict.fromkeys(
@@ -111,19 +109,6 @@ def build_recipe(
     request = replace(read.request, max_shard_size=size)
     writing = Writing(overwrite, threads, executor, checksum, fsync, dry_run, progress)
     return build(request, output, writing, read.notes, hidden_states, file)
-
-
-def is_recipe(path: Path) -> bool:
-    """Whether a file is a recipe, by its ending or by the keys in it."""
-    if path.suffix.lower() in (".yml", ".yaml"):
-        return True
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as stream:
-            return FIRST_KEYS.search(stream.read(LARGEST_FILE)) is not None
-    except OSError:
-        return False
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

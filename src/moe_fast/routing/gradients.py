@@ -58,6 +58,30 @@ def pull_back_choice(
     return pull_back_scores(logits, gradient, threads, is_sigmoid=rule.is_sigmoid)
 
 
+def pull_back_means(
+    probabilities: Floats,
+    log_sums: npt.NDArray[np.float64],
+    mean_gradient: npt.NDArray[Any],
+    square_gradient: float,
+    threads: int,
+) -> Floats:
+    """From the gradients by the mean probabilities, `[E]`, and by the mean squared log-sum-exp.
+
+    Of softmax; `probabilities`, `[T, E]`, and `log_sums` are those of each token.
+    """
+    num_tokens, num_experts = probabilities.shape
+    gradient = np.empty_like(probabilities)
+    of_mean = (mean_gradient / max(1, num_tokens)).astype(gradient.dtype)
+    of_square = 2 * square_gradient / max(1, num_tokens)
+    kernel = kernels.compiled.pull_back_means[get_c_type(gradient.dtype)]
+
+    def pull_back(start: int, stop: int) -> None:
+        kernel(probabilities, log_sums, of_mean, of_square, gradient, start, stop)
+
+    share(pull_back, num_tokens, threads, grain=get_tokens_per_thread(num_experts))
+    return gradient
+
+
 def pull_back_probabilities(
     logits: npt.NDArray[Any], rule: Rule, mean_gradient: npt.NDArray[Any], threads: int
 ) -> Floats:

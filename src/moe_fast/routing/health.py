@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
+from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.routing.arrays import BFLOAT16_BITS, as_array, widen_bfloat16
 from moe_fast.routing.statistics import RoutingStats

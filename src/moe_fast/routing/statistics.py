@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -17,9 +16,10 @@ from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError, RoutingError
 from moe_fast.plain import check_keys
+from moe_fast.records import dataclass
 from moe_fast.reports import pandas_frame, without_version
 from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloat16
-from moe_fast.routing.choose import LANES, get_tokens_per_thread, raise_for_nan
+from moe_fast.routing.choose import get_tokens_per_thread, raise_for_nan
 from moe_fast.routing.options import RoutingOptions, Rule
 from moe_fast.routing.result import Counts, Routing
 from moe_fast.routing.router import Router, make_router
@@ -86,9 +86,20 @@ class ProbabilitySums:
 
 
 def sum_probabilities(
-    logits: npt.NDArray[Any], rule: Rule, threads: int, start: int = 0, stop: int | None = None
+    logits: npt.NDArray[Any],
+    rule: Rule,
+    threads: int,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    probabilities: npt.NDArray[Any] | None = None,
+    log_sums: Float64 | None = None,
 ) -> ProbabilitySums:
-    """Add up the probabilities of the tokens from `start` to `stop`."""
+    """Add up the probabilities of the tokens from `start` to `stop`.
+
+    `probabilities`, `[T, E]`, and `log_sums`, the logarithms of the sums of exponentials, are
+    filled if they are given.
+    """
     stop = len(logits) if stop is None else stop
     num_experts = rule.num_experts
     rows = view_rows(logits[start:stop], num_experts)
@@ -96,11 +107,10 @@ def sum_probabilities(
     ends: list[tuple[int, Float64, Float64]] = []
 
     def add(first: int, start: int, stop: int) -> None:
-        work = np.empty((2, LANES * num_experts), rows.dtype)
         probability, totals = np.zeros(num_experts), np.zeros(3)
         bad = kernel(
-            rows.bytes, rows.encoding, num_experts, rule.is_sigmoid, work, probability, totals,
-            first + start, first + stop,
+            rows.bytes, rows.encoding, num_experts, rule.is_sigmoid, probability, totals,
+            probabilities, log_sums, first + start, first + stop,
         )  # fmt: skip
         ends.append((bad, probability, totals))
 
@@ -658,6 +668,8 @@ def name_experts(experts: list[int], verb: str) -> str:
 
 def divide(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Float64:
     """Elementwise, NaN over 0: there is no share of nothing."""
+    if isinstance(denominator, int):  # in a third of the time
+        return np.asarray(np.asarray(numerator) / (denominator or np.nan), np.float64)
     top, bottom = np.broadcast_arrays(np.asarray(numerator), np.asarray(denominator))
     result = np.full(top.shape, np.nan)
     np.divide(top, bottom, out=result, where=bottom != 0)

@@ -7,13 +7,13 @@ nearest and even, so that every processor and every version of NumPy gives the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_fast.dtypes import ITEM_SIZES
+from moe_fast.records import dataclass
 from moe_fast.storage.floats import decode, encode
 from moe_fast.storage.pieces import (
     CHUNK,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import CheckpointError
+from moe_fast.records import dataclass
 from moe_fast.storage.files import SourceFile, fill, open_regular
 from moe_fast.storage.floats import convert, decode
 

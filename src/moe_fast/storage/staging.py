@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import sys
 import threading
@@ -22,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moe_fast.errors import CheckpointError
-from moe_fast.storage.tensors import BLOCK
+from moe_fast.storage.block_order import BLOCK
 from moe_fast.storage.writer import sync_folder
 
 # How many workers may each be making a file in a folder at the moment it is removed.
@@ -176,7 +175,7 @@ def remove_all_but(key: str | None, work: Path) -> None:
             # make more files in. One that it was just making may still appear after the listing and
             # keep the folder, so look again, as often as there may be such workers.
             with suppress(OSError):
-                entry = entry.rename(work / secrets.token_hex(32))
+                entry = entry.rename(work / os.urandom(32).hex())
             for _ in range(WORKERS_NOT_TOLD):
                 shutil.rmtree(entry, ignore_errors=True)
                 if not entry.exists():

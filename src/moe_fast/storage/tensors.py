@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,13 +14,14 @@ import numpy as np
 
 from moe_fast.dtypes import count_bytes
 from moe_fast.errors import CheckpointError
+from moe_fast.records import dataclass
+from moe_fast.storage.block_order import BLOCK, find_block_order, find_start
 from moe_fast.storage.floats import encode
 from moe_fast.storage.pieces import Converted, FileRange, Given, Piece, Zeros, read_range
 from moe_fast.storage.safetensors_header import INDEX_FILE, SINGLE_FILE, Tensor, header_bytes
 from moe_fast.storage.strict_json import json_text
 
 MOST_TENSORS_IN_FILE = 250_000  # so that readers, ours too, do not refuse the header's length
-BLOCK = 4096  # bytes: the page of most processors and the block of most file systems
 FORMAT = {"format": "pt"}  # what transformers asks of every file's metadata
 
 
@@ -108,25 +108,8 @@ class Shard:
     def header(self) -> bytes:
         """Made anew each time: together those of a large model are tens of megabytes."""
         entries = [(name, w.dtype, w.shape, w.nbytes) for name, w in self.tensors]
-        return header_bytes(
-            entries, dict(self.metadata), alignment=BLOCK, remainder=self.best_start()
-        )
-
-    def best_start(self) -> int:
-        """Where in a block the data best begins: so that most bytes lie in it as in their source.
-
-        Only those can be moved by whole pages, and shared by file systems that share blocks. For
-        sizes that are multiples of a block (rows of 2048 numbers in 16 bits), that is all of them.
-        """
-        votes: Counter[int] = Counter()
-        position = 0
-        for tensor in self.tensors:
-            for piece in tensor.weight.pieces:
-                if isinstance(piece, FileRange):
-                    votes[(piece.offset - position) % BLOCK] += piece.nbytes
-                position += piece.nbytes
-        aligned = {start: nbytes for start, nbytes in votes.items() if start % 8 == 0}
-        return max(aligned, key=lambda start: aligned[start], default=0)
+        start, _ = find_start(tensor.weight.pieces for tensor in self.tensors)
+        return header_bytes(entries, dict(self.metadata), alignment=BLOCK, remainder=start)
 
     @cached_property
     def nbytes(self) -> int:
@@ -138,7 +121,7 @@ def plan_shards(
 ) -> list[Shard]:
     """The tensors in order, in files of at most `max_shard_size` bytes of data.
 
-    A tensor larger than that gets a file to itself.
+    A tensor larger than that gets a file to itself. Within a file, they stand as it suits blocks.
     """
     groups: list[list[OutputTensor]] = [[]]
     size = 0
@@ -149,14 +132,23 @@ def plan_shards(
             size = 0
         groups[-1].append(tensor)
         size += tensor.weight.nbytes
+    groups = [in_block_order(group) for group in groups]
     if len(groups) == 1:
         return [Shard(SINGLE_FILE, tuple(groups[0]), tuple(metadata.items()))]
     return [
         Shard(
-            f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group), tuple(metadata.items())
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors",
+            tuple(group),
+            tuple(metadata.items()),
         )
         for i, group in enumerate(groups, start=1)
     ]
+
+
+def in_block_order(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """The tensors in an order in which most bytes lie in blocks as in their source."""
+    order = find_block_order([tensor.weight.pieces for tensor in tensors])
+    return [tensors[number] for number in order]
 
 
 def index_json(shards: Sequence[Shard]) -> dict[str, str]:

@@ -10,23 +10,25 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import secrets
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_fast.errors import CheckpointError
+from moe_fast.records import dataclass
+from moe_fast.storage.block_order import BLOCK
 from moe_fast.storage.files import OpenFiles, open_regular
 from moe_fast.storage.pieces import FileRange, Given, Overflow, Zeros, overflow_counted
-from moe_fast.storage.tensors import BLOCK, Shard
+from moe_fast.storage.tensors import Shard
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def write_shards(
             advance(shard.nbytes)
     remove_all_but(done, folder)
     left = [shard for shard in shards if shard.file_name not in done]
-    attempt = secrets.token_hex(8)
+    attempt = os.urandom(8).hex()
     write = partial(write_shard, folder=folder, checksum=checksum, fsync=fsync, attempt=attempt)
     if executor is not None:
         done |= write_on(executor, write, left, lambda shard: advance(shard.nbytes))
@@ -125,6 +127,8 @@ def write_on_threads(
             raise InterruptedError("another thread failed")
         advance(count)
 
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(threads, thread_name_prefix="moe_fast_writer") as pool:
         write = partial(write, advance=advance_unless_stopped)
         return write_on(pool, write, shards, stop=stopped.set)
@@ -141,6 +145,8 @@ def write_on(
 
     `finished` is called for each shard that is written, `stop` where one fails.
     """
+    from concurrent.futures import as_completed, wait
+
     tasks = {executor.submit(write, shard): shard for shard in shards}
     records = {}
     try:
@@ -169,7 +175,7 @@ def write_shard(
 
     Executors that remember results and errors (Dask does) know by `attempt` to write it again.
     """
-    growing = folder / f"{shard.file_name}.{secrets.token_hex(8)}"
+    growing = folder / f"{shard.file_name}.{os.urandom(8).hex()}"
     digest = hashlib.sha256() if checksum else None
     overflow = {}
     try:

@@ -177,3 +177,78 @@ def pull_back_weights(
                     work, &gradient[token, 0]
                 )
     release(work)
+
+
+cdef void pull_back_mean_rows(
+    const real* p, const double* log_sum, Py_ssize_t tokens, Py_ssize_t n,
+    const real* of_mean, double of_square, real* gradient
+) noexcept nogil:
+    # A block of up to LANES tokens in rows, which end where the next ones begin.
+    cdef Py_ssize_t whole = n // LANES * LANES
+    cdef real[LANES * LANES] sums
+    cdef real[LANES] shift
+    cdef Py_ssize_t t, i, j
+    cdef const real* row
+    for t in range(tokens):
+        row = p + t * n
+        for j in range(LANES):
+            sums[t * LANES + j] = 0
+        for i from 0 <= i < whole by LANES:
+            add_product_to(sums + t * LANES, row + i, of_mean + i)
+        for i in range(whole, n):
+            sums[t * LANES + i - whole] += row[i] * of_mean[i]
+    sum_rows(sums, tokens, shift)
+    for t in range(tokens):
+        shift[t] -= <real>(of_square * log_sum[t])
+        for i in range(n):
+            gradient[t * n + i] = p[t * n + i] * (of_mean[i] - shift[t])
+
+
+cdef void pull_back_mean_columns(
+    const real* p, const double* log_sum, Py_ssize_t tokens, Py_ssize_t n,
+    const real* of_mean, double of_square, real* work, real* gradient
+) noexcept nogil:
+    # The same for few experts; `work` has room for a column for each.
+    cdef real[LANES] shift
+    cdef Py_ssize_t e, t
+    to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, work)
+    for t in range(LANES):
+        shift[t] = 0
+    for e in range(n):
+        for t in range(LANES):
+            shift[t] += work[e * LANES + t] * of_mean[e]
+    for t in range(tokens):
+        shift[t] -= <real>(of_square * log_sum[t])
+    for e in range(n):
+        for t in range(LANES):
+            work[e * LANES + t] *= of_mean[e] - shift[t]
+    to_rows(work, tokens, n, gradient)
+
+
+def pull_back_means(
+    const real[:, ::1] probabilities not None, const double[::1] log_sums not None,
+    const real[::1] of_mean not None, double of_square, real[:, ::1] gradient not None,
+    Py_ssize_t start, Py_ssize_t stop
+):
+    """Write the gradient by the logits, given that by their probabilities, the same for all tokens.
+
+    Adds `of_square` times half the gradient of the squared log-sum-exp. Of softmax alone.
+    """
+    cdef Py_ssize_t n = gradient.shape[1]
+    cdef Py_ssize_t token, tokens
+    cdef real* work = <real*>allocate(LANES * n * sizeof(real), n)
+    with nogil:
+        memset(work, 0, LANES * n * sizeof(real))
+        for token from start <= token < stop by LANES:
+            tokens = tokens_in_block(token, stop)
+            if fit_in_columns(n):
+                pull_back_mean_columns(
+                    &probabilities[token, 0], &log_sums[token], tokens, n,
+                    &of_mean[0], of_square, work, &gradient[token, 0]
+                )
+            else:
+                pull_back_mean_rows(
+                    &probabilities[token, 0], &log_sums[token], tokens, n,
+                    &of_mean[0], of_square, &gradient[token, 0]
+                )
+    release(work)

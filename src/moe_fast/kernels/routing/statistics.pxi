@@ -11,6 +11,25 @@ cdef inline double round_to_32(double x) noexcept nogil:
     return (x + <double>ROUND_TO_32) - <double>ROUND_TO_32
 
 
+cdef extern from "c/units.h":
+    double UNITS_BASE
+    void add_units_float(
+        uint64_t* sums, const float* x, Py_ssize_t step, Py_ssize_t count
+    ) noexcept nogil
+    void add_units_double(
+        uint64_t* sums, const double* x, Py_ssize_t step, Py_ssize_t count
+    ) noexcept nogil
+
+
+cdef inline void add_units(
+    uint64_t* sums, const real* x, Py_ssize_t step, Py_ssize_t count
+) noexcept nogil:
+    if real is float:
+        add_units_float(sums, x, step, count)
+    else:
+        add_units_double(sums, x, step, count)
+
+
 cdef inline double entropy_term(double p) noexcept nogil:
     # -p ln p, and 0 for p = 0: 1e-300 changes no p whose term is not negligible.
     return -p * logarithm(p + 1e-300)
@@ -53,11 +72,11 @@ cdef void sum_scores(
 
 cdef void add_columns(
     const real* x, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid, real* score,
-    double* probability, real* largest, real* total, real* weighted, double* entropy
+    uint64_t* sums, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # Adds a block of tokens in columns.
+    # Adds a block of tokens in columns, to a column of sums for each expert. `score` becomes their
+    # probabilities.
     cdef real[LANES] divisor
-    cdef double[LANES] rounded
     cdef Py_ssize_t e, t
     fold_max(x, n * LANES, LANES, largest)
     sum_scores(x, n * LANES, is_sigmoid, largest, score, total, weighted, divisor)
@@ -66,55 +85,68 @@ cdef void add_columns(
     for e in range(n):
         for t in range(LANES):
             score[e * LANES + t] /= divisor[t]
-        for t in range(LANES):
-            rounded[t] = round_to_32(score[e * LANES + t])
-        probability[e] += sum_lanes(rounded)
+        add_units(sums + e * LANES, score + e * LANES, 0, 1)
     if is_sigmoid:
         for e in range(n):
             for t in range(LANES):
                 entropy[t] += entropy_term(score[e * LANES + t])
 
 
-cdef void add_row(
-    const real* x, Py_ssize_t n, bint is_sigmoid, real* score,
-    double* probability, real* largest, real* total, real* weighted, double* entropy
+cdef void add_rows(
+    const real** row, const real* folded, Py_ssize_t tokens, Py_ssize_t n, Py_ssize_t ahead,
+    bint is_sigmoid, real* score,
+    uint64_t* sums, real* largest, real* total, real* weighted, double* entropy
 ) noexcept nogil:
-    # Adds one token; x ends with -inf up to a multiple of LANES.
+    # Adds a block of tokens in rows, to one sum for each expert. Score[t * padded:] becomes the
+    # probabilities of row t.
     cdef Py_ssize_t padded = round_up_to_lanes(n)
+    cdef real[LANES * LANES] totals
+    cdef real[LANES * LANES] weights
+    cdef real[LANES * LANES] divisors
     cdef real[LANES] top
-    cdef real[LANES] totals
-    cdef real[LANES] weights
-    cdef real[LANES] divisors
+    cdef real[LANES] divisor
     cdef double[LANES] lane
-    cdef real divisor
-    cdef Py_ssize_t i, j
-    largest[0] = max_of_row(x, padded)
-    for j in range(LANES):
-        top[j] = largest[0]
-    sum_scores(x, padded, is_sigmoid, top, score, totals, weights, divisors)
-    # If all logits are -inf they count as equal, and so did the padding of the row.
-    total[0] = sum_lanes(totals) if largest[0] > -INFINITY else <real>n
-    weighted[0] = sum_lanes(weights)
-    divisor = sum_lanes(divisors) if is_sigmoid else total[0]
-    for i in range(padded):
-        score[i] /= divisor
-    for i in range(n, padded):
-        score[i] = 0
-    for i in range(n):
-        probability[i] += round_to_32(score[i])
-    if is_sigmoid:
+    cdef Py_ssize_t t, i, j
+    max_of_rows(folded, largest)
+    for t in range(tokens):
+        prefetch_ahead(row[t], n * sizeof(real), ahead)
+        for j in range(LANES):
+            top[j] = largest[t]
+        sum_scores(
+            row[t], padded, is_sigmoid, top, score + t * padded,
+            totals + t * LANES, weights + t * LANES, divisors + t * LANES
+        )
+    sum_rows(totals, tokens, total)
+    sum_rows(weights, tokens, weighted)
+    sum_rows(divisors, tokens, divisor)
+    for t in range(LANES):
+        # If all logits are -inf they count as equal, and so did the padding of the row.
+        total[t] = total[t] if largest[t] > -INFINITY else <real>n
+        if not is_sigmoid:
+            divisor[t] = total[t]
+    for t in range(tokens):
+        for i in range(padded):
+            score[t * padded + i] /= divisor[t]
+    for i from 0 <= i < padded by LANES:
+        add_units(sums + i, score + i, padded, tokens)
+    if not is_sigmoid:
+        return
+    for t in range(tokens):
         for j in range(LANES):
             lane[j] = 0
+        for i in range(n, padded):
+            score[t * padded + i] = 0
         for i from 0 <= i < padded by LANES:
             for j in range(LANES):
-                lane[j] += entropy_term(score[i + j])
-        entropy[0] = sum_lanes(lane)
+                lane[j] += entropy_term(score[t * padded + i + j])
+        entropy[t] = sum_lanes(lane)
 
 
 cdef void add_totals(
     Py_ssize_t tokens, bint is_sigmoid, const real* largest, const real* total,
-    const real* weighted, double* entropy, double* totals
+    const real* weighted, double* entropy, double* log_sum, double* totals
 ) noexcept nogil:
+    # `log_sum` becomes the logarithm of the sum of the exponentials.
     cdef double[LANES] whole
     cdef double[LANES] rest
     cdef double[LANES] log_total
@@ -127,7 +159,9 @@ cdef void add_totals(
         for t in range(LANES):
             entropy[t] = log_total[t] - <double>weighted[t] / <double>total[t]
     for t in range(LANES):
-        square = <double>largest[t] + log_total[t]
+        log_sum[t] = <double>largest[t] + log_total[t]
+    for t in range(LANES):
+        square = log_sum[t]
         square *= square
         whole[t] = (square + 6755399441055744.0) - 6755399441055744.0
         rest[t] = round_to_32(square - whole[t])
@@ -141,28 +175,41 @@ cdef void add_totals(
 
 def add_statistics(
     const uint8_t[:, :] logits not None, int encoding, Py_ssize_t num_experts, bint is_sigmoid,
-    real[:, ::1] work not None, double[::1] probability not None, double[::1] totals not None,
-    Py_ssize_t start, Py_ssize_t stop
+    double[::1] probability not None, double[::1] totals not None,
+    real[:, ::1] probabilities, double[::1] log_sums, Py_ssize_t start, Py_ssize_t stop
 ):
     """Add up probabilities by expert, and over tokens the entropy and the squared log-sum-exp.
 
     `totals` takes the entropy in units of 2^-24, the squares' nearest integers, and what the
-    squares exceed them by in units of 2^-32; a square above 2^32 counts as infinite. `work` is two
-    rows of LANES values for each expert. At most 2^20 tokens a call. Returns the first token with
-    a NaN, or -1.
+    squares exceed them by in units of 2^-32; a square above 2^32 counts as infinite. What a token
+    adds is kept in its row of `probabilities` and in `log_sums`, or both are None. At most 2^20
+    tokens a call. Returns the first token with a NaN, or -1.
     """
     cdef Py_ssize_t padded = round_up_to_lanes(num_experts)
+    cdef bint as_columns = fit_in_columns(num_experts)
+    # Each expert has one sum, or a column of them; each token, or block, adds to it once.
+    cdef Py_ssize_t width = LANES if as_columns else 1
+    cdef Py_ssize_t added = 0
     cdef Py_ssize_t bad = -1
-    cdef Py_ssize_t token, tokens, t
+    cdef Py_ssize_t token, tokens, ahead, e, t
     cdef const uint8_t* at
-    cdef real* x = &work[0, 0]
-    cdef real* score = &work[1, 0]
-    cdef const real* row
+    cdef real* x
+    cdef real* score
+    cdef uint64_t* sums
+    cdef const real* row[LANES]
+    cdef real[LANES * LANES] folded
     cdef real[LANES] largest
     cdef real[LANES] total
     cdef real[LANES] weighted
     cdef double[LANES] entropy
+    cdef double[LANES] log_sum
+    x = <real*>allocate(
+        2 * LANES * padded * sizeof(real) + padded * width * sizeof(uint64_t), num_experts
+    )
+    score = x + LANES * padded
+    sums = <uint64_t*>(score + LANES * padded)
     with nogil:
+        memset(sums, 0, padded * width * sizeof(uint64_t))
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
             at = &logits[token, 0]
@@ -171,7 +218,7 @@ def add_statistics(
                 total[t] = 1
                 weighted[t] = 0
                 entropy[t] = 0
-            if fit_in_columns(num_experts):
+            if as_columns:
                 bad = load_columns(
                     at, logits.strides[0], encoding, tokens, num_experts, x, score
                 )
@@ -179,21 +226,41 @@ def add_statistics(
                     break
                 add_columns(
                     x, tokens, num_experts, is_sigmoid, score,
-                    &probability[0], largest, total, weighted, entropy
+                    sums, largest, total, weighted, entropy
                 )
+                added += 1
+                if probabilities is not None:
+                    to_rows(score, tokens, num_experts, &probabilities[token, 0])
             else:
-                for t in range(tokens):
-                    row = view_or_load_row(at + t * logits.strides[0], encoding, num_experts, x)
-                    if has_nan(row, padded):
-                        bad = t
-                        break
-                    add_row(
-                        row, num_experts, is_sigmoid, score,
-                        &probability[0], largest + t, total + t, weighted + t, entropy + t
-                    )
+                bad = load_rows(
+                    at, logits.strides[0], encoding, tokens, num_experts, row, x, folded
+                )
                 if bad >= 0:
                     break
-            add_totals(tokens, is_sigmoid, largest, total, weighted, entropy, &totals[0])
+                ahead = prefetch_distance(row[0], x, logits.strides[0])
+                add_rows(
+                    row, folded, tokens, num_experts, ahead, is_sigmoid, score,
+                    sums, largest, total, weighted, entropy
+                )
+                added += tokens
+                if probabilities is not None:
+                    for t in range(tokens):
+                        memcpy(
+                            &probabilities[token + t, 0], score + t * padded,
+                            num_experts * sizeof(real)
+                        )
+            add_totals(
+                tokens, is_sigmoid, largest, total, weighted, entropy, log_sum, &totals[0]
+            )
+            if log_sums is not None:
+                memcpy(&log_sums[token], log_sum, tokens * sizeof(double))
+        for e in range(num_experts):
+            for t in range(width):
+                probability[e] += <double>2.3283064365386963e-10 * <double><int64_t>(
+                    sums[e * width + t]
+                    - <uint64_t>added * bits_of_double(UNITS_BASE)
+                )
+    release(x)
     return token + bad if bad >= 0 else -1
 
 
