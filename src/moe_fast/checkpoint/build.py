@@ -312,8 +312,8 @@ def build_moe(
         weights on the way. A LoRA adapter, as PEFT saves them, stands for its base with its changes
         folded in, `"MODEL+ADAPTER"` for that model with them. A string that is not a folder and
         reads `"organisation/name"`, or with a revision `"organisation/name@revision"`, is a
-        repository on the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it first unless
-        `HF_HUB_OFFLINE=1`.
+        repository on the Hugging Face Hub: it is taken from the Hub's cache, and fetched into it
+        first unless `HF_HUB_OFFLINE=1`.
     output : path
         The folder to create.
     config : MoeConfig, optional
