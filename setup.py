@@ -93,8 +93,10 @@ class BuildKernels(build_ext):
             else:
                 # By default GCC fuses a*b+c, which would change the last bit of a weight. And it
                 # does not vectorise loops with conditions, because floating-point exceptions,
-                # which nobody reads, might be raised in another order.
-                extension.extra_compile_args = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
+                # which nobody reads, might be raised in another order, and none with square roots,
+                # because they might set errno.
+                extension.extra_compile_args = ["-O3", "-ffp-contract=off"]
+                extension.extra_compile_args += ["-fno-trapping-math", "-fno-math-errno"]
                 extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
                 self.refuse_other_platforms(extension.extra_compile_args)
                 if SANITIZE:

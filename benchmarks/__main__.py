@@ -13,12 +13,22 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import checkpoint, conversion, gates, gradients, loading, plan, routing
+from benchmarks import (
+    checkpoint,
+    conversion,
+    experts,
+    gates,
+    gradients,
+    loading,
+    operations,
+    plan,
+    routing,
+)
 from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, loading]
+TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, operations, experts, loading]
 
 
 def main() -> None:

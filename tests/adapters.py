@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - so that NumPy knows bfloat16
 import numpy as np
 from safetensors.numpy import load_file, save_file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_bytes_without_numbers(tmp_path):
     )
     (difference,) = compare_moe(tmp_path / "a", tmp_path / "b").differences
     assert difference == WeightDifference("1", 4, "down_proj_blocks", "has different bytes")
+
+
+def test_two_sets_of_weights_in_one_folder(moe, tmp_path):
+    shutil.copytree(moe, tmp_path / "both")
+    other = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "both" / "model.safetensors.index.json").write_text(json.dumps(other))
+    report = compare_moe(moe, tmp_path / "both")
+    assert report.equal
+    (warning,) = report.warnings
+    assert "both/model.safetensors: is read, model.safetensors.index.json beside it" in warning
+    done = run("compare", moe, tmp_path / "both")
+    assert (done.returncode, done.stderr.startswith("warning: ")) == (0, True)
 
 
 def test_the_command(moe, tmp_path):

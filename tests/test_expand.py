@@ -85,6 +85,8 @@ def test_wrong_numbers_are_refused(tmp_path):
     write_moe(tmp_path / "moe", "mixtral")
     with pytest.raises(MoeConfigError, match="num_experts must be at least 6, got 5"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 5)
+    with pytest.raises(MoeConfigError, match="num_experts must be at most 65536, got 6000000000"):
+        expand_moe(tmp_path / "moe", tmp_path / "no", 6 * 10**9)
     with pytest.raises(MoeConfigError, match="a multiple of the 6 experts, got 8; for another"):
         expand_moe(tmp_path / "moe", tmp_path / "no", 8)
     with pytest.raises(MoeConfigError, match="scores are for a number of experts"):

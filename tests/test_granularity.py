@@ -242,6 +242,17 @@ def test_every_drawn_weight_is_the_twins(tmp_path, dtype, sets):
             assert (expected[kept.all(axis=1)] == rows[kept.all(axis=1)]).all()
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_large_matrix_is_drawn_as_a_small_one(tmp_path, monkeypatch, shuffle):
+    """What is not held in memory is read for each pass."""
+    make_model(tmp_path / "dense", "llama", dtype=ml_dtypes.bfloat16)
+    for name, held in (("held", 2**20), ("read", 0)):
+        monkeypatch.setattr("moe_fast.checkpoint.neurons.HELD", held)
+        build_moe(tmp_path / "dense", tmp_path / name, MoeConfig(4), reinit=0.5, shuffle=shuffle)
+    files = [tmp_path / name / "model.safetensors" for name in ("held", "read")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_drawn_weights_have_the_moments_of_those_replaced(tmp_path):
     """The arithmetic itself: what was drawn is mean + deviation * z for standard normal z."""
     make_model(tmp_path / "dense", "llama", num_hidden_layers=1)

@@ -18,6 +18,7 @@ for extra in ("ml_dtypes", "safetensors"):
     pytest.importorskip(extra)
 
 from sparse import WITH_ROOM, make_sparse_model
+from sparse_moe import make_sparse_moe
 
 if not Path("/proc/self/io").exists():
     pytest.skip("the system does not tell what a process read", allow_module_level=True)
@@ -32,7 +33,7 @@ def measured(call: str) -> dict[str, int]:
         import json, re
         from pathlib import Path
         import ml_dtypes
-        from moe_fast import MoeConfig, build_moe
+        from moe_fast import MoeConfig, build_moe, convert_moe, expand_moe, prune_moe
         import moe_fast.checkpoint.build
         def read():
             return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
@@ -79,6 +80,23 @@ def test_planning_does_not_grow_with_the_models(tmp_path):
     assert wide["planned"] > 900 * narrow["planned"]
     assert wide["memory"] < MOST_MEMORY
     assert wide["memory"] < narrow["memory"] + 10_000_000
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_operating_on_a_terabyte(tmp_path, fp8):
+    """DeepSeek-V3 in its own size: 61 layers, 256 experts."""
+    size = make_sparse_moe(tmp_path / "moe", fp8=fp8)
+    assert size > (0.6e12 if fp8 else 1.3e12)
+    folders = f"{str(tmp_path / 'moe')!r}, {str(tmp_path / 'out')!r}"
+    convert = "dtype='bfloat16'" if fp8 else "layout='fused'"
+    for call in (
+        f"prune_moe({folders}, keep=list(range(0, 256, 2)), dry_run=True)",
+        f"expand_moe({folders}, num_experts=512, dry_run=True)",
+        f"convert_moe({folders}, {convert}, dry_run=True)",
+    ):
+        taken = measured(call)
+        assert taken["memory"] < MOST_MEMORY, call
+        assert taken["read"] < 400_000_000, call
 
 
 @pytest.mark.parametrize("options", ["", ", dtype='float16'"], ids=["copied", "converted"])

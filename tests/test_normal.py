@@ -102,6 +102,22 @@ def test_sums_are_those_of_their_lanes(size, seed, mean, squared):
 
 
 @pytest.mark.usefixtures("level")
+@given(st.integers(0, 5), st.integers(1, 40), st.sampled_from([np.uint16, np.uint32]), st.data())
+def test_columns_taken_and_put_back(rows, width, kind, data):
+    columns = data.draw(st.lists(st.integers(0, width - 1), unique=True))
+    columns = np.array(columns, np.intp)
+    matrix = np.arange(rows * width, dtype=kind).reshape(rows, width)
+    word = "uint16_t" if kind is np.uint16 else "uint32_t"
+    out = np.empty((rows, len(columns)), kind)
+    kernels.compiled.take_columns[word](matrix, columns, out)
+    expected = matrix.copy()
+    assert (out == expected[:, columns]).all()
+    kernels.compiled.put_columns[word](out + kind(1), columns, matrix)
+    expected[:, columns] += kind(1)
+    assert (matrix == expected).all()
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_scaled_numbers_are_rounded_once(kind):
     ml_dtypes = pytest.importorskip("ml_dtypes")

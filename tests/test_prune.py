@@ -119,6 +119,13 @@ def test_a_file_of_a_line_a_layer(moe, tmp_path, lines):
     assert report.num_experts == 3
 
 
+def test_a_line_that_is_cut_off(moe, tmp_path):
+    (tmp_path / "keep.jsonl").write_text('{"layer": 1, "experts": [0, 2, 5]}\n\n{"layer": 2, "exp')
+    message = r"keep\.jsonl: line 2 must be a JSON list or object, as line 1 is; got '{\"layer\": 2"
+    with pytest.raises(CheckpointError, match=message):
+        prune_moe(moe, tmp_path / "pruned", keep=tmp_path / "keep.jsonl")
+
+
 def test_scores_choose_the_best(moe, tmp_path):
     scores = {
         "model": "m",

@@ -371,7 +371,7 @@ def test_a_write_that_fails_halfway_is_named_and_gone_on_from(tmp_path):
     told = run(190_000)
     assert told.startswith(f"{errno.EFBIG} {tmp_path}/.moe.partial/")
     assert "model-00002-of-00004.safetensors" in told
-    assert "run the same build again to resume" in told
+    assert "do the same again to resume" in told
     assert not (tmp_path / "moe").exists()
     assert run(10**9) == ""
     assert (tmp_path / "moe" / "config.json").exists()

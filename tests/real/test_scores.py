@@ -43,6 +43,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "gemma4_text": {
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 8,
+        "layer_types": [*("full_attention", "sliding_attention") * 2, "full_attention"],
+    },
 }
 
 
@@ -245,6 +251,7 @@ def test_fp8_is_dequantised_as_it_is_read(tmp_path):
         ({"tokens": [[96]]}, MoeConfigError, "must be tokens of the model, 0 to 95, got 96"),
         ({"tokens": [[1]], "length": 0}, MoeConfigError, "length must be at least 1"),
         ({"tokens": [[1]], "device": "abacus"}, MoeConfigError, "device must be a device of torch"),
+        ({"tokens": [[1]], "device": "meta"}, MoeConfigError, "got 'meta': it holds no numbers"),
         ({"tokens": [[1]], "device": 3}, TypeError, "device must be a string"),
         ({"tokens": [[1]], "mean_outputs": 1}, TypeError, "mean_outputs must be True or False"),
         ({"tokens": [[1]], "mean_outputs": True}, MoeConfigError, "beside the scores: name an out"),

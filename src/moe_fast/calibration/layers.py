@@ -79,6 +79,8 @@ def open_device(name: str | torch.device) -> torch.device:
         raise ArgumentTypeError(f"must be a string, got {brief(name)}", argument="device")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, ModuleNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -557,9 +559,10 @@ class LayerRun:
             self.at["states"] = states.to(model.device)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            refuse_shared_states(model, kwargs)
             layer_class: Any = type(self.layer)
-            self.keep(layer_class.forward(self.layer, *args, **kwargs), valid, batch)
+            with self.shared_states(kwargs.get("shared_kv_states"), batch):
+                output = layer_class.forward(self.layer, *args, **kwargs)
+            self.keep(output, valid, batch)
             raise Reached
 
         layer: Any = self.layer
@@ -570,6 +573,24 @@ class LayerRun:
             pass
         finally:
             del layer.forward
+
+    @contextmanager
+    def shared_states(self, shared: Any, batch: Sequence[int]) -> Iterator[None]:
+        """Give the layer the keys and values that earlier ones share, and keep what it shares.
+
+        In Gemma 4, later layers read those of the last earlier layer of their kind.
+        """
+        import torch
+
+        if shared is None:
+            yield
+            return
+        file = self.model.work / f"shared.{batch[0]}"
+        kept = torch.load(file, map_location=self.model.device) if file.exists() else {}
+        shared.update(kept)
+        yield
+        if any(kept.get(kind) is not states for kind, states in shared.items()):
+            torch.save(dict(shared), file)
 
     def keep(self, output: Any, valid: torch.Tensor, batch: Sequence[int]) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -755,14 +776,3 @@ def find_decoder_layers(network: Any, model: MoeModel) -> tuple[Any, str]:
     raise CheckpointError(
         f"{type(network).__name__} of transformers has no layers in a row", file=model.path
     )
-
-
-def refuse_shared_states(model: LayeredModel, kwargs: Mapping[str, Any]) -> None:
-    """Raise where layers read keys and values of others, which are not run one at a time."""
-    number = getattr(model.network.config, "num_kv_shared_layers", 0)
-    if number and "shared_kv_states" in kwargs:
-        raise CheckpointError(
-            f"num_kv_shared_layers is {number}: layers that share keys and values are not run one "
-            "at a time",
-            file=model.model.path / "config.json",
-        )

@@ -128,11 +128,14 @@ def arranged_tensors(
             yield OutputTensor(name, weight)
             continue
         role = model.axis.parts.get(inner.partition(".")[0])
+        alone = Weight.of(tensor)
         for number in made_of[layer.key].get(expert, ()):
             group = groups[number]
-            parts = [layer.own[each][inner] for each in group.experts]
-            piece = mean_of(parts, group, role, here)
-            weight = Weight(tensor.dtype, tensor.shape, (piece,))
+            weight = alone
+            if len(group.experts) > 1:
+                parts = [layer.own[each][inner] for each in group.experts]
+                piece = mean_of(parts, group, role, here)
+                weight = Weight(tensor.dtype, tensor.shape, (piece,))
             if noise and role is not None and number in copies[layer.key] and is_matrix(inner):
                 weight = noise.added(weight, layer.key, number, inner)
             yield OutputTensor(layer.full_name(f"experts.{number}.{inner}"), weight)

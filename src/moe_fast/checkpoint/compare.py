@@ -15,6 +15,7 @@ from moe_fast.checks import as_number
 from moe_fast.dtypes import ITEM_SIZES
 from moe_fast.errors import MoeConfigError
 from moe_fast.families.config import NUM_EXPERTS_KEYS
+from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeLayer, MoeModel, open_moe_model, role_of, slices_of
 from moe_fast.progress import Progress, as_progress
 from moe_fast.reports import Report, frame_of
@@ -79,6 +80,7 @@ class CompareReport(Report):
     """The greatest difference of two numbers, whether within the tolerance or not."""
     layouts: tuple[str, str]
     differences: tuple[WeightDifference, ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
 
     def to_frame(self) -> DataFrame:
         """The differences as a pandas data frame, one row each.
@@ -190,6 +192,7 @@ def compare_moe(
         greatest=greatest,
         layouts=(models[0].layout, models[1].layout),
         differences=tuple(differences),
+        warnings=tuple(dict.fromkeys(w for m in models for w in find_second_weights(m.path))),
     )
 
 

@@ -40,6 +40,7 @@ from moe_fast.progress import Progress
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 
 __all__ = ["expand_moe"]
+MOST_EXPERTS = 2**16  # of a layer, far above what models have
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def expand_moe(
     opened = open_moe_model(folder)
     require_experts(opened)
     before, top_k = opened.num_experts, opened.num_experts_per_tok
-    number = as_index(num_experts, "num_experts", minimum=before)
+    number = as_index(num_experts, "num_experts", minimum=before, maximum=MOST_EXPERTS)
     groups, _ = groups_of(opened)
     if number % groups:
         raise MoeConfigError(

@@ -154,7 +154,14 @@ def value_of(given: Any, name: str) -> tuple[Any, str]:
     if len(text) > LONGEST_INDEX:
         raise CheckpointError(f"{path}: is longer than {LONGEST_INDEX} bytes")
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and all(is_json(line) for line in lines):
+    if len(lines) > 1 and is_json(lines[0]):
+        wrong = next((n for n, line in enumerate(lines, 1) if not is_json(line)), None)
+        if wrong is not None:
+            line = lines[wrong - 1].decode("utf-8", "replace")
+            raise CheckpointError(
+                f"{path}: line {wrong} must be a JSON list or object, as line 1 is; "
+                f"got {brief(line)}"
+            )
         return of_lines([parse_json(line, path) for line in lines], path), str(path)
     return parse_json(text, path), str(path)
 

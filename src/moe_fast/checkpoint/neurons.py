@@ -6,8 +6,9 @@ A neuron is a row of `gate_proj` and of `up_proj`, and a column of `down_proj`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,13 @@ from moe_fast.storage.pieces import (
 )
 
 Indices = npt.NDArray[np.intp]
-Selection = slice | Indices
+Bits = npt.NDArray[Any]
+Blocks = Callable[[], Iterable[bytearray | memoryview]]
+WORDS = {2: "uint16_t", 4: "uint32_t"}
 # Of rows in another order, so much of the result is collected in one pass over the source.
 WINDOW = 16 * CHUNK
+# A matrix up to so many bytes is read once where others are read again for each pass.
+HELD = 8 * CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +135,15 @@ class NeuronColumns:
 
     def chunks(self) -> Iterator[memoryview]:
         neurons, size = self.neurons, ITEM_SIZES[self.dtype]
-        in_order = slice(neurons.start, neurons.stop)
-        columns = in_order if neurons.in_place else neurons.indices()
+        indices = None if neurons.in_place else neurons.indices()
         row = neurons.width * size
         for block in read_in_blocks((self.source,), max(1, CHUNK // row) * row):
             matrix = np.frombuffer(block, UNSIGNED[size]).reshape(-1, neurons.width)
-            yield np.ascontiguousarray(matrix[:, columns]).view(np.uint8).reshape(-1).data
+            if indices is None:
+                columns = np.ascontiguousarray(matrix[:, neurons.start : neurons.stop])
+            else:
+                columns = take_columns(matrix, indices)
+            yield columns.view(np.uint8).reshape(-1).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,46 +217,81 @@ class Redrawn:
 
     def chunks(self) -> Iterator[memoryview]:
         chosen = np.sort(shuffle(self.count, self.chosen_by)[: self.number])
-        mean, deviation = self.measure(chosen)
+        blocks = self.held().copy if 0 < self.nbytes <= HELD else self.blocks
+        mean, deviation = self.measure(chosen, blocks)
         drawn = 0
-        for matrix, rows, columns in self.blocks(chosen):
-            part = matrix[rows, columns]
+        for matrix, neurons in self.matrices(chosen, blocks):
+            part = self.take(matrix, neurons)
             values = np.empty(part.shape, np.float32)
             kernels.compiled.fill_normal(
                 values.reshape(-1), 0, values.size, self.stream, drawn, deviation
             )
             drawn += values.size
-            matrix[rows, columns] = values + np.float32(mean)
-            yield rounded_to(self.dtype, matrix)
+            values += np.float32(mean)
+            bits = np.frombuffer(rounded_to(self.dtype, values), part.dtype).reshape(part.shape)
+            self.put(bits, neurons, matrix)
+            yield matrix.view(np.uint8).reshape(-1).data
 
-    def blocks(
-        self, chosen: Indices
-    ) -> Iterator[tuple[npt.NDArray[np.float32], Selection, Selection]]:
-        """The matrix in blocks of rows, each with the rows and columns to be drawn anew in it."""
-        size = ITEM_SIZES[self.dtype]
-        numbers = self.source.nbytes // size
-        width = self.count if self.columns else numbers // self.count
+    @property
+    def width(self) -> int:
+        """Of a row of the matrix."""
+        return self.count if self.columns else self.nbytes // ITEM_SIZES[self.dtype] // self.count
+
+    @property
+    def block_nbytes(self) -> int:
+        """As many rows as fit into a chunk."""
+        row = self.width * ITEM_SIZES[self.dtype]
+        return max(1, CHUNK // row) * row
+
+    def blocks(self) -> Iterator[bytearray | memoryview]:
+        """The source in blocks of rows, which may be changed until the next is asked for."""
+        return read_in_blocks((self.source,), self.block_nbytes)
+
+    def held(self) -> list[memoryview]:
+        """The same blocks, read at once."""
+        (whole,) = map(memoryview, read_in_blocks((self.source,), self.nbytes))
+        return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
+
+    def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:
+        """Each block as bits, and which of its rows or columns are among the chosen neurons."""
         first = 0
-        for block in read_in_blocks((self.source,), max(1, CHUNK // (width * size)) * width * size):
-            matrix = decode(block, self.dtype).reshape(-1, width)
-            begin, end = np.searchsorted(chosen, (first, first + len(matrix)))
-            everything = slice(None)
+        for block in blocks():
+            matrix = np.frombuffer(block, UNSIGNED[ITEM_SIZES[self.dtype]]).reshape(-1, self.width)
             if self.columns:
-                yield matrix, everything, chosen
-            else:
-                yield matrix, chosen[begin:end] - first, everything
+                yield matrix, chosen
+                continue
+            begin, end = np.searchsorted(chosen, (first, first + len(matrix)))
+            yield matrix, chosen[begin:end] - first
             first += len(matrix)
 
-    def measure(self, chosen: Indices) -> tuple[float, float]:
+    def measure(self, chosen: Indices, blocks: Blocks) -> tuple[float, float]:
         """The mean and the standard deviation of the weights to be replaced, in float64."""
         count, total = 0, 0.0
-        for matrix, rows, columns in self.blocks(chosen):
-            values = np.ascontiguousarray(matrix[rows, columns]).reshape(-1)
+        for values in self.chosen_values(chosen, blocks):
             count += values.size
             total += kernels.compiled.sum_deviations(values, 0.0, False)
         mean = total / max(count, 1)
         squares = 0.0
-        for matrix, rows, columns in self.blocks(chosen):
-            values = np.ascontiguousarray(matrix[rows, columns]).reshape(-1)
+        for values in self.chosen_values(chosen, blocks):
             squares += kernels.compiled.sum_deviations(values, mean, True)
         return mean, math.sqrt(squares / max(count, 1))
+
+    def chosen_values(self, chosen: Indices, blocks: Blocks) -> Iterator[npt.NDArray[np.float32]]:
+        for matrix, neurons in self.matrices(chosen, blocks):
+            yield decode(self.take(matrix, neurons).reshape(-1).view(np.uint8).data, self.dtype)
+
+    def take(self, matrix: Bits, neurons: Indices) -> Bits:
+        return take_columns(matrix, neurons) if self.columns else matrix[neurons]
+
+    def put(self, bits: Bits, neurons: Indices, matrix: Bits) -> None:
+        if self.columns:
+            kernels.compiled.put_columns[WORDS[bits.itemsize]](bits, neurons, matrix)
+        else:
+            matrix[neurons] = bits
+
+
+def take_columns(matrix: Bits, columns: Indices) -> Bits:
+    """`matrix[:, columns]`, of numbers of 16 or 32 bits."""
+    out = np.empty((len(matrix), len(columns)), matrix.dtype)
+    kernels.compiled.take_columns[WORDS[matrix.itemsize]](matrix, columns, out)
+    return out

@@ -127,7 +127,8 @@ def planned_records(
             if weight.dtype == "F16" and not all(isinstance(p, FileRange) for p in weight.pieces)
         }
         records[shard.file_name] = FileRecord(shard.nbytes, digest, digest, overflow or None)
-    sizes = {name: len(text.encode()) for name, text in texts.items()}
+    # An index may have megabytes, and mostly needs no copy to be measured.
+    sizes = {n: len(text) if text.isascii() else len(text.encode()) for n, text in texts.items()}
     sizes |= {name: file.stat().st_size for name, file in companions.items()}
     return records | {name: FileRecord(size, sha256=digest) for name, size in sizes.items()}
 

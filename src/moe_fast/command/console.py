@@ -220,6 +220,8 @@ def show_comparison(report: CompareReport) -> None:
         say(f"the same model: {weights}, {format_quantity(report.num_bytes, 'B')}{within}")
     else:
         say(f"not the same model: {format_count(len(lines), 'difference')} in {weights}")
+    for warning in report.warnings:
+        warn(warning)
 
 
 def show_operation(report: OperationReport) -> None:

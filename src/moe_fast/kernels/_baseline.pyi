@@ -1,7 +1,7 @@
 """The kernels as mypy sees them, the same at every SIMD level."""
 
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ _Index32 = npt.NDArray[np.int32]
 _Index64 = npt.NDArray[np.int64]
 _Half = npt.NDArray[np.uint16]  # the bits of a float16 or a bfloat16
 _Words = npt.NDArray[np.uint32]  # the bits of a float32
+_Bits = npt.NDArray[Any]  # `_Half` or `_Words`
 _Float32 = npt.NDArray[np.float32]
 _Float64 = npt.NDArray[np.float64]
 _Real = npt.NDArray[np.float32] | npt.NDArray[np.float64]
@@ -36,6 +37,12 @@ def add_product(left: _Float32, right: _Float32, scale: float, out: _Float32) ->
 
 # moments.pxi
 def sum_deviations(values: _Float32, mean: float, squared: bool) -> float: ...
+
+# columns.pxi
+@_fused
+def take_columns(matrix: _Bits, columns: npt.NDArray[np.intp], out: _Bits) -> None: ...
+@_fused
+def put_columns(values: _Bits, columns: npt.NDArray[np.intp], matrix: _Bits) -> None: ...
 
 # generator.pxi
 def fill_float64(

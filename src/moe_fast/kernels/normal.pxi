@@ -32,7 +32,7 @@ cdef inline double central_quantile(double q) noexcept nogil:
     return q * over / under
 
 
-cdef double tail_quantile(double q) noexcept nogil:
+cdef inline double tail_quantile(double q) noexcept nogil:
     # The quantile of 1/2 + q for |q| above 0.425.
     cdef double r = sqrt(-logarithm(0.5 - fabs(q))) - 1.6
     cdef double over = (
@@ -60,7 +60,10 @@ def fill_normal(
     """
     cdef uint64_t draw[BLOCK]
     cdef double q[BLOCK]
-    cdef Py_ssize_t far[BLOCK]
+    cdef double tail[BLOCK]
+    cdef float beyond[BLOCK]
+    cdef float beyond_there[BLOCK + LANES]
+    cdef int32_t far[BLOCK + LANES]
     cdef Py_ssize_t i, size, count
     with nogil:
         while begin < end:
@@ -72,10 +75,14 @@ def fill_normal(
             for i in range(size):
                 q[i] = (double_of_integer(draw[i] >> 32) - 2147483647.5) * (1.0 / 4294967296.0)
                 out[begin + i] = <float>(central_quantile(q[i]) * scale)
-            count = 0
-            for i in range(size):
-                far[count] = i
-                count += fabs(q[i]) > 0.425
+                beyond[i] = <float>(fabs(q[i]) - 0.425)  # rounding does not change its sign
+            for i in range(size, BLOCK):
+                beyond[i] = 0
+            count = collect_at_least(beyond, BLOCK, <float>1e-30, 0, far, beyond_there)
             for i in range(count):
-                out[begin + far[i]] = <float>(tail_quantile(q[far[i]]) * scale)
+                tail[i] = q[far[i]]
+            for i in range(count):
+                tail[i] = tail_quantile(tail[i]) * scale
+            for i in range(count):
+                out[begin + far[i]] = <float>tail[i]
             begin += size

@@ -72,7 +72,7 @@ def canonical_names(names: Iterable[str]) -> list[str]:
     such as `module.`, is left out as far as the embedding shows where the model begins. `model.` is
     put before the names of a model that was saved without its head, as `AutoModel` saves it.
     """
-    plain = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names]
+    plain = [without_wrappers(name) for name in names]
     embeddings = {
         embedding: [name for name in plain if f".{name}".endswith(f".{embedding}")]
         for embedding in STEMS
@@ -89,6 +89,12 @@ def canonical_names(names: Iterable[str]) -> list[str]:
     if inner:
         return plain
     return [name if name.startswith(HEAD) else f"{stem}{name}" for name in plain]
+
+
+def without_wrappers(name: str) -> str:
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def find_second_weights(folder: Path) -> Iterator[str]:

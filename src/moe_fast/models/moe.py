@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -185,13 +186,15 @@ class MoeModel:
     def places(self) -> Mapping[str, tuple[MoeLayer, int | None, str]]:
         """Of each tensor that counts experts: its layer, its expert if it has but one, its name
         after the expert's number, or inside the block."""
+        names = dict(zip(self.tensors, self.tensors, strict=True))  # so that no name is kept twice
         found: dict[str, tuple[MoeLayer, int | None, str]] = {}
         for layer in self.layers:
             for expert, tensors in layer.own.items():
                 for suffix in tensors:
-                    found[layer.full_name(f"experts.{expert}.{suffix}")] = (layer, expert, suffix)
-            for name in layer.counted:
-                found[layer.full_name(name)] = (layer, None, name)
+                    name = layer.full_name(f"experts.{expert}.{suffix}")
+                    found[names[name]] = (layer, expert, suffix)
+            for inner in layer.counted:
+                found[names[layer.full_name(inner)]] = (layer, None, inner)
         return found
 
     def problems(self) -> list[Problem]:
@@ -273,9 +276,9 @@ class MoeModel:
         count = len(layer.experts)
         beginning = LAYER.match(f"{layer.block}.")
         prefix = "" if beginning is None else f"{beginning['layer']}."
-        for name, tensor in self.layer_tensors(prefix):
+        for name, tensor in self.others_by_layer.get(prefix, ()):
             rest = name.removeprefix(prefix)
-            if name in self.places or SHARED.search(rest) or not SUSPECTS.search(rest):
+            if SHARED.search(rest) or not SUSPECTS.search(rest):
                 continue
             if count in tensor.shape[:1] or tensor.shape == (1, count):
                 yield Problem(
@@ -285,14 +288,13 @@ class MoeModel:
                     tensor=tensor.name,
                 )
 
-    def layer_tensors(self, prefix: str) -> list[tuple[str, Tensor]]:
-        return self.tensors_by_layer.get(prefix, [])
-
     @cached_property
-    def tensors_by_layer(self) -> Mapping[str, list[tuple[str, Tensor]]]:
+    def others_by_layer(self) -> Mapping[str, list[tuple[str, Tensor]]]:
+        """The tensors that are not known to count experts, by what their layer's names begin
+        with."""
         found: dict[str, list[tuple[str, Tensor]]] = {}
         for name, tensor in self.tensors.items():
-            match = LAYER.fullmatch(name)
+            match = None if name in self.places else LAYER.fullmatch(name)
             if match is not None:
                 found.setdefault(f"{match['layer']}.", []).append((name, tensor))
         return found
@@ -464,7 +466,7 @@ def find_layers(
         inner = match["rest"].removeprefix(f"{block}." if block else "")
         if own := OF_EXPERT.fullmatch(inner):
             layer, number = layer_of(match, block, False), int(own["expert"])
-            layer.own.setdefault(number, {})[own["suffix"]] = tensor
+            layer.own.setdefault(number, {})[sys.intern(own["suffix"])] = tensor
             expert = layer.experts.setdefault(number, {})
             role = role_of(own["suffix"], axis)
             if role is not None and len(tensor.shape) == 2:

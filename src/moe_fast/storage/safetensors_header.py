@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,8 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, s
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("__metadata__ must map strings to strings", file=path)
     data_start = 8 + length
-    tensors = [checked_entry(name, e, file, data_start) for name, e in header.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # tensors of a shape share one object
+    tensors = [checked_entry(name, e, file, data_start, shapes) for name, e in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
     position = data_start
     for tensor in tensors:
@@ -126,7 +128,13 @@ def read_index(path: Path) -> dict[str, list[str]]:
     return files
 
 
-def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> Tensor:
+def checked_entry(
+    name: str,
+    entry: Any,
+    file: SourceFile,
+    data_start: int,
+    shapes: dict[tuple[int, ...], tuple[int, ...]],
+) -> Tensor:
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(what, file=file.path, tensor=name)
 
@@ -156,7 +164,9 @@ def checked_entry(name: str, entry: Any, file: SourceFile, data_start: int) -> T
             f"has the shape {brief(shape)} of {dtype}, which takes {brief(nbytes)} bytes; "
             f"its data_offsets hold {end - begin}"
         )
-    return Tensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    sizes = tuple(shape)
+    sizes = shapes.setdefault(sizes, sizes)
+    return Tensor(name, sys.intern(dtype), sizes, file, data_start + begin, nbytes)
 
 
 def is_unicode(text: str) -> bool:

@@ -77,7 +77,7 @@ def staged(
         except BaseException as error:
             if growing.exists() and any(growing.iterdir()):
                 error.add_note(
-                    f"what is finished is kept in {growing}; run the same build again to resume"
+                    f"what is finished is kept in {growing}; do the same again to resume"
                 )
             else:
                 remove_all_but(None, work)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,25 +25,24 @@ BLOCK = 4096  # bytes: the page of most processors and the block of most file sy
 FORMAT = {"format": "pt"}  # what transformers asks of every file's metadata
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Weight:
     """The dtype, the shape and the bytes of a tensor: its pieces, one after the other."""
 
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    nbytes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if sum(piece.nbytes for piece in self.pieces) != self.nbytes:
+        nbytes = whole_bytes(self.dtype, self.shape)
+        object.__setattr__(self, "nbytes", nbytes)
+        if sum(piece.nbytes for piece in self.pieces) != nbytes:
             raise AssertionError(f"the pieces do not fill the shape {self.shape} of {self.dtype}")
 
     @property
     def num_parameters(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return whole_bytes(self.dtype, self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Weight:
@@ -104,8 +104,9 @@ class Shard:
     tensors: tuple[OutputTensor, ...]
     metadata: tuple[tuple[str, str], ...] = tuple(FORMAT.items())
 
-    @cached_property
+    @property
     def header(self) -> bytes:
+        """Made anew each time: together those of a large model are tens of megabytes."""
         entries = [(name, w.dtype, w.shape, w.nbytes) for name, w in self.tensors]
         return header_bytes(
             entries, dict(self.metadata), alignment=BLOCK, remainder=self.best_start()
@@ -127,7 +128,7 @@ class Shard:
         aligned = {start: nbytes for start, nbytes in votes.items() if start % 8 == 0}
         return max(aligned, key=lambda start: aligned[start], default=0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return len(self.header) + sum(t.weight.nbytes for t in self.tensors)
 
@@ -162,8 +163,15 @@ def index_json(shards: Sequence[Shard]) -> dict[str, str]:
     """The index file beside the shards, by name; nothing where one file holds everything."""
     if len(shards) == 1:
         return {}
-    index = {
-        "metadata": {"total_size": sum(t.weight.nbytes for s in shards for t in s.tensors)},
-        "weight_map": {t.name: s.file_name for s in shards for t in s.tensors},
-    }
-    return {INDEX_FILE: json_text(index)}
+    total = sum(tensor.weight.nbytes for shard in shards for tensor in shard.tensors)
+    # By hand: for the largest models, indented JSON takes Python's json a second and 50 MB.
+    head = json_text({"metadata": {"total_size": total}}).removesuffix("\n}\n")
+    blocks = [
+        ",\n".join(
+            f"    {json.dumps(name)}: {json.dumps(shard.file_name)}" for name, _ in shard.tensors
+        )
+        for shard in shards
+    ]
+    blocks[0] = f'{head},\n  "weight_map": {{\n{blocks[0]}'
+    blocks[-1] += "\n  }\n}\n"
+    return {INDEX_FILE: ",\n".join(blocks)}

@@ -222,7 +222,8 @@ def is_complete(shard: Shard, folder: Path) -> bool:
     try:
         with open_regular(folder / shard.file_name) as stream:
             size = os.fstat(stream.fileno()).st_size
-            return size == shard.nbytes and stream.read(len(shard.header)) == shard.header
+            header = shard.header
+            return size == shard.nbytes and stream.read(len(header)) == header
     except CheckpointError:
         return False
 
