@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_fast.errors import CheckpointError
 from moe_fast.families.readers import Contents, find_readers, is_beyond
+from moe_fast.families.registry import moe_families
 from moe_fast.models.moe import MoeModel
 from moe_fast.storage.companions import find_missing_code, has_tokenizer
 from moe_fast.storage.strict_json import LARGEST_SIZE, LONGEST_INDEX, is_size, read_json
@@ -80,7 +81,8 @@ def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path)
     if rows is None or not is_size(rows):
         return
     pad, largest = config.get("pad_token_id"), contents.largest_token
-    if is_beyond(pad, rows):
+    family = moe_families().get(str(config.get("model_type")))
+    if (family is None or family.pads) and is_beyond(pad, rows):
         yield (
             f"{file}: pad_token_id is {pad}, the embedding has {rows} rows: transformers "
             "does not load that; write null or a token of the vocabulary"
