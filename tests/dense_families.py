@@ -26,7 +26,7 @@ def write_dense(
         name: generator.normal(size=shape).astype(dtype) for name, shape in entry["tensors"].items()
     }
     config = entry["config"] | changes
-    if "rope_theta" in changes and "rope_theta" in config["rope_parameters"]:
+    if "rope_theta" in changes and "rope_theta" in config.get("rope_parameters", ()):
         theta = {"rope_theta": changes["rope_theta"]}
         config["rope_parameters"] = config["rope_parameters"] | theta
     tensors.pop("lm_head.weight", None)

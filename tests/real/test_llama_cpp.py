@@ -22,7 +22,7 @@ from families import LINEAR, LLAMA3, YARN
 from moe_fast import MoeConfig, build_moe
 from moe_fast.families.registry import moe_families
 from random_models import build_random_moe, save_random_model
-from reader_cases import SHARED, SIZES, expected_of, name_of, reader_of
+from reader_cases import SHARED, SIZES, UNASKED, expected_of, name_of, reader_of
 
 # As many as SmolLM2's tokenizer has: the converter wants one. The first 17 are special.
 VOCABULARY = 49152
@@ -130,7 +130,11 @@ def test_llama_cpp_computes_it_where_the_check_says_so(dense, tmp_path, source, 
     give_tokens(folder, moe_families()[target].rules.llama_cpp_tokens)
     found = likely_to_llama_cpp(folder, tmp_path)
     expected = expected_of(folder, TOKENS)[np.array(LENGTHS) - 1]
-    if reader_of(folder, "llama.cpp").loads:
+    reader = reader_of(folder, "llama.cpp")
+    if any(UNASKED in reason for reason in reader.reasons):
+        far = found[-500:] if isinstance(found, str) else f"{how_far(found, expected)} away"
+        pytest.skip(f"nothing is said of it; llama.cpp: {far}")
+    if reader.loads:
         assert not isinstance(found, str), found[-2000:]
         assert how_far(found, expected) < 1e-3
     else:

@@ -296,7 +296,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("gemma4_text",),
     ),
     "nemotron_h": ("nemotron_h", NEMOTRON, ("nemotron_h",)),
-    "nemotron_h, biases, tied": (
+    "nemotron_h, biases": (
         "nemotron_h",
         {
             **NEMOTRON,
@@ -305,7 +305,6 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "use_bias": True,
             "use_conv_bias": False,
             "n_groups": 1,
-            "tie_word_embeddings": True,
         },
         ("nemotron_h",),
     ),

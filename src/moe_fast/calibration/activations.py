@@ -209,6 +209,8 @@ def first_states(
 
     padded = sequences.padded(batch)
     found = embeddings(model, padded.reshape(-1).tolist()).reshape(*padded.shape, -1)
+    # Gemma's embedding multiplies its rows itself.
+    found = found * np.float32(getattr(network.get_input_embeddings(), "scalar_embed_scale", 1))
     entered: list[torch.Tensor] = []
     calls: list[dict[str, Any]] = []
 

@@ -151,8 +151,10 @@ def model_card(
     if said:
         lines += ["", " ".join(said)]
     lines += ["", f"Everything else {describe_backbone(recipe, escaped(base))}."]
-    if construction.dense_layers:
-        listed = format_runs(construction.dense_layers)
+    with_ffn = construction.base.ffn_layers
+    dense = [layer for layer in construction.dense_layers if layer in with_ffn]
+    if dense:
+        listed = format_runs(dense)
         lines[-1] += f" So do the FFNs of the layers that have no experts: {listed}."
     shared = [names[source.model] for source in construction.shared_experts]
     if shared:

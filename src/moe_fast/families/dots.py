@@ -9,7 +9,7 @@ from moe_fast.families.dense import QKVO
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, Parts, windows_as_qwen
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, Rules
+from moe_fast.families.rules import LLAMA_CPP, Rules
 
 
 class Dots1(GroupedExperts):
@@ -20,7 +20,7 @@ class Dots1(GroupedExperts):
     architecture = "Dots1ForCausalLM"
     auto_rank = 19
     # vLLM by transformers' classes.
-    rules = Rules("n_routed_experts", None, 1e4, unasked=(TRANSFORMERS_4, LLAMA_CPP))
+    rules = Rules("n_routed_experts", None, 1e4, unasked=(LLAMA_CPP,))
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
         "first_k_dense_replace": 0,

@@ -8,7 +8,7 @@ from typing import Any
 from moe_fast.families.dense import DEFAULTS, FFN, QKVO, DenseFamily
 from moe_fast.families.experts import ExpertAxis
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, Rules
+from moe_fast.families.rules import LLAMA_CPP, Rules
 from moe_fast.storage.tensors import Weight
 
 STATISTICS = "moe_statics.e_score_correction_bias"
@@ -30,7 +30,7 @@ class ErnieMoe(MoeFamily):
     architecture = "Ernie4_5_MoeForCausalLM"
     auto_rank = 18
     # llama.cpp's converter wants its tokenizer as sentencepiece has it.
-    rules = Rules("moe_num_experts", 64, 5e5, unasked=(TRANSFORMERS_4, LLAMA_CPP))
+    rules = Rules("moe_num_experts", 64, 5e5, unasked=(LLAMA_CPP,))
     defaults: Mapping[str, Any] = {
         **{key: value for key, value in DEFAULTS_OF_MOE.items() if key not in NOT_READ},
         "bos_token_id": 1,

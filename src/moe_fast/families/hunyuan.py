@@ -174,6 +174,9 @@ class HyV3(LayerLists):
             "moe_intermediate_size": parts.expert_width,
             "num_shared_experts": max(1, len(parts.shared_experts) * shards),
             "router_scaling_factor": float(shards),
+            # What vLLM looks for.
+            "expert_hidden_dim": parts.expert_width,
+            "route_norm": True,
             "attention_bias": bool(parts.base.attention_biases),
             "mlp_bias": False,
             **self.dense_keys(frozenset(parts.dense_layers), parts.num_layers),

@@ -193,6 +193,8 @@ class MoeFamily:
     """Multimodal models of dense ones, each with `model_type` and class of that with experts."""
     also_read: tuple[str, ...] = ()
     """Keys of config.json without a default that say what blocks are like."""
+    pads = True
+    """Whether transformers gives the embedding a row for padding, which must be there."""
     own_expert_width = True
     """Whether the width of experts has a key beside `intermediate_size`."""
     scaling_key: str | None = None

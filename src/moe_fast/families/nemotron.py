@@ -212,6 +212,7 @@ class NemotronHMoe(GroupedExperts, Twin):
     block = "mixer"
     expert_names = ((UP, UP), (DOWN, DOWN))
     dropped = ("layer_types",)
+    pads = False
     silent_width = 256
 
     def expert_tensors(self, layer: int, num_experts: int, layout: Layout) -> list[ExpertTensor]:

@@ -154,7 +154,8 @@ def value_problems(reader: str, family: MoeFamily, config: Mapping[str, Any]) ->
     if reader in (VLLM, LLAMA_CPP) and activation not in ("silu", "swish"):
         yield f"has silu alone in a {family.name}, hidden_act is {brief(activation)}"
     pad, rows = effective["pad_token_id"], effective.get("vocab_size")
-    if reader in (TRANSFORMERS_4, TRANSFORMERS_5) and is_beyond(pad, rows):
+    padding = family.pads and reader in (TRANSFORMERS_4, TRANSFORMERS_5)
+    if padding and is_beyond(pad, rows):
         yield f"takes no padding beyond the embedding: pad_token_id is {pad}, of {rows} rows"
 
 

@@ -83,7 +83,8 @@ def warn_of_readers(config: Mapping[str, Any], contents: Contents, folder: Path)
     if rows is None or not is_size(rows):
         return
     pad, largest = config.get("pad_token_id"), contents.largest_token
-    if is_beyond(pad, rows):
+    family = moe_families().get(str(config.get("model_type")))
+    if (family is None or family.pads) and is_beyond(pad, rows):
         yield (
             f"{file}: pad_token_id is {pad}, the embedding has {rows} rows: transformers "
             "does not load that; write null or a token of the vocabulary"
