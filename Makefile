@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py $(shell find src -name '*.pyx' -o -name '*.pxi' -o -name '*.h')
 
-.PHONY: help build demo test lint types format docs bench readers sanitize emulate emulate-arm count-arm coverage dist clean
+.PHONY: help build demo test lint types format docs bench worth readers sanitize emulate emulate-arm count-arm coverage dist clean
 
 help:
 	@echo 'make demo      build a small Mixture-of-Experts model and look at it'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint      ruff and cython-lint;  make types: mypy;  make format: ruff format'
 	@echo 'make docs      the documentation as a website, into site/'
 	@echo 'make bench     measure the speed against NumPy, torch and the reference'
+	@echo 'make worth     train small models to see what a start is worth: an hour or two'
 	@echo 'make readers   ask vLLM and llama.cpp what every pair of families computes'
 	@echo 'make sanitize  run the kernel tests under AddressSanitizer and UBSan'
 	@echo 'make emulate   run the AVX-512 kernels on a processor without AVX-512'
@@ -66,6 +67,13 @@ docs: $(VENV)/ready
 # BENCH='--reference moe_construction.rs float64' adds the reference and chooses rows.
 bench: build
 	$(RUN) -m benchmarks $(BENCH)
+
+# What docs/worth.md shows, into build/worth. Runs that are there already are not repeated.
+worth: build
+	$(RUN) -m pip install --quiet torch transformers tokenizers
+	mkdir -p build/worth
+	$(RUN) -m benchmarks.training build/worth/runs.jsonl build/worth
+	$(RUN) -m benchmarks.worth build/worth/runs.jsonl build/worth/worth.svg
 
 # Every pair of families, asked of vLLM and llama.cpp; CONTRIBUTING.md says what must be named.
 readers: build

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import (
+    calibration,
     checkpoint,
     conversion,
     experts,
@@ -28,7 +29,10 @@ from benchmarks.measure import SAMPLES, Result, Row, measure
 from benchmarks.reference import Reference
 from moe_fast import show_config
 
-TOPICS = [gates, plan, conversion, routing, gradients, checkpoint, operations, experts, loading]
+TOPICS = [
+    *(gates, plan, conversion, routing, gradients, checkpoint, operations, experts, loading),
+    calibration,
+]
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=8192, help="that make the routers")
+    parser.add_argument("--tokens", type=int, help="that make the routers")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.dense)

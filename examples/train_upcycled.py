@@ -182,7 +182,9 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.
     return torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
 
 
-def read_tokens(folder: Path, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+def read_tokens(
+    folder: str | Path, options: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The text to train on and the text held out, as a model's tokens."""
     if options.text is None:
         texts = make_text(3000, options.seed), make_text(100, options.seed + 1)
@@ -212,15 +214,18 @@ def make_small_model(folder: Path, options: argparse.Namespace, device: torch.de
     wait()
 
 
-def make_design(dense: str | Path, options: argparse.Namespace) -> Design:
-    """Every tensor of the upcycled model, none made yet."""
-    if options.recipe is not None:
-        return design_of(read_recipe(options.recipe).request)
+def make_design(dense: str | Path, options: argparse.Namespace, tokens: torch.Tensor) -> Design:
+    """Every tensor of the upcycled model, none made yet.
+
+    Routers that are made from text read the text to train on, in every process alike.
+    """
     config = MoeConfig(options.experts, options.experts_per_token)
     return design_moe(
         dense,
         config,
         routers=options.routers,
+        logit_std=options.logit_std,
+        tokens=tokens.numpy(),
         granularity=options.granularity,
         shuffle=options.granularity > 1,
         seed=options.seed,
@@ -290,7 +295,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=2)
     parser.add_argument("--granularity", type=int, default=1, help="shards of an FFN")
-    parser.add_argument("--routers", default="balanced", help="how routers start")
+    parser.add_argument("--routers", default="auto", help="how routers start: auto reads the text")
+    parser.add_argument("--logit-std", type=float, help="how sharp they start")
     parser.add_argument("--dense-steps", type=int, default=60, help="to train the small model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per process")
@@ -314,10 +320,14 @@ def main() -> None:
             dense = folder / "dense"
             make_small_model(dense, options, device)
 
-        design = make_design(dense, options)
+        if options.recipe is not None:
+            design = design_of(read_recipe(options.recipe).request)
+            tokens, held_out = read_tokens(design.reference, options)
+        else:
+            tokens, held_out = read_tokens(dense, options)
+            design = make_design(dense, options, tokens)
         sharded = dist.is_initialized() if accelerator is None else accelerator.is_fsdp2
         model = load(design, device, sharded, options)
-        tokens, held_out = read_tokens(design.reference, options)
         optimizer = None
         if options.low_memory:
             step_in_backward(model, options.learning_rate)

@@ -98,7 +98,7 @@ def test_everything_else_comes_from_the_base(two_models, tmp_path, base):
 
 
 def test_routers_are_consecutive_stretches_and_layer_0_is_the_reference(dense, tmp_path):
-    build_moe(dense, tmp_path / "moe", CONFIG)
+    build_moe(dense, tmp_path / "moe", CONFIG, routers="balanced")
     moe = load_file(tmp_path / "moe" / "model.safetensors")
     routers = [moe[f"model.layers.{n}.block_sparse_moe.gate.weight"] for n in range(2)]
     reference = compute_gate_weights(64, 4, "balanced").T.astype(np.float32)

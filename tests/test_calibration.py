@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from moe_fast import ArgumentTypeError, MoeConfigError, RouterStart
-from moe_fast.calibration.balancing import balance, find_offsets, mean_input, remove_direction
+from moe_fast.calibration.balancing import (
+    balance,
+    find_offsets,
+    mean_input,
+    remove_direction,
+    remove_span,
+    topic_directions,
+)
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import mean_rows, ridge_rows
 from moe_fast.calibration.selection import spread
@@ -48,6 +55,40 @@ def test_removing_a_direction_is_its_formula():
     expected = rows @ (np.eye(20) - np.outer(unit, unit))
     np.testing.assert_allclose(remove_direction(rows, direction), expected, atol=1e-6)
     assert remove_direction(rows, np.zeros(20)) is rows
+
+
+def test_topics_are_the_directions_of_the_means_of_pieces():
+    topics = RNG.standard_normal((3, 64))
+    texts = RNG.standard_normal((10, 3)) @ topics * 5
+    inputs = np.repeat(texts, 256, axis=0) + RNG.standard_normal((2560, 64)) + 2
+    found = topic_directions(inputs.astype(np.float32))
+    assert found.shape == (8, 64)  # an eighth of 64
+    np.testing.assert_allclose(found @ found.T, np.eye(8), atol=1e-6)
+    mean = inputs.mean(axis=0)
+    assert np.abs(found @ mean).max() < 1e-4 * np.linalg.norm(mean)
+    centred = topics - np.outer(topics @ mean, mean) / (mean @ mean)
+    left = centred - centred @ found.T @ found
+    assert np.linalg.norm(left) < 0.02 * np.linalg.norm(centred)
+    rows = RNG.standard_normal((5, 64)).astype(np.float32)
+    np.testing.assert_allclose(remove_span(rows, found) @ found.T, 0, atol=1e-5)
+    assert len(topic_directions(inputs[:511].astype(np.float32))) == 0
+    assert len(topic_directions(np.ones((1024, 64), np.float32))) == 0
+
+
+def test_rows_without_topics_are_even_on_each_text():
+    """Texts that differ: even on all of them together is not yet even on another one."""
+    topics = RNG.standard_normal((4, 96))
+
+    def read(number: int) -> np.ndarray:
+        texts = np.repeat(RNG.standard_normal((number, 4)) @ topics, 256, axis=0)
+        return (texts + RNG.standard_normal(texts.shape) + 1).astype(np.float32)
+
+    used, others = read(24), read(3)
+    rows = RNG.standard_normal((8, 96)).astype(np.float32)
+    rows = remove_direction(rows, mean_input(used))
+    blind = balance(remove_span(rows, topic_directions(used)), used, 2)
+    assert load_cv(blind, others, 2) < 0.15
+    assert load_cv(balance(rows, used, 2), others, 2) > 2 * load_cv(blind, others, 2)
 
 
 def test_offsets_are_along_the_mean_and_leave_the_rest_alone():

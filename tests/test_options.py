@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
     ("build dense -o out --max-shard-size 5", 2, "write '5GB' for gigabytes, or '5B' if you mean"),
     ("build dense -o out --threads 0", 2, "--threads must be at least 1, got 0"),
     ("build dense -o out --target x", 2, "error: --target must be one of 'auto', 'mixtral',"),
-    ("build dense -o out --routers x", 2, "error: --routers must be one of 'balanced', 'random'"),
+    ("build dense -o out --routers x", 2, "error: --routers must be one of 'auto', 'balanced'"),
     ("build dense -o out --layout x", 2, "--layout"),
     ("build dense -o out --dtype int8", 2, "error: --dtype must be one of 'float32', 'bfloat16'"),
     ("build dense -o out --granularity 0", 2, "error: --granularity must be at least 1, got 0"),

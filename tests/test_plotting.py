@@ -15,6 +15,7 @@ from moe_fast import MoeConfig, MoeConfigError, MoeConstructionPlan, plan_moe_co
 from moe_fast.drawing.plotting import (
     SCALE,
     compute_router_similarity,
+    plot_curves,
     plot_load,
     plot_plan,
     plot_router_similarity,
@@ -260,3 +261,27 @@ def test_without_matplotlib_the_error_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "pictures need matplotlib: pip install 'moe-fast[plot]'\n"
+
+
+def test_curves_are_lines_that_the_legend_names():
+    curves = {"dense": [[0, 10, 20], [3.0, 2.9, 2.8]], "upcycled": np.array([[0, 20], [3.0, 2.5]])}
+    ax = plot_curves(curves, xlabel="seconds", ylabel="loss")
+    for line, points in zip(ax.lines, curves.values(), strict=True):
+        np.testing.assert_array_equal(line.get_data(), points)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["dense", "upcycled"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("seconds", "loss")
+    looks = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == len({style for _, style in looks}) == 2
+
+
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [
+        ([[0, 1, 2]], r"dense must have the shape \(2, num_points\), got \(1, 3\)"),
+        ([0, 1], r"dense must have 2 dimensions, got the shape \(2,\)"),
+        ([[0, 1], [1, np.nan]], r"dense must be finite, got nan at \[1, 1\]"),
+    ],
+)
+def test_a_curve_that_is_none_is_named(curve, message):
+    with pytest.raises(MoeConfigError, match=message):
+        plot_curves({"dense": curve})

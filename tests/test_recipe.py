@@ -166,7 +166,20 @@ def test_dtypes_are_called_as_elsewhere(text, dtype):
 def test_routers(method):
     prompts = "positive_prompts: "
     text = f"models: [{{source_model: a, {prompts}[x]}}, {{source_model: b, {prompts}[y]}}]\n"
-    assert request(f"{text}routers: {method}\n").routers.method == method
+    expected = "normal" if method == "auto" else method
+    assert request(f"{text}routers: {method}\n").routers.method == expected
+
+
+def test_routers_by_default():
+    assert request("models: [a]\n").routers == RouterStart("normal", logit_std=3)
+    assert request("models: [a]\nlogit_std: 1\n").routers == RouterStart("normal", logit_std=1)
+    assert request("models: [a]\ntexts: [t.txt]\n").routers.method == "calibrated"
+    kinds = "models: [{source_model: a, texts: [a.txt]}, {source_model: b, texts: [b.txt]}]\n"
+    assert request(kinds).routers == RouterStart("calibrated")
+    assert request("models: [a]\nsplit: random\n").routers == RouterStart("balanced")
+    assert request("models: [a]\nnum_experts: 1\nexperts_per_token: 1\n").routers == RouterStart(
+        "balanced"
+    )
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_request_comes_back_from_json_equal():
         (changed(max_shard_size=1.0), r"^m\.max_shard_size: must be an integer, got 1\.0$"),
         (
             changed(routers={"method": "zero"}),
-            r"^m\.routers\.method: must be one of balanced, random, uniform, .*, got 'zero'$",
+            r"^m\.routers\.method: must be one of auto, balanced, random, uniform, .*, got 'zero'$",
         ),
         (changed(routers="random"), r"^m\.routers: must be a mapping, got 'random'$"),
         (changed(surprise=1), r"^m\.surprise: unknown key; known are models, base, config"),

@@ -26,6 +26,7 @@ from moe_fast import (
     check_moe,
 )
 from moe_fast.demo import make_dense_model
+from moe_fast.request import choose_start
 from moe_fast.routing.sharpness import measure_logit_std, sharpen
 
 RNG = np.random.default_rng(0)
@@ -47,6 +48,41 @@ def logit_std(rows: np.ndarray, inputs: np.ndarray) -> float:
 def router(folder, layer: int = 0, name: str = "block_sparse_moe") -> np.ndarray:
     tensors = load_file(folder / "model.safetensors")
     return tensors[f"model.layers.{layer}.{name}.gate.weight"].astype(np.float32)
+
+
+def test_the_default_start_is_normal_and_sharp(dense, tmp_path):
+    build_moe(dense, tmp_path / "default", MoeConfig(8), seed=5)
+    build_moe(dense, tmp_path / "named", MoeConfig(8), routers="normal", logit_std=3, seed=5)
+    for layer in range(2):
+        rows = router(tmp_path / "default", layer)
+        assert rows.tobytes() == router(tmp_path / "named", layer).tobytes()
+        assert np.abs(rows.mean(axis=0)).max() < 1e-6
+    assert check_moe(tmp_path / "default").passed
+    request = json.loads((tmp_path / "default" / "moe_fast.json").read_text())["request"]
+    assert (request["routers"]["method"], request["routers"]["logit_std"]) == ("normal", 3)
+    build_moe(dense, tmp_path / "sharper", MoeConfig(8), logit_std=6, seed=5)
+    np.testing.assert_allclose(router(tmp_path / "sharper"), 2 * router(tmp_path / "default"))
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": 4, "config": MoeConfig(4, 4)}])
+def test_by_default_a_single_row_is_not_sharpened(dense, tmp_path, options):
+    options = {"config": MoeConfig(1, 1)} | options
+    build_moe(dense, tmp_path / "moe", **options)
+    build_moe(dense, tmp_path / "named", routers="balanced", **options)
+    assert router(tmp_path / "moe").tobytes() == router(tmp_path / "named").tobytes()
+    assert check_moe(tmp_path / "moe").passed
+
+
+def test_texts_make_the_default_start_calibrated():
+    assert RouterStart() == RouterStart("normal", logit_std=3)
+    assert RouterStart(texts="a text") == RouterStart("calibrated", texts="a text")
+    assert RouterStart(tokens="t.npy", logit_std=1).method == "calibrated"
+    kinds = [ExpertSource("a", texts=("one",)), ExpertSource("b", texts=("two",))]
+    assert choose_start("auto", {}, kinds).method == "calibrated"
+    assert choose_start("auto", {}, [ExpertSource("a")]) == RouterStart()
+    assert choose_start("auto", {}, kinds, parts=True) == RouterStart("balanced")
+    assert choose_start("balanced", {}, kinds) == RouterStart("balanced")
+    assert choose_start(RouterStart("means"), {"logit_std": 1.0}).logit_std == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from moe_fast.demo import make_demo as make_demo
     from moe_fast.demo import make_dense_model as make_dense_model
     from moe_fast.drawing.plotting import compute_router_similarity as compute_router_similarity
+    from moe_fast.drawing.plotting import plot_curves as plot_curves
     from moe_fast.drawing.plotting import plot_load as plot_load
     from moe_fast.drawing.plotting import plot_plan as plot_plan
     from moe_fast.drawing.plotting import plot_router_similarity as plot_router_similarity
@@ -106,7 +107,8 @@ HOMES = {
     "config": ("Dtype", "Layout", "MoeConfig", "RouterInit", "RoutingMethod"),
     "demo": ("make_demo", "make_dense_model"),
     "drawing.plotting": (
-        *("compute_router_similarity", "plot_load", "plot_plan", "plot_router_similarity"),
+        *("compute_router_similarity", "plot_curves", "plot_load", "plot_plan"),
+        "plot_router_similarity",
     ),
     "errors": (
         *("ArgumentTypeError", "CheckpointError", "MoeConfigError", "MoeFastError", "Problem"),

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from moe_fast.checks import as_choice, as_index, as_number, as_path_text
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
 
 ModelPath = str | os.PathLike[str]
 RouterMethod = Literal[
+    "auto",
     "balanced", "random", "uniform", "normal", "linear",
     "cheap_embed", "hidden",
     "calibrated", "clustered", "ridge", "means",
@@ -24,7 +25,7 @@ RouterMethod = Literal[
 ROUTER_METHODS: tuple[RouterMethod, ...] = get_args(RouterMethod)
 FROM_TEXT: tuple[RouterMethod, ...] = ("calibrated", "clustered", "ridge", "means")
 FROM_KINDS: tuple[RouterMethod, ...] = ("ridge", "means")
-LOGIT_STD_FROM_TEXT = 3.0
+DEFAULT_LOGIT_STD = 3.0
 TEXT_FILES = (".txt", ".md", ".jsonl")
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -62,9 +63,11 @@ class RouterStart:
     Parameters
     ----------
     method : str
-        `"balanced"`, `"random"` and `"uniform"` are those of `RouterInit`. `"normal"` draws from
-        the standard normal distribution, as mergekit-moe's `random` does. `"linear"` draws from
-        `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear` starts.
+        `"auto"` is `"calibrated"` where there is text, else `"normal"` with a `logit_std` of 3, and
+        the object says which. `"balanced"`, `"random"` and `"uniform"` are those of `RouterInit`.
+        `"normal"` draws from the standard normal distribution, as mergekit-moe's `random` does.
+        `"linear"` draws from `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear`
+        starts.
         `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
         of their tokens, or from what the router will read of them, which takes a run of the base
         model. The others make rows from what the routers will read of texts: `"calibrated"` draws
@@ -77,16 +80,16 @@ class RouterStart:
         any are chosen, root mean square over tokens. The tokens are those of the texts where some
         are given, those of the prompts for `"hidden"`, and else standard normal, one number for
         each of the hidden size. Rows are then multiplied by one factor a layer, after what they all
-        share is taken out of them, which no choice depends on. By default 3 for rows made from
-        texts; others keep the scale of their method.
+        share is taken out of them, which no choice depends on. By default 3 for `"auto"` and for
+        rows made from texts; others keep the scale of their method.
     texts : sequence of str
         Files of text, `.txt`, `.md` or `.jsonl`, or texts themselves, for rows that are made from
         texts, or whose `logit_std` is measured on them.
     tokens : str, optional
         In place of texts, a .npy file of tokens, `(sequences, length)`.
     tokens_used : int, optional
-        How many tokens rows are made from, spread evenly over the texts: by default 8192, or 40 for
-        each expert if that is more.
+        How many tokens rows are made from, spread evenly over the texts: by default 256 for
+        each expert, from 8192 to 32,768, and never fewer than 40 for each.
     device : str
         Where torch runs the model for it.
 
@@ -101,9 +104,11 @@ class RouterStart:
     >>> from moe_fast import RouterStart
     >>> RouterStart("normal", logit_std=3).from_prompts
     False
+    >>> RouterStart(texts=["Some text."]).method
+    'calibrated'
     """
 
-    method: RouterMethod = "balanced"
+    method: RouterMethod = "auto"
     logit_std: float | None = None
     texts: tuple[str, ...] = ()
     tokens: str | None = None
@@ -112,13 +117,15 @@ class RouterStart:
 
     def __post_init__(self) -> None:
         as_choice(self.method, ROUTER_METHODS, "routers")
-        if self.logit_std is None and self.method in FROM_TEXT:
-            object.__setattr__(self, "logit_std", LOGIT_STD_FROM_TEXT)
-        if self.logit_std is not None:
-            object.__setattr__(self, "logit_std", as_logit_std(self.logit_std, self.method))
         object.__setattr__(self, "texts", as_texts(self.texts))
         if self.tokens is not None:
             object.__setattr__(self, "tokens", as_path_text(self.tokens, "tokens"))
+        if self.logit_std is None and self.method in ("auto", *FROM_TEXT):
+            object.__setattr__(self, "logit_std", DEFAULT_LOGIT_STD)
+        if self.method == "auto":
+            object.__setattr__(self, "method", "calibrated" if self.has_text else "normal")
+        if self.logit_std is not None:
+            object.__setattr__(self, "logit_std", as_logit_std(self.logit_std, self.method))
         if self.texts and self.tokens is not None:
             raise MoeConfigError("must not be given beside tokens: one is read", argument="texts")
         if self.tokens_used is not None:
@@ -146,6 +153,30 @@ class RouterStart:
     def from_prompts(self) -> bool:
         """Whether the prompts of the experts make the rows."""
         return self.method in ("cheap_embed", "hidden")
+
+
+def choose_start(
+    routers: RouterMethod | RouterStart,
+    said: Mapping[str, Any],
+    experts: Sequence[ExpertSource] = (),
+    *,
+    num_rows: int = 2,
+    parts: bool = False,
+) -> RouterStart:
+    """A start with what is `said` of it besides its method, of so many rows.
+
+    `"auto"` takes the texts of the experts, too. It does not sharpen a single row, which has
+    nothing to be told apart from, nor rows for the `parts` of one network, whose sum wants equal
+    weights.
+    """
+    if isinstance(routers, RouterStart):
+        return replace(routers, **said)
+    if routers == "auto" and (parts or (num_rows < 2 and "logit_std" not in said)):
+        return RouterStart("balanced", **said)
+    start = RouterStart(routers, **said)
+    if routers == "auto" and any(expert.texts for expert in experts):
+        return replace(start, method="calibrated")
+    return start
 
 
 def as_logit_std(value: object, method: RouterMethod) -> float:

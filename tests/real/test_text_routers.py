@@ -93,7 +93,7 @@ def test_load_is_even_on_other_text_in_transformers(folder, tmp_path, method, dt
     moe = tmp_path / "moe"
     options = {"texts": folder / "used.txt", "tokens_used": 6000, "dtype": dtype}
     report = build_moe(folder / "a", moe, MoeConfig(8, 2), routers=method, **options)
-    build_moe(folder / "a", tmp_path / "balanced", MoeConfig(8, 2), dtype=dtype)
+    build_moe(folder / "a", tmp_path / "balanced", MoeConfig(8, 2), routers="balanced", dtype=dtype)
     other = bytes_of(folder / "other.txt")
     assert load_cv(tmp_path / "balanced", other) > 0.5
     assert load_cv(moe, other) < 0.3
@@ -131,6 +131,31 @@ def test_logits_are_as_sharp_as_asked_on_real_tokens(folder, tmp_path, method):
         found = layer.double().var(dim=-1, correction=0).mean().sqrt()
         assert float(found) == pytest.approx(5, rel=0.01)
     assert check_moe(tmp_path / "moe").passed
+
+
+@pytest.mark.parametrize("kind", ["array", "sequences"])
+def test_tokens_in_memory_are_those_of_a_file(folder, tmp_path, kind):
+    tokens = bytes_of(folder / "used.txt", 100).numpy()
+    np.save(tmp_path / "tokens.npy", tokens)
+    given = tokens if kind == "array" else [row.tolist() for row in tokens]
+    for name, each in {"file": tmp_path / "tokens.npy", "memory": given}.items():
+        build_moe(folder / "a", tmp_path / name, MoeConfig(4), tokens=each)
+        assert check_moe(tmp_path / name).passed
+    folders = tmp_path / "file", tmp_path / "memory"
+    rows, same = (load_file(each / "model.safetensors")[GATE.format(1)] for each in folders)
+    assert rows.tobytes() == same.tobytes()
+    said = f"{tokens.size} tokens with the SHA-256"
+    assert said in (tmp_path / "memory" / "moe_fast.json").read_text()
+    design = design_moe(folder / "a", MoeConfig(4), tokens=given)
+    assert design.read(GATE.format(1)).tobytes() == rows.tobytes()
+    reroute_moe(tmp_path / "memory", tmp_path / "again", tokens=given)
+    assert check_moe(tmp_path / "again").passed
+    for wrong, message in (
+        (tokens + 256 - tokens.max(), "tokens must be tokens of the model, 0 to 255, got 256"),
+        (tokens / 2, "tokens must be integers of shape"),
+    ):
+        with pytest.raises(MoeConfigError, match=message):
+            design_moe(folder / "a", MoeConfig(4), tokens=wrong)
 
 
 def test_same_seed_same_rows_and_another_seed_others(folder):
@@ -337,7 +362,8 @@ def test_a_finished_model_is_rerouted_evenly(folder, tmp_path, method, target):
     other = bytes_of(folder / "other.txt")
     assert load_cv(moe, other) > 0.6
     assert load_cv(tmp_path / "even", other) < 0.3
-    assert any("router load cv" in warning for warning in report.warnings)
+    assert min(report.routers.coefficient_of_variation_before) > 0.6
+    assert max(report.routers.coefficient_of_variation) < 0.3
     assert check_moe(tmp_path / "even").passed
     old, new = (load_file(f / "model.safetensors") for f in (moe, tmp_path / "even"))
     changed = {name for name in new if new[name].tobytes() != old[name].tobytes()}
@@ -352,10 +378,7 @@ def test_the_said_load_is_that_behind_the_new_routers(folder, tmp_path):
     report = reroute_moe(moe, tmp_path / "even", tokens=tmp_path / "tokens.npy", tokens_used=10**6)
     used = bytes_of(folder / "used.txt", 200)
     found = [load.std() / load.mean() for load in routed(tmp_path / "even", used)]
-    (line,) = (warning for warning in report.warnings if "router load cv" in warning)
-    said = [float(number) for number in re.findall(r"\d\.\d{4}", line.partition("before, ")[2])]
-    assert said[0] == pytest.approx(min(found), abs=2e-3)
-    assert said[-1] == pytest.approx(max(found), abs=2e-3)
+    assert report.routers.coefficient_of_variation == pytest.approx(found, abs=2e-3)
 
 
 def test_inspect_says_what_transformers_routes(folder, tmp_path):

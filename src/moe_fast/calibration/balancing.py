@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 ROUNDS = 80
 STEP, DECAY = 0.3, 0.97  # of the offsets, in standard deviations of the logits
+PIECE = 256  # tokens that are of one text, or mostly
+MOST_TOPICS = 8  # at most one of so many directions is a topic
 LEAST_LOAD = 0.01  # of an even one, below which a logarithm would leap
 
 
@@ -37,6 +39,31 @@ def remove_direction(rows: Floats, direction: Doubles) -> Floats:
     unit = direction / length
     wide = rows.astype(np.float64)
     return (wide - np.outer(wide @ unit, unit)).astype(np.float32)
+
+
+def topic_directions(inputs: Floats) -> Doubles:
+    """The directions in which pieces of `PIECE` tokens differ as wholes, `(n, H)`, orthonormal.
+
+    Rows that do not read them send each text evenly to all experts, and so other texts, too. They
+    are those of the pieces' means, greatest first, at right angles to the mean of all; at most an
+    eighth of all directions.
+    """
+    number, width = len(inputs) // PIECE, inputs.shape[1]
+    means = inputs[: number * PIECE].reshape(number, PIECE, width).mean(axis=1, dtype=np.float64)
+    if number < 2:
+        return np.zeros((0, width))
+    centred = (means - means.mean(axis=0)).astype(np.float32)
+    beside = remove_direction(centred, mean_input(inputs)).astype(np.float64)
+    _, sizes, directions = np.linalg.svd(beside, full_matrices=False)
+    real = sizes > 1e-6 * max(sizes[0], 1e-30)
+    found: Doubles = directions[real][: width // MOST_TOPICS]
+    return found
+
+
+def remove_span(rows: Floats, directions: Doubles) -> Floats:
+    """The rows without their parts along orthonormal `directions`, `(n, H)`."""
+    wide = rows.astype(np.float64)
+    return (wide - wide @ directions.T @ directions).astype(np.float32)
 
 
 def balance(

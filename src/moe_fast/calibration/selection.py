@@ -14,7 +14,8 @@ from moe_fast.errors import MoeConfigError
 
 LENGTH = 256  # tokens that are read together: many short pieces have more kinds of text in them
 LEAST_USED = 8192
-USED_PER_EXPERT = 40
+MOST_USED, USED_PER_EXPERT = 32_768, 256  # more experts get less each, and at least:
+LEAST_PER_EXPERT = 40
 FEWEST_PER_EXPERT = 20
 FEWEST_DISTINCT = 16
 HELD_OUT = 0.25  # of the tokens used, if the texts have as many more
@@ -53,7 +54,7 @@ def select_tokens(
     texts, tokens
         As `read_tokens` has them.
     tokens_used : int, optional
-        By default 8192, or 40 for each expert if that is more.
+        By default 256 for each expert, from 8192 to 32,768, and never fewer than 40 for each.
 
     Raises
     ------
@@ -80,7 +81,8 @@ def select_tokens(
             f"have {distinct} different ones",
             argument=argument,
         )
-    count = tokens_used or max(LEAST_USED, USED_PER_EXPERT * num_experts)
+    wanted = min(max(LEAST_USED, USED_PER_EXPERT * num_experts), MOST_USED)
+    count = tokens_used or max(wanted, LEAST_PER_EXPERT * num_experts)
     used, rest = spread(found, count)
     held_out, _ = spread(rest, int(HELD_OUT * used.num_tokens))
     return Selection((*used.sequences, *held_out.sequences), used.num_tokens)

@@ -36,6 +36,20 @@ MOST_TOGETHER = 2048  # tokens of a text that are read as one, unless the model 
 LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions")
 
 
+class TokensInMemory(str):
+    """Tokens that are no file's. As a string, which manifests keep, it says what they are."""
+
+    sequences: tuple[Tokens, ...]
+
+    @classmethod
+    def of(cls, tokens: Any) -> TokensInMemory:
+        """Those of arrays, as `given_tokens` reads them."""
+        found = TokenSequences(tuple(given_tokens(tokens)))
+        self = cls(f"{found.num_tokens} tokens with the SHA-256 {found.digest}")
+        self.sequences = found.sequences
+        return self
+
+
 @dataclass(frozen=True)
 class TokenSequences:
     """What a model is to read: sequences of tokens, each `(length,)`, of any lengths."""
@@ -273,6 +287,9 @@ class ChatTemplate:
 
 def given_tokens(tokens: Any) -> Iterator[Tokens]:
     """Tokens that are given as integers, a sequence at a time."""
+    if isinstance(tokens, TokensInMemory):
+        yield from tokens.sequences
+        return
     if isinstance(tokens, (str, os.PathLike)):
         path = as_path(tokens, "tokens")
         array = map_npy(path)

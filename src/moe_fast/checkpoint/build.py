@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from moe_fast.calibration.activations import stream_router_inputs
 from moe_fast.calibration.selection import select_tokens
+from moe_fast.calibration.texts import TokenArrays, TokensInMemory
 from moe_fast.checkpoint.card import distinct_names, file_metadata, model_card, model_name
 from moe_fast.checkpoint.clusters import Labels, cluster_neurons, read_labels, write_labels
 from moe_fast.checkpoint.construction import Construction, Split, open_sources, plan_experts
@@ -65,6 +66,7 @@ from moe_fast.request import (
     RouterMethod,
     RouterStart,
     as_texts,
+    choose_start,
 )
 from moe_fast.routing.health import (
     HealthRecord,
@@ -271,10 +273,10 @@ def build_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -340,7 +342,9 @@ def build_moe(
         Qwen2-MoE and Qwen3-MoE any, DeepSeek-MoE the first ones and, after them, all but every
         n-th.
     routers : str or RouterStart
-        How the routers start: `"balanced"`, `"random"` and `"uniform"` as `RouterInit` has them,
+        How the routers start: `"auto"` stands for `"calibrated"` where texts or tokens are given,
+        and else for `"normal"` with a `logit_std` of 3; with `split`, for `"balanced"`.
+        `"balanced"`, `"random"` and `"uniform"` are as `RouterInit` has them,
         `"normal"` drawn from the standard normal distribution, `"linear"` as `torch.nn.Linear`
         starts. `"cheap_embed"` and `"hidden"` make them from the prompts of each `ExpertSource`:
         from the embeddings of their tokens, or from what the routers will read of them, which takes
@@ -350,17 +354,19 @@ def build_moe(
         difference.
     logit_std : float, optional
         How sharp the routers start: the standard deviation over the experts of a token's logits, as
-        `RouterStart` has it. By default 3 for rows that are made from texts; others keep the scale
-        of their method.
+        `RouterStart` has it. By default 3 for `"auto"` and for rows that are made from texts;
+        others keep the scale of their method.
     texts : path, str or sequence of them
         What the routers start from where `routers` are made from texts, what `logit_std` is
         measured on, and what the load is predicted on: files that end in `.txt`, `.md` or `.jsonl`,
         or texts themselves. The base reads them, which needs torch and transformers.
-    tokens : path, optional
-        In place of texts, a `.npy` file of tokens, `(sequences, length)`.
+    tokens : array, sequence of arrays, or path, optional
+        In place of texts: integers, `(sequences, length)`, sequences of several lengths, or a
+        `.npy` file of such an array. The manifest keeps the digest of arrays.
     tokens_used : int, optional
-        How many of these tokens rows are made from, spread evenly over the texts: by default 8192,
-        or 40 for each expert if that is more. Of the others a quarter as many judge the load.
+        How many of these tokens rows are made from, spread evenly over the texts: by default 256
+        for each expert, from 8192 to 32,768, and never fewer than 40 for each. Of the others a
+        quarter as many judge the load.
     device : str, optional
         Where torch runs the base: `"cpu"`, the default, `"cuda"`, ...
     seed : int
@@ -451,7 +457,7 @@ def build_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -469,10 +475,10 @@ def design_moe(
     base: ModelPath | None = None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource] = (),
     dense_layers: Iterable[int] = (),
-    routers: RouterMethod | RouterStart = "balanced",
+    routers: RouterMethod | RouterStart = "auto",
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -508,7 +514,7 @@ def design_moe(
     """
     request = as_request(
         models, config, target, layout, dtype, base, shared_experts, dense_layers,
-        as_router_start(routers, logit_std, texts, tokens, tokens_used, device), seed,
+        routers, said_of_routers(logit_std, texts, tokens, tokens_used, device), seed,
         granularity, mix_copies, shuffle, reinit, reinit_sets, split, backbone,
         max_shard_size,
     )  # fmt: skip
@@ -524,7 +530,8 @@ def as_request(
     base: ModelPath | None,
     shared_experts: ModelPath | ExpertSource | Sequence[ModelPath | ExpertSource],
     dense_layers: Iterable[int],
-    routers: RouterStart,
+    routers: RouterMethod | RouterStart,
+    said: Mapping[str, Any],
     seed: int,
     granularity: int,
     mix_copies: bool,
@@ -556,7 +563,13 @@ def as_request(
         dtype=None if dtype is None else as_weight_dtype(dtype, "dtype"),
         shared_experts=as_expert_sources(shared_experts, "shared_experts"),
         dense_layers=as_layers(dense_layers),
-        routers=routers,
+        routers=choose_start(
+            routers,
+            said,
+            experts,
+            num_rows=config.num_experts // granularity,
+            parts=split is not None,
+        ),
         seed=as_index(seed, "seed"),
         granularity=as_granularity(granularity, config.num_experts),
         mix_copies=as_flag(mix_copies, "mix_copies"),
@@ -702,16 +715,16 @@ def stated_name(model: str) -> str:
     return name if isinstance(name, str) else ""
 
 
-def as_router_start(
-    routers: RouterMethod | RouterStart,
+def said_of_routers(
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
-) -> RouterStart:
-    """The argument `routers`, with what other arguments say of the start."""
-    start = routers if isinstance(routers, RouterStart) else RouterStart(routers)
+) -> dict[str, Any]:
+    """What arguments say of a start, by the names that `RouterStart` has for it."""
+    if not (tokens is None or isinstance(tokens, (str, os.PathLike))):
+        tokens = TokensInMemory.of(tokens)
     said: dict[str, Any] = {
         "logit_std": logit_std,
         "texts": as_texts(texts) or None,
@@ -719,7 +732,7 @@ def as_router_start(
         "tokens_used": tokens_used,
         "device": device,
     }
-    return replace(start, **{key: value for key, value in said.items() if value is not None})
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def as_layers(layers: Any) -> tuple[int, ...]:

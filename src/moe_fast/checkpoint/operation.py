@@ -23,6 +23,7 @@ from moe_fast.models.moe import MoeModel, language_key
 from moe_fast.models.readers import contents_of, warn_of_readers
 from moe_fast.reports import Report, frame_of
 from moe_fast.request import ModelPath, Request
+from moe_fast.routing.health import RouterHealth
 from moe_fast.storage.companions import find_companions, find_missing_code
 from moe_fast.storage.tensors import Weight
 
@@ -54,6 +55,8 @@ class OperationReport(Report):
     readers: tuple[Reader, ...] = field(repr=False)
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+    routers: RouterHealth | None = None
+    """How `reroute_moe` spread the tokens of a text; `None` without one, and elsewhere."""
 
     def to_frame(self) -> DataFrame:
         """The readers as a pandas data frame, one row a program.
@@ -74,6 +77,7 @@ class OperationDesign(Design):
     experts_per_layer: int = field(kw_only=True)
     experts_per_tok: int | None = field(kw_only=True)
     readers: tuple[Reader, ...] = field(kw_only=True, repr=False)
+    health: RouterHealth | None = field(default=None, kw_only=True, repr=False)
 
 
 def design_operation(
@@ -171,6 +175,7 @@ def perform(
         readers=design.readers,
         dry_run=writing.dry_run,
         warnings=(*warnings, *design.warnings, *warn_of_overflow(records)),
+        routers=design.health,
     )
 
 

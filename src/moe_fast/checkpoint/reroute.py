@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moe_fast.calibration.rerouted import Floats, is_choice_bias, stream_moe_inputs
-from moe_fast.calibration.texts import Tokens, TokenSequences
-from moe_fast.checkpoint.build import as_router_start
+from moe_fast.calibration.texts import TokenArrays, Tokens, TokenSequences
+from moe_fast.checkpoint.build import said_of_routers
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.neurons import RepeatedRows
 from moe_fast.checkpoint.operation import (
@@ -36,13 +36,13 @@ from moe_fast.request import (
     Request,
     RouterMethod,
     RouterStart,
+    choose_start,
 )
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode
 from moe_fast.storage.pieces import Piece, Remembered
 from moe_fast.storage.safetensors_header import Tensor
 from moe_fast.storage.tensors import Weight
-from moe_fast.wording import format_range
 
 __all__ = ["reroute_moe"]
 OF_SOURCES = ("cheap_embed", "hidden", "ridge", "means")
@@ -113,7 +113,7 @@ def reroute_moe(
     *,
     logit_std: float | None = None,
     texts: ModelPath | Sequence[ModelPath] = (),
-    tokens: ModelPath | None = None,
+    tokens: TokenArrays | None = None,
     tokens_used: int | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -171,7 +171,8 @@ def reroute_moe(
     >>> reroute_moe(f"{folder}/moe", f"{folder}/sharp", "normal", logit_std=3).num_experts
     4
     """
-    start = as_router_start(routers, logit_std, texts, tokens, tokens_used, device)
+    said = said_of_routers(logit_std, texts, tokens, tokens_used, device)
+    start = choose_start(routers, said=said)
     request = RerouteRequest(
         model=str(Path(model).absolute()),
         routers=start,
@@ -226,13 +227,8 @@ def design_rerouted(request: RerouteRequest, decisions: Facts | None = None) -> 
         warnings.append(f"layers that predict ahead keep their routers: {', '.join(ahead)}")
     health = None if digests else made.health
     if health is not None:
-        after, before = health.coefficient_of_variation, health.coefficient_of_variation_before
-        warnings += [
-            f"router load cv {format_range(before, 4)} before, {format_range(after, 4)} now (0 is "
-            f"even), on {health.num_tokens:,} {health.hidden_states}",
-            *health.warnings,
-        ]
-    return design_operation(
+        warnings += health.warnings
+    design = design_operation(
         request,
         model,
         weights,
@@ -246,6 +242,7 @@ def design_rerouted(request: RerouteRequest, decisions: Facts | None = None) -> 
         sentence=f"started its routers anew by the method {request.routers.method}",
         warnings=warnings,
     )
+    return replace(design, health=health)
 
 
 def context_of(model: MoeModel, layers: Sequence[MoeLayer], seed: int) -> MoeContext:

@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.calibration.activations import stream_router_inputs
-from moe_fast.calibration.balancing import Floats, balance, mean_input, remove_direction
+from moe_fast.calibration.balancing import (
+    Floats,
+    balance,
+    mean_input,
+    remove_direction,
+    remove_span,
+    topic_directions,
+)
 from moe_fast.calibration.clustering import spherical_k_means, unit_rows
 from moe_fast.calibration.kinds import mean_rows, ridge_rows
 from moe_fast.calibration.routers import PromptRows, make_prompt_rows
@@ -349,7 +356,7 @@ class TextRouters(Routers):
 
 
 class CalibratedRouters(TextRouters):
-    """Normal draws without the direction that all tokens share, their load evened."""
+    """Normal draws without the direction that all tokens share, nor topics; their load evened."""
 
     methods: ClassVar[tuple[RouterMethod, ...]] = ("calibrated",)
 
@@ -358,6 +365,7 @@ class CalibratedRouters(TextRouters):
     ) -> tuple[Floats, Floats]:
         rows, read = self.draw(layer), np.concatenate(inputs)
         without = remove_direction(rows, mean_input(read))
+        without = remove_span(without, topic_directions(read))
         return balance(without, read, self.context.num_experts_per_tok), rows
 
 

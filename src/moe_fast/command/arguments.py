@@ -64,7 +64,7 @@ TokensUsed = Annotated[
     typer.Option(
         metavar="N",
         help="How many of the tokens are used.",
-        show_default="8192, or 40 an expert",
+        show_default="256 an expert, 8192 to 32768",
     ),
 ]
 HiddenStates = Annotated[

@@ -144,7 +144,7 @@ def build(
             help=f"How routers start: {', '.join(ROUTER_METHODS)}.",
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
-    ] = "balanced",
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     granularity: Granularity = 1,
     mix_copies: Annotated[

@@ -239,6 +239,8 @@ def show_operation(report: OperationReport) -> None:
     }
     if not report.num_experts:
         pairs["experts"] = f"{report.num_experts_before} per layer to none: a dense model"
+    if report.routers is not None:
+        pairs["router load"] = describe_prediction(report.routers)
     show_pairs(pairs)
     show_readers(report.readers)
     if report.dry_run:

@@ -7,7 +7,7 @@ their order in grey print and for colour-blind readers, and small grids carry th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compute_router_similarity",
+    "plot_curves",
     "plot_load",
     "plot_plan",
     "plot_router_similarity",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 FONT_SIZE = 7.0
 POINTS_PER_INCH = 72.0
+DASHES = ("-", "--", "-.", ":")
 
 
 def plot_plan(
@@ -150,6 +152,55 @@ def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
 
     write_cells(image, text, characters=4)
     ax.set(xlabel="expert", ylabel="layer", title="Load per layer and expert")
+    return ax
+
+
+def plot_curves(
+    curves: Mapping[str, npt.ArrayLike],
+    ax: Axes | None = None,
+    *,
+    xlabel: str = "tokens",
+    ylabel: str = "held-out loss",
+) -> Axes:
+    """Losses, or whatever else changes in training, a line for each run.
+
+    Lines differ in colour, and in their dashes for grey print.
+
+    Parameters
+    ----------
+    curves : mapping of str to array_like, shape (2, num_points)
+        By the name that the legend has: where each point stands, and its value.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default new axes.
+    xlabel, ylabel : str
+        What the axes say.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without matplotlib.
+    TypeError, MoeConfigError
+        Curves that are not finite numbers of that shape.
+
+    Examples
+    --------
+    >>> from moe_fast import plot_curves
+    >>> ax = plot_curves({"dense": [[0, 1000], [2.9, 2.8]], "upcycled": [[0, 1000], [2.9, 2.7]]})
+    >>> [line.get_label() for line in ax.lines]
+    ['dense', 'upcycled']
+    """
+    arrays = {name: as_numbers(curve, name, dims=(2,)) for name, curve in curves.items()}
+    for name, points in arrays.items():
+        if len(points) != 2:
+            raise MoeConfigError(
+                f"must have the shape (2, num_points), got {points.shape}", argument=name
+            )
+    ax = axes_for(ax, (10, 10))
+    for number, (name, points) in enumerate(arrays.items()):
+        color = "black" if number == 0 else MODEL_COLORS[(number - 1) % len(MODEL_COLORS)]
+        ax.plot(*points, DASHES[number % len(DASHES)], color=color, label=name, linewidth=1.4)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=FONT_SIZE)
     return ax
 
 

@@ -29,6 +29,7 @@ from moe_fast.request import (
     ExpertSource,
     RouterMethod,
     RouterStart,
+    choose_start,
 )
 from moe_fast.storage.hub import find_model
 
@@ -273,7 +274,7 @@ def find_unused(keys: RecipeKeys) -> Mistakes:
     texts = find("texts of an expert", "texts")
     return [
         *([] if RouterStart(method).from_prompts else prompts),
-        *([] if method in FROM_TEXT else texts),
+        *([] if method in ("auto", *FROM_TEXT) else texts),
     ]
 
 
@@ -350,8 +351,11 @@ def as_config(keys: RecipeKeys) -> MoeConfig:
 
 
 def as_router_start(keys: RecipeKeys) -> RouterStart:
-    given = {name: value for name in OF_ROUTERS if (value := getattr(keys, name)) is not None}
-    return RouterStart(choose_routers(keys)[0], **given)
+    said = {name: value for name in OF_ROUTERS if (value := getattr(keys, name)) is not None}
+    experts = [ExpertSource(e.source_model, texts=e.texts or ()) for e in keys.models or ()]
+    num_rows = as_config(keys).num_experts // (keys.granularity or 1)
+    parts = keys.split is not None
+    return choose_start(choose_routers(keys)[0], said, experts, num_rows=num_rows, parts=parts)
 
 
 def choose_routers(keys: RecipeKeys) -> tuple[RouterMethod, str]:
@@ -360,7 +364,7 @@ def choose_routers(keys: RecipeKeys) -> tuple[RouterMethod, str]:
         return GATE_MODES[keys.gate_mode], f"gate_mode {keys.gate_mode}"
     if keys.routers is not None:
         return keys.routers, f"routers {keys.routers}"
-    method: RouterMethod = "balanced" if keys.experts is None else "hidden"
+    method: RouterMethod = "auto" if keys.experts is None else "hidden"
     return method, f"routers {method} (the default)"
 
 
