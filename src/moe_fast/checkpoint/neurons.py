@@ -249,8 +249,9 @@ class Redrawn:
 
     def held(self) -> list[memoryview]:
         """The same blocks, read at once."""
-        (whole,) = map(memoryview, read_in_blocks((self.source,), self.nbytes))
-        return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
+        (block,) = read_in_blocks((self.source,), self.nbytes)
+        whole, size = memoryview(block), self.block_nbytes
+        return [whole[start : start + size] for start in range(0, self.nbytes, size)]
 
     def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:
         """Each block as bits, and which of its rows or columns are among the chosen neurons."""
