@@ -250,8 +250,8 @@ class Redrawn:
     def held(self) -> list[memoryview]:
         """The same blocks, read at once."""
         (block,) = read_in_blocks((self.source,), self.nbytes)
-        whole = memoryview(block)
-        return [whole[i : i + self.block_nbytes] for i in range(0, self.nbytes, self.block_nbytes)]
+        whole, size = memoryview(block), self.block_nbytes
+        return [whole[start : start + size] for start in range(0, self.nbytes, size)]
 
     def matrices(self, chosen: Indices, blocks: Blocks) -> Iterator[tuple[Bits, Indices]]:
         """Each block as bits, and which of its rows or columns are among the chosen neurons."""
