@@ -18,6 +18,7 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite")
 FFN = ("gate_proj", "up_proj", "down_proj")
 ROUTERS = (
     "mlp.gate",
+    "mlp.router.gate",
     "block_sparse_moe.gate",
     "block_sparse_moe.router.layer",
     "block_sparse_moe.router",
@@ -104,7 +105,7 @@ class Model:
 
     def rotate(self, x: np.ndarray, layer: int) -> np.ndarray:
         half = self.head_dim // 2
-        theta = self.config.get("layer_rope_theta", {layer: self.config["rope_theta"]})[layer]
+        theta = self.rope_theta(layer)
         if theta == 0:
             return x
         frequencies = theta ** (-np.arange(half) / half)
@@ -121,8 +122,20 @@ class Model:
             assert kind == "default", kind
         angles = np.arange(x.shape[1])[:, None] * frequencies
         cos, sin = np.cos(angles), np.sin(angles)
+        if self.kind == "ernie4_5_moe":  # neighbours turn together
+            first, second = x[..., ::2], x[..., 1::2]
+            turned = first * cos - second * sin, second * cos + first * sin
+            return np.stack(turned, axis=-1).reshape(x.shape)
         first, second = x[..., :half], x[..., half:]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def rope_theta(self, layer: int) -> float:
+        """The base of a layer's rotary embedding; 0 if it has none."""
+        if "layer_rope_theta" in self.config:
+            return self.config["layer_rope_theta"][layer]
+        if "rope_theta" in self.config:
+            return self.config["rope_theta"]
+        return self.config["rope_parameters"][self.config["layer_types"][layer]]["rope_theta"]
 
     def feed_forward(self, x: np.ndarray, prefix: str) -> np.ndarray:
         if self.kind in DENSE or f"{prefix}mlp.gate_proj.weight" in self.weights:

@@ -158,7 +158,7 @@ def test_files_and_tensors(dense, tmp_path):
     with pytest.raises(CheckpointError, match="intermediate_size is 256") as caught:
         build_moe([dense, tmp_path / "wide"], tmp_path / "moe")
     assert caught.value.file == tmp_path / "wide" / "model.safetensors"
-    assert caught.value.tensor == "model.layers.0.mlp.gate_proj.weight"
+    assert caught.value.tensor == "model.layers.0.mlp.up_proj.weight"
     file = tmp_path / "wide" / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"X32"', 1))

@@ -172,7 +172,7 @@ def an_moe(folder):
     (without_config, "dense: is not a model folder: it has no config.json$"),
     (with_gguf, "holds model.gguf, and GGUF is not read: load it with transformers .*gguf_file="),
     (with_a_pickle, "pytorch_model.bin, a pickle file.*save the model as safetensors"),
-    (of_another_kind, "model_type 'gpt2' is not supported; supported are .*llama, mistral"),
+    (of_another_kind, "model_type 'gpt2' is not supported; supported are .*llama, .*mistral"),
     (an_moe, r"the model \(mixtral\) is a Mixture of Experts already; .* from dense models"),
 ])  # fmt: skip
 def test_a_folder_that_is_no_dense_model(dense, change, message):

@@ -413,7 +413,10 @@ def test_shards_that_are_broken_are_all_named(dense):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": None}, "model_type None is not supported; supported are .*llama, mistral"),
+        (
+            {"model_type": None},
+            "model_type None is not supported; .*llama, .*mistral",
+        ),
         ({"model_type": ["llama"] * 10**5}, "model_type .* is not supported"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, the safetensors hold 20"),
         ({"num_hidden_layers": 10**4000}, "num_hidden_layers is 1000+.*at least 1"),

@@ -249,7 +249,12 @@ REFUSALS = [
         r"gate_proj\.bias': Mixtral has no place for FFN bias",
     ),
     ("llama", {"head_dim": 20}, "qwen2_moe", r"head_dim is 20; readers of Qwen2-MoE take .*48 / 4"),
-    ("llama", {"rope_scaling": LLAMA3}, "deepseek", "rope_type is 'llama3'; DeepSeek-MoE has def"),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3},
+        "deepseek",
+        "rope_type is 'llama3'; DeepSeek-MoE has only",
+    ),
     ("mistral", {"sliding_window": 7}, "granitemoe", "sliding_window is 7; GraniteMoE has none"),
     (
         "qwen2",
@@ -396,7 +401,7 @@ def test_llama_and_mistral_experts_go_together(tmp_path):
 MISFITS = [
     (
         {"intermediate_size": 64},
-        r"gate_proj\.weight' has the shape \[64, 48\]: intermediate_size is 64",
+        r"up_proj\.weight' has the shape \[64, 48\]: intermediate_size is 64",
     ),
     (
         {"num_key_value_heads": 4},

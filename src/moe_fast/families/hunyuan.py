@@ -12,7 +12,14 @@ from moe_fast.config import Layout
 from moe_fast.families.config import Sizes
 from moe_fast.families.dense import FFN, QKVO
 from moe_fast.families.experts import ExpertAxis
-from moe_fast.families.moe import DEFAULTS_OF_MOE, LayerLists, Parts, as_count, ffn_shapes
+from moe_fast.families.moe import (
+    DEFAULTS_OF_MOE,
+    LayerLists,
+    Parts,
+    as_count,
+    biases_of,
+    ffn_shapes,
+)
 from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes
@@ -165,7 +172,9 @@ class HyV3(LayerLists):
         width = as_count(config, "num_shared_experts", 1) * as_count(
             config, "moe_intermediate_size"
         )
-        return {"mlp.expert_bias": (experts,)} | ffn_shapes("mlp.shared_mlp", width, hidden)
+        shapes = ffn_shapes("mlp.shared_mlp", width, hidden)
+        biases = biases_of(shapes) if config.get("mlp_bias") else {}
+        return {"mlp.expert_bias": (experts,)} | shapes | biases
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         shards = parts.granularity

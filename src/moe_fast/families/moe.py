@@ -562,6 +562,11 @@ def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) ->
     return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
 
 
+def biases_of(shapes: Shapes) -> Shapes:
+    """The biases beside these weights."""
+    return {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}
+
+
 def ffn_shapes(prefix: str, width: int, hidden: int) -> Shapes:
     down = FFN[-1]
     return {

@@ -12,7 +12,7 @@ from moe_fast.families.config import Sizes
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, UP_DOWN, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
-from moe_fast.families.moe import ExpertTensor, Parts, as_count
+from moe_fast.families.moe import ExpertTensor, Parts, as_count, biases_of
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
@@ -260,14 +260,14 @@ class NemotronHMoe(GroupedExperts, Twin):
             self.expert_input(config, hidden),
         )
         shapes: Shapes = {
-            f"mixer.{BIAS}": (experts,),
             f"mixer.shared_experts.{UP}.weight": (width, hidden),
             f"mixer.shared_experts.{DOWN}.weight": (hidden, width),
         }
         if config.get("moe_latent_size") is not None:
             shapes["mixer.fc1_latent_proj.weight"] = (inner, hidden)
             shapes["mixer.fc2_latent_proj.weight"] = (hidden, inner)
-        return shapes
+        biases = biases_of(shapes) if config.get("mlp_bias") else {}
+        return {f"mixer.{BIAS}": (experts,)} | shapes | biases
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         if reader == VLLM:
