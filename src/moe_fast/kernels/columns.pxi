@@ -1,5 +1,5 @@
-# Some columns of a matrix of 16 or 32 bits, taken and put back, row after row. NumPy's indexing does
-# the same a number at a time.
+# Some columns of a matrix of 16 or 32 bits, taken and put back, row after row. NumPy's indexing
+# does the same a number at a time.
 
 ctypedef fused word:
     uint16_t
