@@ -3,7 +3,8 @@
 That writes the source of six functions for each class and compiles every one, which for the classes
 of a build takes a third as long as loading NumPy. Here only `__init__` is compiled; the others are
 the same functions for all classes. Type checkers see dataclasses, and `fields`, `replace` and
-`asdict` do too.
+`asdict` do too. What makes the documentation does not: classes that users make have dataclasses of
+the standard library.
 """
 
 from __future__ import annotations

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from moe_fast.checks import as_choice, as_index, as_number, as_path_text
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
-from moe_fast.records import dataclass
 
 ModelPath = str | os.PathLike[str]
 RouterMethod = Literal[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, Literal, ParamSpec, TypedDict, cast
 
@@ -13,7 +14,6 @@ import numpy.typing as npt
 from moe_fast.checks import as_index, as_number
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
-from moe_fast.records import dataclass
 from moe_fast.routing.arrays import as_array, find_encoding, widen_bfloat16
 
 __all__ = ["DropPolicy", "RoutingOptions", "Scores"]
