@@ -64,6 +64,8 @@ EMULATED __m512i setr_epi64(const long long *x) { Words8 v; EACH(8) v[i] = x[i];
 
 EMULATED __m512i loadu_si512(const void *from) { return (__m512i)loadu_ps(from); }
 
+EMULATED __m512d cvtps_pd(__m256 x) { __m512d v; EACH(8) v[i] = x[i]; return v; }
+
 EMULATED unsigned cmpeq_epi32(__m512i x, __m512i y) {
     unsigned bits = 0;
     EACH(16) bits |= (unsigned)(((Words16)x)[i] == ((Words16)y)[i]) << i;
@@ -109,9 +111,11 @@ EMULATED __m256d extractf64x4(__m512d v, int half) {
 #undef _mm512_setr_epi64
 #undef _mm512_shuffle_ps
 #define _mm512_add_epi32(x, y) ((__m512i)((Words16)(x) + (Words16)(y)))
+#define _mm512_add_epi64(x, y) ((__m512i)((Words8)(x) + (Words8)(y)))
 #define _mm512_add_pd(x, y) ((x) + (y))
 #define _mm512_add_ps(x, y) ((x) + (y))
 #define _mm512_castpd_ps(v) ((__m512)(v))
+#define _mm512_castpd_si512(v) ((__m512i)(v))
 #define _mm512_castps256_ps512(v) ((__m512)insertf64x4((__m512d){0}, (__m256d)(v), 0))
 #define _mm512_castps512_ps256(v) ((__m256)extractf64x4((__m512d)(v), 0))
 #define _mm512_castps_pd(v) ((__m512d)(v))
@@ -120,6 +124,7 @@ EMULATED __m256d extractf64x4(__m512d v, int half) {
 #define _mm512_cmp_pd_mask cmp_mask_pd
 #define _mm512_cmp_ps_mask cmp_mask_ps
 #define _mm512_cmpeq_epi32_mask cmpeq_epi32
+#define _mm512_cvtps_pd cvtps_pd
 #define _mm512_extractf64x4_pd extractf64x4
 #define _mm512_insertf64x4 insertf64x4
 #define _mm512_loadu_pd loadu_pd
