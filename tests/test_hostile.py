@@ -28,6 +28,7 @@ from moe_fast.command import cli  # noqa: F401  # declares the commands
 from moe_fast.command.application import make_application
 from moe_fast.command.declaration import COMMANDS
 from moe_fast.demo import make_dense_model
+from moe_fast.families.registry import dense_families
 from moe_fast.models.folder import read_checkpoint
 from moe_fast.storage import safetensors_header as header_module
 from moe_fast.storage.safetensors_header import read_header
@@ -464,6 +465,13 @@ def test_configuration_values(dense, changes, match):
     finally:
         sys.set_int_max_str_digits(4300)
     refused(dense, match)
+
+
+@pytest.mark.parametrize("family", dense_families())
+def test_a_number_of_layers_from_a_file_is_not_counted_up_to(dense, family):
+    edit_config(dense, model_type=family, num_hidden_layers=10**15)
+    with pytest.raises(CheckpointError, match="config.json"):
+        build_moe(dense, dense.parent / "moe")
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,6 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     config = family.with_defaults(config)
     check_values(config, config_file)
     sizes = family.read_sizes(config, config_file)
-    rope = family.read_rope(config, sizes, config_file)
-    if family.interleaved and int(sizes.head_dim * rope.partial) % 2:
-        raise CheckpointError(
-            f"partial_rotary_factor turns {int(sizes.head_dim * rope.partial)} of a head's "
-            f"{sizes.head_dim}; it must turn pairs",
-            file=config_file,
-        )
     stored = read_checkpoint(folder)
     wrapper = None
     if config_is_inner(whole):
@@ -82,6 +75,13 @@ def open_dense_model(path: str | os.PathLike[str]) -> DenseModel:
     of_scales = {f"{name}{SCALE}" for name in scales}
     stored = {name: tensor for name, tensor in stored.items() if name not in of_scales}
     tensors = check_tensors(folder, family, config, sizes, stored, scales)
+    rope = family.read_rope(config, sizes, config_file)
+    if family.interleaved and int(sizes.head_dim * rope.partial) % 2:
+        raise CheckpointError(
+            f"partial_rotary_factor turns {int(sizes.head_dim * rope.partial)} of a head's "
+            f"{sizes.head_dim}; it must turn pairs",
+            file=config_file,
+        )
     windows = read_windows(family, config, sizes, config_file)
     multipliers = family.read_multipliers(config, sizes)
     return DenseModel(
@@ -188,17 +188,20 @@ def check_tensors(
     present = {family.name_here(name): tensor for name, tensor in stored.items()}
     numbers = {name.split(".")[2] for name in present if name.startswith("model.layers.")}
     layers = sizes.num_hidden_layers
+    too_many = CheckpointError(
+        f"config.json has num_hidden_layers {layers}, "
+        f"the safetensors hold {len(stored)} tensors of {len(numbers)} layers",
+        file=folder,
+    )
+    # Before looping over a number from a file: that many layers must be able to be there.
+    if layers > len(numbers):
+        raise too_many
     with_ffn = family.ffn_layers(sizes, config)
     first = family.layer_shapes(sizes, config, 0) | family.ffn_shapes(sizes, config)
     # Where layers are alike; one that has no FFN may have a few tensors alone.
     per_layer = len(family.stored(first)) if len(with_ffn) == layers else 1
-    # Before looping over a number from a file: that many layers must be able to be there.
-    if layers > len(numbers) or layers * per_layer > 2 * len(stored):
-        raise CheckpointError(
-            f"config.json has num_hidden_layers {layers}, "
-            f"the safetensors hold {len(stored)} tensors of {len(numbers)} layers",
-            file=folder,
-        )
+    if layers * per_layer > 2 * len(stored):
+        raise too_many
     expected = dict(family.outer_shapes(sizes, config))
     for layer in range(layers):
         shapes = family.layer_shapes(sizes, config, layer)
