@@ -470,7 +470,7 @@ def test_configuration_values(dense, changes, match):
 @pytest.mark.parametrize("family", dense_families())
 def test_a_number_of_layers_from_a_file_is_not_counted_up_to(dense, family):
     edit_config(dense, model_type=family, num_hidden_layers=10**15)
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         build_moe(dense, dense.parent / "moe")
 
 
