@@ -9,10 +9,10 @@ from moe_fast.config import Layout
 from moe_fast.families.config import Sizes
 from moe_fast.families.dense import FFN, NORMS_BEFORE
 from moe_fast.families.experts import BIAS, ExpertAxis
-from moe_fast.families.glm import GroupedExperts
+from moe_fast.families.glm import LatentExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
 from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, VLLM, Rules
-from moe_fast.families.twins import LATENT, OwnBlocks, Twin
+from moe_fast.families.twins import LATENT, OwnBlocks
 from moe_fast.storage.tensors import Weight
 
 
@@ -165,7 +165,7 @@ class Youtu(OwnBlocks):
         return found | {f"{norm}.weight": (hidden,) for norm in NORMS_BEFORE}
 
 
-class DeepSeekV3(GroupedExperts, Twin):
+class DeepSeekV3(LatentExperts):
     """DeepSeek-V3 (2412.19437)."""
 
     name = "deepseek_v3"
@@ -221,20 +221,14 @@ class DeepSeekV3(GroupedExperts, Twin):
         "pretraining_tp": "int | None",
         "topk_group": "int | None",
     }
-    dense_twin = "youtu"
-    blocks = LATENT
-    dropped = ("embedding_initializer_range",)
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         if reader == VLLM:
             yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
-        spread = parts.base.config["initializer_range"]
         return {
             **super().own_config(parts),
-            "num_experts_per_tok": parts.config.num_experts_per_tok,
-            "initializer_range": 0.02 if spread is None else spread,
             # vLLM has a bias of selection where these say so.
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",

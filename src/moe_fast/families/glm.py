@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_fast.families.dense import DEFAULTS, FFN, FUSED_GATE_UP, QKV, DenseFamily
+from moe_fast.families.dense import DEFAULTS, FUSED_GATE_UP, QKV, DenseFamily
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
@@ -19,6 +19,7 @@ from moe_fast.families.moe import (
     Shapes,
     as_count,
     ffn_shapes,
+    shared_or_silent,
 )
 from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import LATENT, Twin
@@ -48,11 +49,7 @@ class GroupedExperts(MoeFamily):
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         bias = Weight.zeros("F32", (parts.num_experts,))
         yield "mlp.gate.e_score_correction_bias", bias
-        for role in FFN:
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, parts.expert_width, role)
+        for role, weight in shared_or_silent(parts, layer, parts.expert_width):
             yield f"mlp.shared_experts.{role}.weight", weight
 
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:
@@ -134,7 +131,23 @@ class Glm4Moe(GroupedExperts):
         }
 
 
-class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
+class LatentExperts(GroupedExperts, Twin):
+    """What the families with latent attention share: their dense twin is Youtu-LLM."""
+
+    dense_twin = "youtu"
+    blocks = LATENT
+    dropped = ("embedding_initializer_range",)
+
+    def own_config(self, parts: Parts) -> dict[str, Any]:
+        spread = parts.base.config["initializer_range"]
+        return {
+            **super().own_config(parts),
+            "num_experts_per_tok": parts.config.num_experts_per_tok,
+            "initializer_range": 0.02 if spread is None else spread,
+        }
+
+
+class Glm4MoeLite(LayerLists, LatentExperts):
     """GLM-4.7-Flash (2026): the experts of GLM-4.5-MoE with latent attention."""
 
     name = "glm4_moe_lite"
@@ -187,9 +200,6 @@ class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
         "rope_interleave": "bool",
         "v_head_dim": "int",
     }
-    dense_twin = "youtu"
-    blocks = LATENT
-    dropped = ("embedding_initializer_range",)
     first_is_dense = counts_first = True
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
@@ -198,11 +208,8 @@ class Glm4MoeLite(LayerLists, GroupedExperts, Twin):
             yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
-        spread = parts.base.config["initializer_range"]
         return {
             **super().own_config(parts),
-            "num_experts_per_tok": parts.config.num_experts_per_tok,
-            "initializer_range": 0.02 if spread is None else spread,
             "partial_rotary_factor": 1.0,
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import Multipliers, Rope, Sizes, is_number
-from moe_fast.families.dense import DEFAULTS, FFN, NORMS_BEFORE, QKVO, DenseFamily
+from moe_fast.families.dense import DEFAULTS, NORMS_BEFORE, QKVO, DenseFamily
 from moe_fast.families.experts import GRANITE_STACKED, ExpertAxis
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
@@ -21,6 +21,7 @@ from moe_fast.families.moe import (
     Shapes,
     as_count,
     num_experts,
+    shared_or_silent,
     stacks,
 )
 from moe_fast.families.rules import (
@@ -380,12 +381,7 @@ class GraniteMoeHybrid(Twin):
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         width, hidden = self.shared_width(parts), parts.base.sizes.hidden_size
-        gate, up, down = (
-            parts.shared_ffn(layer, role)
-            if parts.shared_experts
-            else parts.silent_ffn(layer, width, role)
-            for role in FFN
-        )
+        gate, up, down = (weight for _, weight in shared_or_silent(parts, layer, width))
         yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
         yield "shared_mlp.output_linear.weight", down
 

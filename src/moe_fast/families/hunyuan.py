@@ -19,6 +19,7 @@ from moe_fast.families.moe import (
     as_count,
     biases_of,
     ffn_shapes,
+    shared_or_silent,
 )
 from moe_fast.families.moe import Shapes as MoeShapes
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_4, TRANSFORMERS_5, VLLM, Rules
@@ -160,11 +161,7 @@ class HyV3(LayerLists):
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         yield "mlp.expert_bias", Weight.zeros("F32", (parts.num_experts,))
-        for role in FFN:
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, parts.expert_width, role)
+        for role, weight in shared_or_silent(parts, layer, parts.expert_width):
             yield f"mlp.shared_mlp.{role}.weight", weight
 
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> MoeShapes:

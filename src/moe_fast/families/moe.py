@@ -562,6 +562,17 @@ def joined(weights: Sequence[Weight], tensor: ExpertTensor, num_experts: int) ->
     return Weight.stacked(weights, (num_experts, rows * len(weights) // num_experts, columns))
 
 
+def shared_or_silent(
+    parts: Parts, layer: int, width: int, roles: Sequence[str] = FFN
+) -> Iterator[tuple[str, Weight]]:
+    """The shared experts by role; where none is asked for, one of this width that adds nothing."""
+    for role in roles:
+        if parts.shared_experts:
+            yield role, parts.shared_ffn(layer, role)
+        else:
+            yield role, parts.silent_ffn(layer, width, role)
+
+
 def biases_of(shapes: Shapes) -> Shapes:
     """The biases beside these weights."""
     return {f"{name.removesuffix('weight')}bias": shape[:1] for name, shape in shapes.items()}

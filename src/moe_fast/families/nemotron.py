@@ -12,7 +12,13 @@ from moe_fast.families.config import Sizes
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, UP_DOWN, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
-from moe_fast.families.moe import ExpertTensor, Parts, as_count, biases_of
+from moe_fast.families.moe import (
+    ExpertTensor,
+    Parts,
+    as_count,
+    biases_of,
+    shared_or_silent,
+)
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
@@ -246,11 +252,8 @@ class NemotronHMoe(GroupedExperts, Twin):
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         yield f"mixer.{BIAS}", Weight.zeros("F32", (parts.num_experts,))
-        for role in (UP, DOWN):
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, self.shared_width(parts), role)
+        width = self.shared_width(parts)
+        for role, weight in shared_or_silent(parts, layer, width, (UP, DOWN)):
             yield f"mixer.shared_experts.{role}.weight", weight
 
     def shared_shapes(self, config: Mapping[str, Any], hidden: int) -> Shapes:

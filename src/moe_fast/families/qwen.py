@@ -8,7 +8,7 @@ from typing import Any
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
 from moe_fast.families.config import Sizes
-from moe_fast.families.dense import DEFAULTS, FFN, NORMS_BEFORE, QKV, QKVO, DenseFamily
+from moe_fast.families.dense import DEFAULTS, NORMS_BEFORE, QKV, QKVO, DenseFamily
 from moe_fast.families.experts import WHOLE, ExpertAxis
 from moe_fast.families.moe import (
     DEFAULTS_OF_MOE,
@@ -18,6 +18,7 @@ from moe_fast.families.moe import (
     as_count,
     ffn_shapes,
     num_experts,
+    shared_or_silent,
 )
 from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Twin, attention_shapes, read_kinds
@@ -119,11 +120,7 @@ class GatedSharedExpert(MoeFamily):
     silent_width = 256
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
-        for role in FFN:
-            if parts.shared_experts:
-                weight = parts.shared_ffn(layer, role)
-            else:
-                weight = parts.silent_ffn(layer, self.shared_width(parts), role)
+        for role, weight in shared_or_silent(parts, layer, self.shared_width(parts)):
             yield f"mlp.shared_expert.{role}.weight", weight
         yield "mlp.shared_expert_gate.weight", parts.shared_gate(layer)
 

@@ -130,12 +130,11 @@ class Zeros:
 
 
 @dataclass(frozen=True, slots=True)
-class PairsToHalves:
-    """Rows of queries or keys for a rotary embedding that turns row `i` with `i + rotated / 2`.
+class ReorderedHeads:
+    """Rows of queries or keys, those that a rotary embedding turns in another order.
 
-    In the source it turns neighbours, 0 with 1 and 2 with 3 (Su et al. 2021). Attention is the
-    same, since queries and keys are rearranged alike. Of each head's `head_dim` rows, the first
-    `rotated` are turned; the others stay where they are.
+    Attention is the same, since queries and keys are rearranged alike. Of each head's `head_dim`
+    rows, the first `rotated` are turned; the others stay where they are.
     """
 
     source: Piece
@@ -147,37 +146,36 @@ class PairsToHalves:
     def nbytes(self) -> int:
         return self.source.nbytes
 
+    def turned(self) -> npt.NDArray[np.int64]:
+        """The rows of a head in the source that are turned, in the order that they get."""
+        raise NotImplementedError
+
     def chunks(self) -> Iterator[memoryview]:
-        turned = np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)
-        yield from reordered_heads(self, turned)
+        order = np.concatenate([self.turned(), np.arange(self.rotated, self.head_dim)])
+        for head in read_in_blocks((self.source,), self.head_dim * self.row_nbytes):
+            rows = np.frombuffer(head, np.uint8).reshape(self.head_dim, self.row_nbytes)
+            yield rows[order].reshape(-1).data
 
 
-@dataclass(frozen=True, slots=True)
-class HalvesToPairs:
+class PairsToHalves(ReorderedHeads):
+    """For an embedding that turns row `i` with `i + rotated / 2`.
+
+    In the source it turns neighbours, 0 with 1 and 2 with 3 (Su et al. 2021).
+    """
+
+    __slots__ = ()
+
+    def turned(self) -> npt.NDArray[np.int64]:
+        return np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)
+
+
+class HalvesToPairs(ReorderedHeads):
     """The opposite of `PairsToHalves`."""
 
-    source: Piece
-    row_nbytes: int
-    head_dim: int
-    rotated: int
+    __slots__ = ()
 
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    def chunks(self) -> Iterator[memoryview]:
-        turned = np.arange(self.rotated).reshape(2, -1).T.reshape(-1)
-        yield from reordered_heads(self, turned)
-
-
-def reordered_heads(
-    piece: PairsToHalves | HalvesToPairs, turned: npt.NDArray[np.int64]
-) -> Iterator[memoryview]:
-    """The rows of each head, those that are `turned` in this order."""
-    order = np.concatenate([turned, np.arange(piece.rotated, piece.head_dim)])
-    for head in read_in_blocks((piece.source,), piece.head_dim * piece.row_nbytes):
-        rows = np.frombuffer(head, np.uint8).reshape(piece.head_dim, piece.row_nbytes)
-        yield rows[order].reshape(-1).data
+    def turned(self) -> npt.NDArray[np.int64]:
+        return np.arange(self.rotated).reshape(2, -1).T.reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
