@@ -27,7 +27,13 @@ def read_floors() -> list[list[str]]:
 
 def find_modules() -> dict[str, Path]:
     """Every module by its name in the package, the package's own roof left out."""
-    files = (file for file in SOURCE.rglob("*.py") if file.parent != SOURCE or file.stem[0] != "_")
+    # A wheel carries the examples: scripts that use the package, no part of it.
+    scripts = SOURCE / "examples"
+    files = (
+        file
+        for file in SOURCE.rglob("*.py")
+        if file.parent != scripts and (file.parent != SOURCE or file.stem[0] != "_")
+    )
     found = {}
     for file in files:
         parts = file.relative_to(SOURCE).with_suffix("").parts
