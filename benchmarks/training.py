@@ -107,12 +107,12 @@ def all_runs() -> Iterator[Run]:
     for seed in (1, 2):
         for run in (LONGER, *SCALES, FINE):
             yield replace(run, seed=seed)
-    for seed in (1, 2):
-        for run in long[:2]:
-            yield replace(run, seed=seed)
-    # The dense model's own gain is small beside what the order of the batches does.
-    for seed in range(3, 8):
-        for run in (DENSE, MAIN[3], MAIN[4]):
+
+
+def repeated_runs(seeds: int) -> Iterator[Run]:
+    """The dense model and the starts without options, with many seeds: its own gain is small."""
+    for seed in range(seeds):
+        for run in (DENSE, MAIN[3], MAIN[4], DEFAULT):
             yield replace(run, seed=seed)
 
 
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dense-steps", type=int, default=DENSE_STEPS)
     parser.add_argument("--arms", type=int, help="how many runs, the most important first")
+    parser.add_argument("--seeds", type=int, help="few starts, with so many seeds")
     parser.add_argument("--model", type=Path, help="train on from this checkpoint")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of a batch")
@@ -312,7 +313,8 @@ def main() -> None:
     if options.results.exists():
         lines = map(json.loads, options.results.read_text().splitlines())
         done = {(line["arm"], line["peak"], line["seed"]) for line in lines}
-    for run in list(all_runs())[: options.arms]:
+    runs = all_runs() if options.seeds is None else repeated_runs(options.seeds)
+    for run in list(runs)[: options.arms]:
         if (run.arm, run.peak, run.seed) in done:
             continue
         done.add((run.arm, run.peak, run.seed))
