@@ -13,7 +13,6 @@ import moe_fast
 from moe_fast.command.declaration import (
     COMMANDS,
     Argument,
-    BadValue,
     Command,
     Parameter,
 )
@@ -77,10 +76,7 @@ def callback_of(command: Command) -> Any:
     def run(context: typer.Context, **values: Any) -> None:
         sources = {name: context.get_parameter_source(name) for name in values}
         given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
-        try:
-            command(values, frozenset(given))
-        except BadValue as error:
-            raise typer.BadParameter(error.message, param_hint=error.option) from None
+        command(values, frozenset(given))
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
