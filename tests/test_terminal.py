@@ -109,6 +109,9 @@ def test_an_output_in_the_last_place(folder):
     assert done.returncode == 2
     assert "Missing option '--output' / '-o'. Did you mean -o out?" in done.stderr
     assert not (folder / "out").exists()
+    done = run("build", "dense-0", "out", "--experts", "4", "--overwrite", cwd=folder)
+    assert "Did you mean -o out?" in done.stderr
+    assert "Did you mean" not in run("build", "dense-0", "--experts", "4", cwd=folder).stderr
 
 
 def test_quiet_leaves_warnings_and_json(folder):

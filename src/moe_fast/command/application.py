@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +42,14 @@ class OneCommand(PlainFlags, TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if getattr(error.param, "name", None) == "output" and len(given) > 1:
-                error.message = f"Did you mean -o {given[-1]}?"
+            if getattr(error.param, "name", None) == "output":
+                places = [
+                    word
+                    for before, word in pairwise(given)
+                    if not word.startswith("-") and not before.startswith("-")
+                ]
+                if places:  # the last word that is no option's value
+                    error.message = f"Did you mean -o {places[-1]}?"
             raise
 
 
