@@ -67,6 +67,7 @@ class Dots1(GroupedExperts):
             "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
             "sliding_window": widths[0] if widths else None,
             "max_window_layers": len(windows),
+            "scoring_func": "sigmoid",  # which llama.cpp looks for
         }
 
 

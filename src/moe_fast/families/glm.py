@@ -211,6 +211,7 @@ class Glm4MoeLite(LayerLists, LatentExperts):
         return {
             **super().own_config(parts),
             "partial_rotary_factor": 1.0,
+            "scoring_func": "sigmoid",  # which llama.cpp looks for
         }
 
 

@@ -40,8 +40,10 @@ SLIDING = "sliding_attention"
 NO_SINK = -1e4
 
 
-def usual_head_dim(sizes: Sizes) -> int:
-    return sizes.hidden_size // sizes.num_attention_heads
+def without_usual_head_dim(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Few readers look at the key."""
+    usual = sizes.hidden_size // sizes.num_attention_heads
+    return {k: v for k, v in config.items() if (k, v) != ("head_dim", usual)}
 
 
 class GraniteMoe(MoeFamily):
@@ -96,10 +98,7 @@ class GraniteMoe(MoeFamily):
         return f"model.layers.{layer}.{self.block}.router.layer.weight"
 
     def config(self, parts: Parts) -> dict[str, Any]:
-        config, usual = super().config(parts), usual_head_dim(parts.base.sizes)
-        if config["head_dim"] == usual:  # whose key few readers look at
-            del config["head_dim"]
-        return config
+        return without_usual_head_dim(super().config(parts), parts.base.sizes)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
@@ -337,7 +336,10 @@ class GraniteHybrid(OwnBlocks):
 
 
 class GraniteMoeHybrid(Twin):
-    """Granite 4 with experts, besides a shared FFN, which adds nothing where none is asked for."""
+    """Granite 4 with experts, besides a shared FFN, which adds nothing where none is asked for.
+
+    A model of plain attention becomes one without Mamba-2 layers.
+    """
 
     name = "granitemoehybrid"
     title = "GraniteMoE Hybrid"
@@ -357,9 +359,13 @@ class GraniteMoeHybrid(Twin):
         **dict.fromkeys(Multipliers._fields, "int | float | None"),
     }
     dense_twin = "granitemoehybrid"
-    also_read = ("time_step_limit",)
+    also_read = ("head_dim", "time_step_limit")
     blocks = MAMBA
+    plain_too = True
     layouts = (Layout.FUSED,)
+    attention_biases = ((), QKVO)
+    sliding_window = False
+    multipliers = True
     block = "block_sparse_moe"
     own_expert_width = False
     shared_experts = True
@@ -385,10 +391,33 @@ class GraniteMoeHybrid(Twin):
         yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
         yield "shared_mlp.output_linear.weight", down
 
+    def config(self, parts: Parts) -> dict[str, Any]:
+        if parts.base.family.blocks is None:
+            return without_usual_head_dim(MoeFamily.config(self, parts), parts.base.sizes)
+        return super().config(parts)
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base
-        kinds = kinds_of(base.config, base.sizes)
+        plain: dict[str, Any] = {}
+        if base.family.blocks is None:
+            kinds = ["full_attention"] * parts.num_layers
+            plain = {
+                "attention_bias": bool(base.attention_biases),
+                "position_embedding_type": "rope",
+                # Of layers that it does not have: transformers wants the heads to divide their
+                # width, and llama.cpp each key.
+                "mamba_n_heads": 1,
+                "mamba_d_head": 2 * base.sizes.hidden_size,
+                "mamba_expand": 2,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 256,
+                "mamba_d_conv": 4,
+                **base.multipliers._asdict(),
+            }
+        else:
+            kinds = kinds_of(base.config, base.sizes)
         return {
+            **plain,
             "layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in kinds],
             "intermediate_size": parts.expert_width,
             "shared_intermediate_size": self.shared_width(parts),

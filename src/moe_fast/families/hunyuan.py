@@ -182,6 +182,7 @@ class HyV3(LayerLists):
             "router_scaling_factor": float(shards),
             # What vLLM looks for.
             "expert_hidden_dim": parts.expert_width,
+            "qk_norm": True,
             "route_norm": True,
             "attention_bias": bool(parts.base.attention_biases),
             "mlp_bias": False,

@@ -58,6 +58,12 @@ class SolarOpen(GroupedExperts):
     def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
         return frozenset()
 
+    def config(self, parts: Parts) -> dict[str, Any]:
+        config = super().config(parts)
+        # Without this, llama.cpp rotates half of each head.
+        part = {"partial_rotary_factor": 1.0}
+        return {**config, "rope_parameters": {**config["rope_parameters"], **part}}
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
             **super().own_config(parts),
