@@ -18,7 +18,7 @@ from moe_fast.families.moe import (
     shared_or_silent,
     windows_as_qwen,
 )
-from moe_fast.families.rules import TRANSFORMERS_5, Rules
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.storage.tensors import Weight
 
 # The name of its bias for selection ends like those of others.
@@ -36,7 +36,15 @@ class ExaoneMoe(LayerLists, GroupedExperts):
     title = "EXAONE-MoE"
     architecture = "ExaoneMoeForCausalLM"
     auto_rank = 24
-    rules = Rules("num_experts", 64, 1e4, natively=(TRANSFORMERS_5,))
+    rules = Rules(
+        "num_experts",
+        64,
+        1e4,
+        llama_cpp_ropes=("default", "llama3"),
+        llama_cpp_windows=True,
+        natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        want_head=(LLAMA_CPP,),
+    )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "bos_token_id": 1,
         "eos_token_id": 53,
@@ -65,6 +73,12 @@ class ExaoneMoe(LayerLists, GroupedExperts):
     def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
         first = GroupedExperts.dense_keys(self, layers, num_layers)  # where llama.cpp looks
         return super().dense_keys(layers, num_layers) | (first or {})
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        kinds = config.get("mlp_layer_types") or []
+        if reader == LLAMA_CPP and "dense" in kinds[kinds.count("dense") :]:
+            yield f"takes the first layers of an {self.name} for the dense ones, here are others"
 
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return windows_as_qwen(config)

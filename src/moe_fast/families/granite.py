@@ -46,6 +46,14 @@ def without_usual_head_dim(config: dict[str, Any], sizes: Sizes) -> dict[str, An
     return {k: v for k, v in config.items() if (k, v) != ("head_dim", usual)}
 
 
+def head_problems(name: str, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Readers that take a head's size for the usual one."""
+    size, heads = config.get("head_dim"), config.get("num_attention_heads")
+    sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
+    if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
+        yield f"takes hidden_size / num_attention_heads for the head_dim of a {name}"
+
+
 class GraniteMoe(MoeFamily):
     """GraniteMoE: experts fused on disk, multipliers on embedding, attention, residual, logits."""
 
@@ -109,10 +117,7 @@ class GraniteMoe(MoeFamily):
         }
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        size, heads = config.get("head_dim"), config.get("num_attention_heads")
-        sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
-        if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
-            yield f"takes hidden_size / num_attention_heads for the head_dim of a {self.name}"
+        yield from head_problems(self.name, reader, config)
         if reader == VLLM and config.get("attention_bias"):
             yield f"leaves the biases of attention out of a {self.name}"
 
@@ -349,7 +354,6 @@ class GraniteMoeHybrid(Twin):
         "num_local_experts",
         8,
         1e4,
-        llama_cpp_ropes=("default",),
         per_expert=(),
         fused=READERS,
     )
@@ -378,8 +382,15 @@ class GraniteMoeHybrid(Twin):
     shared_shapes = GraniteMoeShared.shared_shapes
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == LLAMA_CPP and config.get("position_embedding_type") == "rope":
-            yield f"has no rotary embedding in a {self.name}"
+        yield from head_problems(self.name, reader, config)
+        rotated = config.get("position_embedding_type") == "rope"
+        plain = set(config.get("layer_types") or ()) <= {"attention"}
+        if reader == LLAMA_CPP and config and rotated != plain:
+            which = "without" if plain else "with"
+            yield (
+                f"{'rotates' if plain else 'does not rotate'} queries and keys of a {self.name} "
+                f"{which} Mamba-2 layers"
+            )
 
     def shared_width(self, parts: Parts) -> int:
         width = parts.base.sizes.intermediate_size
