@@ -136,7 +136,11 @@ class Lfm2Moe(Twin):
         return {"feed_forward.expert_bias": (experts,)} if config["use_expert_bias"] else {}
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == LLAMA_CPP and not config.get("tie_word_embeddings", True):
+        if config.get("tie_word_embeddings", True):
+            return
+        if reader == VLLM:
+            yield f"takes the embedding for the head of a {self.name}"
+        if reader == LLAMA_CPP:
             yield f"has no place for a head of its own in a {self.name}"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
