@@ -298,7 +298,7 @@ def test_ernie_is_read_with_its_sentencepiece(tmp_path):
     [
         ("cohere2", {"sliding_window": 7}, "takes the sliding window of a cohere2_moe to be one"),
         ("cohere2", {"sliding_window": 64}, None),
-        ("lfm2", {}, None),
+        ("lfm2", {"tie_word_embeddings": True}, None),
         ("lfm2", {"tie_word_embeddings": False}, "takes the embedding for the head of a lfm2_moe"),
         ("youtu", {}, None),
         ("granite_swa", {}, None),
