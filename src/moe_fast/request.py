@@ -63,8 +63,9 @@ class RouterStart:
     Parameters
     ----------
     method : str
-        `"auto"` means `"calibrated"` if there is text, otherwise `"normal"` with a `logit_std` of 3;
-        the attribute then has that word. `"balanced"`, `"random"` and `"uniform"` are those of `RouterInit`.
+        `"auto"` means `"calibrated"` if there is text, otherwise `"normal"` with a `logit_std` of
+        3; the attribute then has that word. `"balanced"`, `"random"` and `"uniform"` are those of
+        `RouterInit`.
         `"normal"` draws from the standard normal distribution, as mergekit-moe's `random` does.
         `"linear"` draws from `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear`
         starts.
