@@ -62,8 +62,8 @@ cdef void pull_back(
             total[j] = total[0]
             shift[j] = shift[0]
     for i from 0 <= i < size by LANES:
-        for j in range(LANES):
-            gradient[i + j] = score[i + j] / total[j] * (gradient[i + j] - shift[j])
+        divide_by(score + i, total)
+        times_difference(score + i, gradient + i, shift, gradient + i)
 
 
 cdef void pull_back_block(
@@ -187,6 +187,7 @@ cdef void pull_back_mean_rows(
     cdef Py_ssize_t whole = n // LANES * LANES
     cdef real[LANES * LANES] sums
     cdef real[LANES] shift
+    cdef real[LANES] less
     cdef Py_ssize_t t, i, j
     cdef const real* row
     for t in range(tokens):
@@ -200,7 +201,11 @@ cdef void pull_back_mean_rows(
     sum_rows(sums, tokens, shift)
     for t in range(tokens):
         shift[t] -= <real>(of_square * log_sum[t])
-        for i in range(n):
+        for j in range(LANES):
+            less[j] = shift[t]
+        for i from 0 <= i < whole by LANES:
+            times_difference(p + t * n + i, of_mean + i, less, gradient + t * n + i)
+        for i in range(whole, n):
             gradient[t * n + i] = p[t * n + i] * (of_mean[i] - shift[t])
 
 
@@ -210,18 +215,21 @@ cdef void pull_back_mean_columns(
 ) noexcept nogil:
     # The same for few experts; `work` has room for a column for each.
     cdef real[LANES] shift
+    cdef real[LANES] one_mean
     cdef Py_ssize_t e, t
     to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, work)
     for t in range(LANES):
         shift[t] = 0
     for e in range(n):
         for t in range(LANES):
-            shift[t] += work[e * LANES + t] * of_mean[e]
+            one_mean[t] = of_mean[e]
+        add_product_to(shift, work + e * LANES, one_mean)
     for t in range(tokens):
         shift[t] -= <real>(of_square * log_sum[t])
     for e in range(n):
         for t in range(LANES):
-            work[e * LANES + t] *= of_mean[e] - shift[t]
+            one_mean[t] = of_mean[e]
+        times_difference(work + e * LANES, one_mean, shift, work + e * LANES)
     to_rows(work, tokens, n, gradient)
 
 

@@ -113,7 +113,7 @@ cdef void score_columns(
     const real* column, Py_ssize_t n, bint is_sigmoid, real* largest, real* total, real* score
 ) noexcept nogil:
     # `score` may be `column`. Only softmax sets the largest and the total.
-    cdef Py_ssize_t i, t
+    cdef Py_ssize_t i
     if is_sigmoid:
         for i in range(n * LANES):
             score[i] = sigmoid(column[i])
@@ -121,5 +121,4 @@ cdef void score_columns(
     fold_max(column, n * LANES, LANES, largest)
     sum_exponentials(column, n * LANES, largest, score, total)
     for i from 0 <= i < n * LANES by LANES:
-        for t in range(LANES):
-            score[i + t] /= total[t]
+        divide_by(score + i, total)

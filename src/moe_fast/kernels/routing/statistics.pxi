@@ -42,19 +42,22 @@ cdef void sum_scores(
     # In each lane of x: `total`, the sum of e^(x - largest); `weighted`, that of the same times
     # x - largest; and scores before they are divided by their sum, `divisor`.
     cdef real[LANES] top
+    cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
     cdef Py_ssize_t i, j
-    sum_exponentials(x, size, largest, score, total)
     for j in range(LANES):
         top[j] = largest[j]
+        sums[j] = 0
         products[j] = 0
     for i from 0 <= i < size by LANES:
-        subtract_largest(x + i, top, difference)
+        exponentials_and_differences(x + i, top, difference, score + i)
+        add_to(sums, score + i)
         # Finite, for a product of 0 where the exponential is 0.
         raise_to(difference, <real>-1000)
         add_product_to(products, score + i, difference)
     for j in range(LANES):
+        total[j] = sums[j]
         weighted[j] = products[j]
     if not is_sigmoid:
         for j in range(LANES):
@@ -83,8 +86,7 @@ cdef void add_columns(
     for t in range(tokens, LANES):
         divisor[t] = INFINITY
     for e in range(n):
-        for t in range(LANES):
-            score[e * LANES + t] /= divisor[t]
+        divide_by(score + e * LANES, divisor)
         add_units(sums + e * LANES, score + e * LANES, 0, 1)
     if is_sigmoid:
         for e in range(n):
@@ -125,8 +127,10 @@ cdef void add_rows(
         if not is_sigmoid:
             divisor[t] = total[t]
     for t in range(tokens):
-        for i in range(padded):
-            score[t * padded + i] /= divisor[t]
+        for j in range(LANES):
+            top[j] = divisor[t]
+        for i from 0 <= i < padded by LANES:
+            divide_by(score + t * padded + i, top)
     for i from 0 <= i < padded by LANES:
         add_units(sums + i, score + i, padded, tokens)
     if not is_sigmoid:
