@@ -93,16 +93,18 @@ cdef void pull_back_block(
 
 cdef void pull_back_chosen(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const int32_t* expert, Py_ssize_t k, bint is_sigmoid, bint normalised, real* work,
-    real* gradient, Py_ssize_t n
+    const int32_t* expert, const real* of_weights, Py_ssize_t k, real scale,
+    bint is_sigmoid, bint normalised, real* work, real* gradient, Py_ssize_t n
 ) noexcept nogil:
-    # The same for scores over the chosen experts alone. `gradient` holds the gradient by their
-    # scores at their places, and 0 elsewhere.
+    # The same for scores over the chosen experts alone, times `scale`. `gradient` holds 0.
     cdef real* x = work
     cdef real* score = x + LANES * n
     cdef real* g = score + LANES * n
     cdef const uint8_t* row
     cdef Py_ssize_t s, t, place
+    to_columns(<const uint8_t*>of_weights, k * sizeof(real), tokens, k, g)
+    for t in range(k * LANES):
+        g[t] *= scale
     for t in range(tokens):
         row = logits + t * stride
         for s in range(k):
@@ -113,7 +115,6 @@ cdef void pull_back_chosen(
                 x[s * LANES + t] = widen_float16((<const uint16_t*>row)[place])
             else:
                 x[s * LANES + t] = (<const real*>row)[place]
-            g[s * LANES + t] = gradient[t * n + place]
     pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, score, g)
     for t in range(tokens):
         for s in range(k):
@@ -163,15 +164,16 @@ def pull_back_weights(
             tokens = tokens_in_block(token, stop)
             row = &logits[0, 0] + token * stride
             memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
-            for t in range(token, token + tokens):
-                for s in range(k):
-                    gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
             if is_sigmoid or norm_topk_prob:
                 pull_back_chosen(
-                    row, stride, encoding, tokens, &expert_indices[token, 0], k, is_sigmoid,
-                    norm_topk_prob, work, &gradient[token, 0], n
+                    row, stride, encoding, tokens,
+                    &expert_indices[token, 0], &of_weights[token, 0], k, scale,
+                    is_sigmoid, norm_topk_prob, work, &gradient[token, 0], n
                 )
             else:
+                for t in range(token, token + tokens):
+                    for s in range(k):
+                        gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
                 pull_back_block(
                     row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
                     work, &gradient[token, 0]

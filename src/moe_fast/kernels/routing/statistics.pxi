@@ -150,7 +150,8 @@ cdef void add_totals(
     Py_ssize_t tokens, bint is_sigmoid, const real* largest, const real* total,
     const real* weighted, double* entropy, double* log_sum, double* totals
 ) noexcept nogil:
-    # `log_sum` becomes the logarithm of the sum of the exponentials.
+    # `log_sum` becomes the logarithm of the sum of the exponentials. `totals` has LANES values of
+    # each sum.
     cdef double[LANES] whole
     cdef double[LANES] rest
     cdef double[LANES] log_total
@@ -171,10 +172,13 @@ cdef void add_totals(
         rest[t] = round_to_32(square - whole[t])
         rest[t] = rest[t] if square <= 4294967296.0 else 0.0
         whole[t] = whole[t] if square <= 4294967296.0 else INFINITY
-    for t in range(tokens):
-        totals[0] += (entropy[t] + <double>ROUND_TO_24) - <double>ROUND_TO_24
-        totals[1] += whole[t]
-        totals[2] += rest[t]
+    for t in range(tokens, LANES):
+        entropy[t] = whole[t] = rest[t] = 0
+    for t in range(LANES):
+        entropy[t] = (entropy[t] + <double>ROUND_TO_24) - <double>ROUND_TO_24
+    add_to(totals, entropy)
+    add_to(totals + LANES, whole)
+    add_to(totals + 2 * LANES, rest)
 
 
 def add_statistics(
@@ -207,6 +211,7 @@ def add_statistics(
     cdef real[LANES] weighted
     cdef double[LANES] entropy
     cdef double[LANES] log_sum
+    cdef double[3 * LANES] lane_totals
     x = <real*>allocate(
         2 * LANES * padded * sizeof(real) + padded * width * sizeof(uint64_t), num_experts
     )
@@ -214,6 +219,7 @@ def add_statistics(
     sums = <uint64_t*>(score + LANES * padded)
     with nogil:
         memset(sums, 0, padded * width * sizeof(uint64_t))
+        memset(lane_totals, 0, 3 * LANES * sizeof(double))
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
             at = &logits[token, 0]
@@ -254,10 +260,12 @@ def add_statistics(
                             num_experts * sizeof(real)
                         )
             add_totals(
-                tokens, is_sigmoid, largest, total, weighted, entropy, log_sum, &totals[0]
+                tokens, is_sigmoid, largest, total, weighted, entropy, log_sum, lane_totals
             )
             if log_sums is not None:
                 memcpy(&log_sums[token], log_sum, tokens * sizeof(double))
+        for t in range(3 * LANES):
+            totals[t // LANES] += lane_totals[t]
         for e in range(num_experts):
             for t in range(width):
                 probability[e] += <double>2.3283064365386963e-10 * <double><int64_t>(
