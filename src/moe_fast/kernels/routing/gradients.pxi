@@ -48,14 +48,16 @@ cdef void pull_back(
     if is_row:
         total[0] = sum_lanes(total)
         shift[0] = sum_lanes(shift)
-    for j in range(lanes):
-        if is_sigmoid:
+    if is_sigmoid:
+        for j in range(LANES):
             total[j] += <real>1e-20
-        elif top[j] == -INFINITY:
-            # All logits count as equal, and so did the padding of a row.
-            total[j] = <real>n
-        shift[j] /= total[j]
-        if of_square != 0:
+    else:
+        for j in range(LANES):
+            # Logits that are all -inf count as equal, and so did the padding of a row.
+            total[j] = total[j] if top[j] > -INFINITY else <real>n
+    divide_by(shift, total)
+    if of_square != 0:
+        for j in range(lanes):
             shift[j] -= of_square * (top[j] + <real>logarithm(total[j]))
     if is_row:
         for j in range(1, LANES):

@@ -41,17 +41,15 @@ cdef void sum_scores(
 ) noexcept nogil:
     # In each lane of x: `total`, the sum of e^(x - largest); `weighted`, that of the same times
     # x - largest; and scores before they are divided by their sum, `divisor`.
-    cdef real[LANES] top
     cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
     cdef Py_ssize_t i, j
     for j in range(LANES):
-        top[j] = largest[j]
         sums[j] = 0
         products[j] = 0
     for i from 0 <= i < size by LANES:
-        exponentials_and_differences(x + i, top, difference, score + i)
+        exponentials_and_differences(x + i, largest, difference, score + i)
         add_to(sums, score + i)
         # Finite, for a product of 0 where the exponential is 0.
         raise_to(difference, <real>-1000)
@@ -120,7 +118,8 @@ cdef void add_rows(
         )
     sum_rows(totals, tokens, total)
     sum_rows(weights, tokens, weighted)
-    sum_rows(divisors, tokens, divisor)
+    if is_sigmoid:
+        sum_rows(divisors, tokens, divisor)
     for t in range(LANES):
         # If all logits are -inf they count as equal, and so did the padding of the row.
         total[t] = total[t] if largest[t] > -INFINITY else <real>n
@@ -281,8 +280,19 @@ def add_weights(
     double scale, double[::1] importance not None
 ):
     """Add each weight, divided by `scale` and rounded to a multiple of 2^-32, to its expert's."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t pairs = expert_indices.shape[0]
+    cdef Py_ssize_t i, j
+    cdef int32_t expert
+    cdef double[LANES] units
     with nogil:
-        for i in range(expert_indices.shape[0]):
-            if expert_indices[i] >= 0:
-                importance[expert_indices[i]] += round_to_32(<double>weights[i] / scale)
+        for i from 0 <= i < pairs by LANES:
+            if i + LANES <= pairs:
+                for j in range(LANES):
+                    units[j] = round_to_32(<double>weights[i + j] / scale)
+            else:
+                for j in range(pairs - i):
+                    units[j] = round_to_32(<double>weights[i + j] / scale)
+            for j in range(tokens_in_block(i, pairs)):
+                expert = expert_indices[i + j]
+                if expert >= 0:
+                    importance[expert] += units[j]
