@@ -5,7 +5,8 @@
 A small dense model is trained on text of several kinds, then on and on in many ways: as it is, and
 upcycled by moe_fast with each start, on the same batches. RESULTS gets a line for each run as soon
 as it ends; runs that have a line are not repeated. FOLDER keeps the text and the dense model.
-`--steps` and `--dense-steps` make it short. Everything runs in one thread and float32.
+`--steps` and `--dense-steps` make it short. `--model` names a checkpoint to start from in place of
+the small model. Everything runs in one thread and float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -42,7 +44,7 @@ POINTS = 8  # at which the held-out loss is measured
 STEPS, DENSE_STEPS = 240, 4000
 PEAK, OTHER_PEAK, DENSE_PEAK = 2e-4, 5e-4, 3e-3
 BALANCE = 0.01  # weight of each layer's Switch loss
-EXPERTS, TOP_K = 8, 2
+TOP_K = 2
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,8 @@ class Run:
     seed: int = 0
 
     @property
-    def experts(self) -> tuple[int, int]:
-        """How many, and how many of them a token goes to."""
-        return EXPERTS * self.granularity, TOP_K * self.granularity
+    def top_k(self) -> int:
+        return TOP_K * self.granularity if self.routers else 0
 
     @property
     def from_text(self) -> bool:
@@ -108,49 +109,64 @@ def all_runs() -> Iterator[Run]:
             yield replace(run, seed=seed)
 
 
+def repeated_runs(seeds: int) -> Iterator[Run]:
+    """The dense model and the starts without options, with many seeds: its own gain is small."""
+    for seed in range(seeds):
+        for run in (DENSE, MAIN[3], DEFAULT, MAIN[4]):
+            yield replace(run, seed=seed)
+
+
 class Corpus:
     """The tokens of a folder; made from the texts of this system if it has none."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, model: Path | None, held_out: int) -> None:
         if not (folder / "tokenizer.json").exists():
-            self.make()
+            make_corpus(folder, model, held_out)
         self.train = torch.from_numpy(np.load(folder / "train.npy"))
         self.held_out = torch.from_numpy(np.load(folder / "held_out.npy"))
         self.sample = folder / "sample.npy"
 
-    def make(self) -> None:
-        train, held_out = read_corpus()
-        for kind in train:
-            print(f"{kind}: {sum(map(len, train[kind])):,} characters", flush=True)
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        )
-        tokenizer.train_from_iterator((t for texts in train.values() for t in texts), trainer)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        used, kept, sample = [], [], []
-        for kind in train:
-            ids = [np.array(e.ids) for e in tokenizer.encode_batch(train[kind])]
-            used.append(np.concatenate(ids))
-            sample.append(pieces(used[-1], 2 * 8192 // len(train)))
-            ids = [np.array(e.ids) for e in tokenizer.encode_batch(held_out[kind])]
-            kept.append(pieces(np.concatenate(ids), HELD_OUT // len(train)))
-        np.save(self.folder / "train.npy", np.concatenate(used))
-        np.save(self.folder / "held_out.npy", np.concatenate(kept))
-        np.save(self.folder / "sample.npy", np.concatenate(sample))
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(self.folder)
-
-    def batches(self, seed: int) -> Iterator[torch.Tensor]:
-        """Random windows, `(SEQUENCES, LENGTH)`, without end."""
+    def batches(self, sequences: int, seed: int) -> Iterator[torch.Tensor]:
+        """Random windows, `(sequences, LENGTH)`, without end."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            starts = torch.randint(len(self.train) - LENGTH, (SEQUENCES, 1), generator=generator)
+            starts = torch.randint(len(self.train) - LENGTH, (sequences, 1), generator=generator)
             yield self.train[starts + torch.arange(LENGTH)]
+
+
+def make_corpus(folder: Path, model: Path | None, held_out_tokens: int) -> None:
+    """Write the tokens, made with a model's tokenizer, or one of their own."""
+    train, held_out = read_corpus()
+    for kind in train:
+        print(f"{kind}: {sum(map(len, train[kind])):,} characters", flush=True)
+    if model is None:
+        tokenizer = make_tokenizer(text for texts in train.values() for text in texts)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    used, kept, sample = [], [], []
+    for kind in train:
+        used.append(np.concatenate(tokenizer(train[kind])["input_ids"]).astype(np.int64))
+        sample.append(pieces(used[-1], 2 * 8192 // len(train)))
+        ids = np.concatenate(tokenizer(held_out[kind])["input_ids"]).astype(np.int64)
+        kept.append(pieces(ids, held_out_tokens // len(train)))
+    np.save(folder / "train.npy", np.concatenate(used))
+    np.save(folder / "held_out.npy", np.concatenate(kept))
+    np.save(folder / "sample.npy", np.concatenate(sample))
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def pieces(tokens: np.ndarray, count: int) -> np.ndarray:
@@ -187,14 +203,19 @@ def judge(model: Any, tokens: torch.Tensor, top_k: int) -> tuple[float, list[lis
 
 
 def train(
-    model: Any, corpus: Corpus, steps: int, peak: float, seed: int, top_k: int = 0
+    model: Any,
+    corpus: Corpus,
+    batches: Iterator[torch.Tensor],
+    steps: int,
+    peak: float,
+    top_k: int = 0,
 ) -> dict[str, Any]:
     """Train in place; the held-out loss before, and at POINTS points, and the time it took.
 
     AdamW; the rate rises for the first twentieth of the steps, and falls to zero as a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.01, betas=(0.9, 0.95))
-    stream, tokens, seconds = corpus.batches(seed), 0, 0.0
+    tokens, seconds = 0, 0.0
     loss, load = judge(model, corpus.held_out, top_k)
     found: dict[str, Any] = {"tokens": [0], "seconds": [0.0], "loss": [loss], "load_start": load}
     options = {"output_router_logits": True} if top_k else {}
@@ -204,7 +225,7 @@ def train(
         rate = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
-        batch = next(stream)
+        batch = next(batches)
         output = model(batch, labels=batch, use_cache=False, **options)
         total = output.loss
         if top_k:
@@ -241,19 +262,19 @@ def make_dense(folder: Path, corpus: Corpus, steps: int) -> None:
         )
     )
     print(f"{model.num_parameters():,} parameters, {len(corpus.train):,} tokens", flush=True)
-    found = train(model, corpus, steps, DENSE_PEAK, seed=1000)
+    batches = corpus.batches(SEQUENCES, seed=1000)
+    found = train(model, corpus, batches, steps, DENSE_PEAK)
     print(json.dumps({"arm": "pretraining", **found}), flush=True)
     model.save_pretrained(folder)
 
 
-def upcycle(dense: Path, corpus: Corpus, run: Run) -> Any:
+def upcycle(dense: Path, corpus: Corpus, run: Run, experts: int) -> Any:
     """The model of a run, filled from its design."""
     if run.routers is None:
         return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    experts, top_k = run.experts
     design = design_moe(
         dense,
-        MoeConfig(experts, top_k),
+        MoeConfig(experts * run.granularity, run.top_k),
         target="mixtral",
         routers=run.routers,
         logit_std=run.logit_std,
@@ -277,23 +298,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dense-steps", type=int, default=DENSE_STEPS)
     parser.add_argument("--arms", type=int, help="how many runs, the most important first")
+    parser.add_argument("--seeds", type=int, help="few starts, with so many seeds")
+    parser.add_argument("--model", type=Path, help="train on from this checkpoint")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of a batch")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="tokens")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    corpus = Corpus(options.folder)
-    dense = options.folder / "dense"
-    make_dense(dense, corpus, options.dense_steps)
+    corpus = Corpus(options.folder, options.model, options.held_out)
+    dense = options.model or options.folder / "dense"
+    if options.model is None:
+        make_dense(dense, corpus, options.dense_steps)
     done = set()
     if options.results.exists():
         lines = map(json.loads, options.results.read_text().splitlines())
         done = {(line["arm"], line["peak"], line["seed"]) for line in lines}
-    for run in list(all_runs())[: options.arms]:
+    runs = all_runs() if options.seeds is None else repeated_runs(options.seeds)
+    for run in list(runs)[: options.arms]:
         if (run.arm, run.peak, run.seed) in done:
             continue
         done.add((run.arm, run.peak, run.seed))
-        _, top_k = run.experts if run.routers else (0, 0)
-        model = upcycle(dense, corpus, run)
+        model = upcycle(dense, corpus, run, options.experts)
+        batches = corpus.batches(options.sequences, run.seed)
         steps = round(options.steps * run.times)
-        found = train(model, corpus, steps, run.peak, run.seed, top_k)
+        found = train(model, corpus, batches, steps, run.peak, run.top_k)
         line = {"arm": run.arm, "peak": run.peak, "seed": run.seed, **found}
         with options.results.open("a") as stream:
             stream.write(json.dumps(line) + "\n")

@@ -305,7 +305,9 @@ def test_what_is_no_adapter(tmp_path, base):
     (adapter / "adapter_model.safetensors").write_bytes(b"x" * 30)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: "):
         build_moe(adapter, tmp_path / "moe", MoeConfig(2))
-    with pytest.raises(CheckpointError, match=r"nope: is not a folder with a model; there is noth"):
+    with pytest.raises(
+        CheckpointError, match=r"nope: is not a folder with a model; there is no file"
+    ):
         build_moe(f"{base}+nope", tmp_path / "moe", MoeConfig(2))
     with pytest.raises(TypeError, match="lora must be a path"):
         ExpertSource(base, lora=3)

@@ -446,7 +446,7 @@ def test_a_demo_replaces_nothing_unasked(tmp_path, name):
     done = run("demo", tmp_path / "demo")
     assert done.returncode == 1
     assert (
-        f"demo: has {name} already; use that, choose another folder, or recreate it: --overwrite"
+        f"demo: has {name} already; use them, choose another folder, or recreate them: --overwrite"
         in done.stderr
     )
     assert names_in(tmp_path / "demo") == [name]

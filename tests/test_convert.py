@@ -323,8 +323,8 @@ def test_routers_that_rounding_would_make_tie_are_told(moe, tmp_path):
     edit_tensors(moe, **gate)
     (warning,) = convert_moe(moe, tmp_path / "half", dtype="bfloat16", dry_run=True).warnings
     assert warning == (
-        "layer 1: rounded to bfloat16, the router weights of experts 0-3 are the same, and so tie; "
-        "build the MoE in bfloat16 instead, or convert it after training"
+        "layer 1: rounded to bfloat16, the router weights of experts 0-3 are equal, so their "
+        "logits tie; build the MoE in bfloat16 instead, or convert it after training"
     )
     assert convert_moe(moe, tmp_path / "half", dtype="float32", dry_run=True).warnings == ()
 

@@ -151,7 +151,7 @@ def test_arguments_of_other_functions(dense, call, kind, argument):
 
 
 def test_files_and_tensors(dense, tmp_path):
-    with pytest.raises(CheckpointError, match="there is nothing of that name") as caught:
+    with pytest.raises(CheckpointError, match="there is no file or folder of that name") as caught:
         inspect_model(tmp_path / "absent")
     assert (caught.value.file, caught.value.tensor) == (tmp_path / "absent", None)
     make_dense_model(tmp_path / "wide", seed=0, intermediate_size=256)

@@ -167,7 +167,7 @@ def an_moe(folder):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (shutil.rmtree, "dense: is not a folder with a model; there is nothing of that name"),
+    (shutil.rmtree, "dense: is not a folder with a model; there is no file or folder of that name"),
     (a_file, "dense: is not a folder with a model; it is a file, and a model is the folder with"),
     (without_config, "dense: is not a model folder: it has no config.json$"),
     (with_gguf, "holds model.gguf, and GGUF is not read: load it with transformers .*gguf_file="),

@@ -322,7 +322,7 @@ def test_shards_that_share_rows_are_no_fault(tmp_path):
     (one, _) = inspect_model(tmp_path / "moe").routers
     assert (one.tied_experts, one.row_repeats) == (16, 4)
     summary = check_moe(tmp_path / "moe")["routing"].summary
-    assert "4 adjacent experts each share a row: the shards of a copy" in summary
+    assert "every 4 adjacent experts share a row: the shards of a copy" in summary
     assert "all logits tie" not in summary
     page = write_report(tmp_path / "moe", tmp_path / "page.html").read_text()
     assert "Experts share rows, 4 in a row" in page

@@ -251,8 +251,8 @@ def test_a_large_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
 
 def test_uniform_routers_tie(dense, tmp_path):
     assert warnings_of(dense, tmp_path, routers="uniform") == (
-        "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
-        "routers that start balanced or random tell experts apart",
+        "layers 0-3: the router weights of experts 0-3 are equal, so their logits tie; "
+        "choose other routers, such as auto or random",
     )
 
 
@@ -260,7 +260,7 @@ def test_prompts_in_turn_tie(dense, tmp_path):
     pytest.importorskip("tokenizers")
     models = [ExpertSource(dense, positive_prompts=[text]) for text in ("Hello", "print(x)")]
     assert warnings_of(dense, tmp_path, models, routers="cheap_embed") == (
-        "layers 0-3: the router weights of experts 0-3 are the same, and so tie; "
+        "layers 0-3: the router weights of experts 0-3 are equal, so their logits tie; "
         "give experts prompts that differ more, and more of them",
     )
 

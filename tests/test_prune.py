@@ -251,7 +251,7 @@ def test_nan_scores_of_python_are_refused(moe, tmp_path):
 
 def test_one_way_to_say_which(moe, tmp_path):
     for options in ({}, {"keep": [0, 1], "num_experts": 2}):
-        with pytest.raises(MoeConfigError, match="keep must say which experts stay"):
+        with pytest.raises(MoeConfigError, match="keep must list the experts to keep, or a number"):
             prune_moe(moe, tmp_path / "pruned", **options)
     with pytest.raises(MoeConfigError, match="num_experts needs scores"):
         prune_moe(moe, tmp_path / "pruned", num_experts=3)

@@ -241,7 +241,7 @@ def test_what_others_made(moe, dense):
     (moe / "moe_fast.json").unlink()
     text = Page(write_report(moe)).text
     assert "4 experts per layer" in text
-    assert "Made by another tool than moe_fast" in text
+    assert "Model written by another tool, this page by moe_fast" in text
     assert "a dense model, without experts" in Page(write_report(dense)).text
 
 

@@ -224,20 +224,22 @@ def one_hot(choices, num_experts):
 @pytest.mark.parametrize(
     ("logits", "k", "state", "experts", "words"),
     [
-        (one_hot([0, 1, 2, 3] * 4, 4), 1, "even 0.00", "4.0 of 4", ""),
-        (one_hot([0, 1], 2), 2, "even 0.00", "2.0 of 2", ""),
+        (one_hot([0, 1, 2, 3] * 4, 4), 1, "even load 0.00", "4.0", ""),
+        (one_hot([0, 1], 2), 2, "even load 0.00", "2.0", ""),
+        (one_hot([0] * 5 + [1] * 4, 2), 1, "even load 0.11", "2.0", ""),
+        (one_hot([0] * 3 + [1], 2), 1, "no expert starves or dominates 0.50", "1.8", ""),
         (
-            one_hot([2] * 16, 4), 1, "uneven 1.73", "1.0 of 4",
+            one_hot([2] * 16, 4), 1, "uneven load 1.73", "1.0",
             "; expert 2 dominates with 100.0 % of the load"
             "; experts 0, 1, 3 starve with 0.0 % of the load",
         ),
         (
-            one_hot([0] * 9 + [1], 2), 1, "uneven 0.80", "1.4 of 2",
+            one_hot([0] * 9 + [1], 2), 1, "uneven load 0.80", "1.4",
             "; expert 0 dominates with 90.0 % of the load"
             "; expert 1 starves with 10.0 % of the load",
         ),
         (
-            one_hot([0] * 8, 8), 1, "uneven 2.65", "1.0 of 8",
+            one_hot([0] * 8, 8), 1, "uneven load 2.65", "1.0",
             "; expert 0 dominates with 100.0 % of the load"
             "; 7 experts (1, 2, 3, 4, ...) starve with 0.0 % of the load",
         ),
@@ -246,10 +248,10 @@ def one_hot(choices, num_experts):
 def test_collapse_in_words(logits, k, state, experts, words):
     stats = RoutingStats(config(logits.shape[1], k))
     stats.update(logits)
-    load, variation = state.split()
+    evenness, variation = state.rsplit(maxsplit=1)
     assert stats.describe() == (
-        f"layer 0: {load} load (coefficient of variation {variation}, "
-        f"works like {experts} experts){words}"
+        f"layer 0: {evenness} (coefficient of variation {variation}, "
+        f"{experts} effective experts of {logits.shape[1]}){words}"
     )
 
 

@@ -71,6 +71,14 @@ def test_lines_fit_and_words_stay_whole(folder, width, arguments):
     assert not {word for word in missing if not re.search(r"\d\.\d", word)}  # seconds differ
 
 
+def test_a_dry_run_says_last_what_else_would_not_fit(folder):
+    shown = run("build", "dense-0", "-o", "new", "--dry-run", cwd=folder).stdout
+    _, _, rest = shown.partition("\nother targets, and why they do not fit\n")
+    first, *_ = rest.splitlines()
+    assert first.startswith("  qwen3_moe: config.json: model_type llama has no norm on queries")
+    assert rest.endswith("\n\ndry run: nothing is written\n")
+
+
 def test_columns_that_do_not_fit_stand_below(folder):
     lines = on_terminal(60, "route", "logits.npy", cwd=folder)
     headers = [line for line in lines if re.match("layer +[a-zA-Z]", line)]
@@ -101,6 +109,9 @@ def test_an_output_in_the_last_place(folder):
     assert done.returncode == 2
     assert "Missing option '--output' / '-o'. Did you mean -o out?" in done.stderr
     assert not (folder / "out").exists()
+    done = run("build", "dense-0", "out", "--experts", "4", "--overwrite", cwd=folder)
+    assert "Did you mean -o out?" in done.stderr
+    assert "Did you mean" not in run("build", "dense-0", "--experts", "4", cwd=folder).stderr
 
 
 def test_quiet_leaves_warnings_and_json(folder):
@@ -150,7 +161,8 @@ def test_a_bar_appears_with_the_first_bytes(monkeypatch):
 
     written = io.StringIO()
     terminal = SimpleNamespace(
-        console=Console(file=written, force_terminal=True, width=80), is_terminal=True
+        console=Console(file=written, force_terminal=True, width=80, _environ={"TERM": "xterm"}),
+        is_terminal=True,
     )
     monkeypatch.setattr(console, "error_output", terminal)
     with console.progress_bar("writing") as progress:

@@ -47,8 +47,8 @@ def make_demo(
     there = [place.name for place in places if folder.is_dir() and not is_vacant(place)]
     if there and not overwrite:
         raise CheckpointError(
-            f"has {', '.join(there)} already; use that, choose another folder, or "
-            "recreate it: --overwrite, in Python overwrite=True",
+            f"has {', '.join(there)} already; use them, choose another folder, or "
+            "recreate them: --overwrite, in Python overwrite=True",
             file=folder,
         )
     problems = [

@@ -91,6 +91,40 @@ def test_groups_keep_copies_whole_in_16_bits(
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.numel() == 3000
     assert errors.max() <= 0.05
+    assert copies_of_tokens(tmp_path / "moe", tokens, shards) == {1}
+
+
+@pytest.mark.parametrize(("target", "copies_met"), [("glm4_moe", {1}), ("mixtral", {1, 2})])
+def test_trained_weights_keep_copies_whole_in_16_bits(
+    tmp_path: Path, smollm2: Path, target: str, copies_met: set[int]
+) -> None:
+    """All layers of SmolLM2; without groups, some tokens do mix two copies."""
+    build_moe(
+        smollm2, tmp_path / "moe", MoeConfig(num_experts=32), granularity=4, target=target,
+        layout="fused",
+    )  # fmt: skip
+    assert copies_of_tokens(tmp_path / "moe", tokens_below(49000, 10, 100), 4) == copies_met
+
+
+def copies_of_tokens(moe: Path, tokens: Any, shards: int) -> set[int]:
+    """Of how many copies a token's experts are, for all tokens of all layers, in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.bfloat16).eval()
+    found: set[int] = set()
+    num_layers = 0
+
+    def look(module: Any, arguments: Any) -> None:
+        nonlocal num_layers
+        num_layers += 1
+        copies = (arguments[1] // shards).sort(dim=-1).values
+        assert copies.shape == (tokens.numel(), shards)
+        found.update(((copies[:, 1:] != copies[:, :-1]).sum(dim=-1) + 1).tolist())
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(look)
+    with torch.inference_mode():
+        model(tokens, use_cache=False, logits_to_keep=1)
+    assert num_layers == model.config.num_hidden_layers
+    return found
 
 
 def test_marco_moes_recipe(tmp_path: Path) -> None:

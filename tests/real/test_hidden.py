@@ -325,3 +325,24 @@ def test_errors_of_our_own_pass_through(tmp_path):
     model = open_dense_model(edited(tmp_path / "model"))
     with pytest.raises(CheckpointError, match=r"^our own$"):
         visit_router_inputs(model, [TOKENS[0]], refuse)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+def test_memory_does_not_grow_with_the_layers(smollm2):
+    """A layer of SmolLM2 has 14 MB of weights in float32, and it has 30."""
+    program = """
+import sys
+import numpy as np
+from moe_fast.calibration.activations import stream_router_inputs
+from moe_fast.models.dense import open_dense_model
+
+texts = list(np.random.default_rng(0).integers(0, 49_000, (4, 256)))
+for layer, _ in stream_router_inputs(open_dense_model(sys.argv[1]), texts):
+    if layer in (5, 29):
+        print(int(open("/proc/self/statm").read().split()[1]) * 4096)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(smollm2)], capture_output=True, text=True, check=True
+    )
+    early, late = map(int, done.stdout.split())
+    assert late - early < 50e6

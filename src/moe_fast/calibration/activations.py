@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.calibration.layers import open_device
-from moe_fast.calibration.running import read_settings, running
+from moe_fast.calibration.running import read_settings, return_memory, running
 from moe_fast.calibration.texts import Tokens, TokenSequences
 from moe_fast.dtypes import DTYPE_NAMES, WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Visit = Callable[[int, int, Floats], None]
-TOKENS_AT_A_TIME = 2048  # in one batch of texts, with what pads them
+TOKENS_AT_A_TIME = 1024  # in one batch of texts, with what pads them
 
 
 def embeddings(model: DenseModel, tokens: Sequence[int]) -> Floats:
@@ -167,6 +167,7 @@ def stream_router_inputs(
                     length = len(sequences.sequences[text])
                     inputs[ends[text] - length : ends[text]] = found[row, :length]
         layer.to("meta")
+        return_memory()
         if ffn is None:
             continue
         if not np.isfinite(inputs).all():

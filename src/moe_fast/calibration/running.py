@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +33,18 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> Any:
     if any(value is not None and value not in ATTENTION for value in asked):
         settings._attn_implementation = "eager"
     return settings
+
+
+def return_memory() -> None:
+    """Return memory that is free in this process to the system, where glibc is asked for it.
+
+    glibc before 2.38 seldom uses aligned memory again, as torch takes it: without this, a model's
+    memory would grow from layer to layer.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another library of C
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -573,7 +573,7 @@ def check_routing(model: MoeModel) -> Finding:
         )
     if shared:
         numbers = ", ".join(str(number) for number in sorted(filter(None, shared)))
-        summary += f"; {numbers} adjacent experts each share a row: the shards of a copy"
+        summary += f"; every {numbers} adjacent experts share a row: the shards of a copy"
     if tied:
         summary += (
             f"; in {len(tied)} of them all logits tie, "
@@ -585,9 +585,8 @@ def check_routing(model: MoeModel) -> Finding:
 def check_readers(model: MoeModel, readers: Sequence[Reader]) -> Finding:
     """Whether anything loads the checkpoint."""
     if not readers:
-        return not_possible(
-            "readers", f"not known which programs load the model_type {model.model_type!r}"
-        )
+        what = "a dense model" if not model.layers else f"the model_type {model.model_type!r}"
+        return not_possible("readers", f"not known which programs load {what}")
     able = [reader.name for reader in readers if reader.loads]
     if able:
         return finding("readers", f"loads in {', '.join(able)}")

@@ -137,7 +137,8 @@ def prune_moe(
     require_experts(opened)
     if (keep is None) == (num_experts is None):
         raise MoeConfigError(
-            "must say which experts stay, or else a number of experts with scores", argument="keep"
+            "must list the experts to keep, or a number of experts be given, with their scores",
+            argument="keep",
         )
     warnings: list[str] = []
     if keep is not None:

@@ -175,7 +175,7 @@ class UniformRouters(ReferenceRouters):
     """The same weight everywhere."""
 
     methods = ("uniform",)
-    remedy = "routers that start balanced or random tell experts apart"
+    remedy = "choose other routers, such as auto or random"
 
 
 class NormalRouters(Routers):

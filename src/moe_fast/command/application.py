@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,6 @@ import moe_fast
 from moe_fast.command.declaration import (
     COMMANDS,
     Argument,
-    BadValue,
     Command,
     Parameter,
 )
@@ -42,8 +42,14 @@ class OneCommand(PlainFlags, TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if getattr(error.param, "name", None) == "output" and len(given) > 1:
-                error.message = f"Did you mean -o {given[-1]}?"
+            if getattr(error.param, "name", None) == "output":
+                places = [
+                    word
+                    for before, word in pairwise(given)
+                    if not word.startswith("-") and not before.startswith("-")
+                ]
+                if places:  # the last word that is no option's value
+                    error.message = f"Did you mean -o {places[-1]}?"
             raise
 
 
@@ -77,10 +83,7 @@ def callback_of(command: Command) -> Any:
     def run(context: typer.Context, **values: Any) -> None:
         sources = {name: context.get_parameter_source(name) for name in values}
         given = {n for n, source in sources.items() if source and source.name != "DEFAULT"}
-        try:
-            command(values, frozenset(given))
-        except BadValue as error:
-            raise typer.BadParameter(error.message, param_hint=error.option) from None
+        command(values, frozenset(given))
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

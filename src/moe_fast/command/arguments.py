@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from moe_fast.command.declaration import Argument, BadValue, Option, Options
+from moe_fast.command.declaration import Argument, Option, Options
 from moe_fast.config import RouterInit, RoutingMethod
+from moe_fast.errors import MoeConfigError
 
 CONVERT_TO = "Convert every weight to float32, bfloat16 or float16."
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
@@ -136,8 +137,9 @@ def parse_factors(text: str, method: RoutingMethod) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise BadValue(
-            f"{text!r} is not a list of numbers; write 1,1.25,2", option="--capacity-factors"
+        raise MoeConfigError(
+            f"must be numbers with commas between, such as 1,1.25,2, got {text!r}",
+            argument="capacity_factors",
         ) from None
 
 
@@ -148,8 +150,9 @@ def parse_backbone(text: str) -> Any:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise BadValue(
-            f"{text!r} is not base, mean or a list of numbers; write 2,1,1", option="--backbone"
+        raise MoeConfigError(
+            f"must be base, mean or numbers with commas between, such as 2,1,1, got {text!r}",
+            argument="backbone",
         ) from None
 
 
@@ -160,8 +163,9 @@ def parse_layers(text: str) -> list[int]:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         first, last = match.groups(match[1]) if match else ("1", "0")
         if int(first) > int(last):
-            raise BadValue(
-                f"{text!r} is not a list of layers; write 0,5 or 0-3", option="--dense-layers"
+            raise MoeConfigError(
+                f"must be a list of layers, such as 0,5 or 0-3, got {text!r}",
+                argument="dense_layers",
             )
         layers += range(int(first), int(last) + 1)
     return layers

@@ -42,7 +42,6 @@ from moe_fast.command.console import (
 from moe_fast.command.declaration import (
     GROW,
     Argument,
-    BadValue,
     Call,
     Option,
     command,
@@ -53,6 +52,7 @@ from moe_fast.command.outcome import (
     show,
 )
 from moe_fast.config import Dtype, Layout, RouterInit, choose_config
+from moe_fast.errors import MoeConfigError
 from moe_fast.families.registry import moe_families
 from moe_fast.recipes.document import is_recipe
 from moe_fast.request import ROUTER_METHODS, RouterMethod
@@ -137,7 +137,7 @@ def build(
         str,
         Option(
             metavar="START",
-            help="How routers are initialised: ",
+            help=lambda: f"How routers are initialised: {', '.join(ROUTER_METHODS)}.",
             autocompletion=lambda: list(ROUTER_METHODS),
         ),
     ] = "auto",
@@ -196,6 +196,9 @@ def build(
     writing: Writing,
 ) -> None:
     from_recipe = any(is_recipe(model) for model in models)
+    if from_recipe:
+        with reported_errors(call):
+            refuse_beside_a_recipe(call, models)
     in_recipe = OPTIONS_OF_MODELS if from_recipe else ()
     with reported_errors(call, in_recipe), progress_bar() as progress:
         how = {
@@ -204,7 +207,6 @@ def build(
             "progress": progress,
         }
         if from_recipe:
-            refuse_beside_a_recipe(call, models)
             report = moe_fast.build_recipe(models[0], output, **how)
         else:
             report = moe_fast.build_moe(
@@ -238,11 +240,12 @@ def build(
 def refuse_beside_a_recipe(call: Call, models: list[Path]) -> None:
     """Raise for models and their options beside a recipe, which says all that itself."""
     if len(models) > 1:
-        raise BadValue("give only the recipe, without models or other recipes")
+        raise MoeConfigError(
+            "must be the recipe alone: it names its models itself", argument="models"
+        )
     for name in OPTIONS_OF_MODELS:
         if name in call.given:
-            option = "--" + name.replace("_", "-")
-            raise BadValue(f"{option} is for models; write it into the recipe")
+            raise MoeConfigError("is for models; write it into the recipe", argument=name)
 
 
 @command(

@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 
 from moe_fast.command import build_commands, inspection_commands, operation_commands
-from moe_fast.command.declaration import COMMANDS, BadValue
+from moe_fast.command.declaration import COMMANDS, Call
+from moe_fast.command.outcome import reported_errors
 from moe_fast.command.parser import parse
 
 __all__ = ["build_commands", "inspection_commands", "operation_commands", "run_command"]
@@ -14,14 +15,12 @@ def run_command(arguments: Sequence[str]) -> None:
     """Run the command that `arguments` ask for; by typer, where there is something to say first."""
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is not None and not asks_typer(arguments):
-        values = parse(command, arguments[1:])
+        with reported_errors(Call(command, frozenset())):
+            values = parse(command, arguments[1:])
         if values is not None:
             defaults = {each.name: each.default for each in command.parameters}
-            try:
-                command(defaults | values, frozenset(values))
-                return
-            except BadValue:  # typer says so, with the usage
-                pass
+            command(defaults | values, frozenset(values))
+            return
     from moe_fast.command.application import application_for
 
     application_for(arguments)()

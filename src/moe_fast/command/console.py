@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -70,10 +71,8 @@ def show_build(report: BuildReport) -> None:
         del pairs["use of models"]
     show_pairs(pairs)
     if report.dry_run:
-        for target, reasons in report.rejected_targets.items():
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            say(f"not {target}: {reasons[0]}{more}")
         show_layout(report)
+        show_rejected(report)
         say("\ndry run: nothing is written")
     for warning in report.warnings:
         warn(warning)
@@ -105,6 +104,19 @@ def show_layout(report: BuildReport) -> None:
         lines[MOST_FILES - 2 : -1] = [f"  and {len(lines) - MOST_FILES + 1} more"]
     for line in lines:
         say(line)
+
+
+def show_rejected(report: BuildReport) -> None:
+    """Why the models fit no other target; one reason each, without the folder of the model."""
+    if not report.rejected_targets:
+        return
+    say("\nother targets, and why they do not fit")
+    folders = {model for models in report.experts for model in models}
+    for target, (reason, *others) in report.rejected_targets.items():
+        for folder in folders:
+            reason = reason.removeprefix(f"{folder}{os.sep}")
+        more = f" (and {len(others)} more)" if others else ""
+        output.print(f"  {target}: {reason}{more}", indent=4)
 
 
 def describe_use(load_balance: float) -> str:
@@ -288,7 +300,9 @@ def show_model(report: ModelReport) -> None:
         active = report.active_parameters
         pairs |= {
             "active": "unknown" if active is None else f"{active:,} per token",
-            "layers": f"{report.num_layers}, {report.num_moe_layers} of them with experts",
+            "layers": f"{report.num_layers}, "
+            + ("all" if report.num_moe_layers == report.num_layers else f"{report.num_moe_layers}")
+            + " with experts",
         }
     if report.unknown_experts is not None:
         number = "an unknown number" if report.num_experts is None else report.num_experts
@@ -410,7 +424,7 @@ def show_routing(stats: RoutingStats) -> None:
     say("\nlayers (load cv and importance: 0 is even; Switch loss: 1 is even; entropy in nats)")
     if stats.capacity_factors:
         factors = ", ".join(f"{factor:g}" for factor in stats.capacity_factors)
-        say(f"dropped: of the choices, now and at a capacity factor of {factors}")
+        say(f"dropped: share of the choices; at {factors}: with this capacity factor")
     show_columns(columns)
     say("")
     for row in rows:
@@ -455,13 +469,13 @@ def show_families(
     unfit: Mapping[str, str],
 ) -> None:
     for heading, pairs in (
-        ("becomes, if its configuration fits, the first by default", becomes),
-        ("is known to load in", readers),
+        ("dense models, and the MoEs they can become (the first is the default)", becomes),
+        ("MoEs, and the programs known to load them", readers),
     ):
         say(heading)
         show_pairs({name: ", ".join(listed) for name, listed in pairs.items()})
         say("")
-    say("fits no MoE")
+    say("dense models that fit no MoE, and why")
     show_pairs(unfit)
 
 

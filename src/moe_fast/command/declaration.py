@@ -140,18 +140,6 @@ class Call:
         self.given = given
 
 
-class BadValue(Exception):
-    """A value that is wrong beside the others, or cannot be read; `option` is which, if it is one.
-
-    To be raised before a command does anything: typer reads the line again and says so.
-    """
-
-    def __init__(self, message: str, option: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.option = option
-
-
 COMMANDS: dict[str, Command] = {}
 
 

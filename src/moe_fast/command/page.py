@@ -41,6 +41,7 @@ from moe_fast.models.inspection import ModelReport
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
+from moe_fast.version import __version__
 from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs, name_layer
 
 __all__ = ["write_report"]
@@ -179,8 +180,9 @@ def make_page(folder: Path, found: ModelReport, check: CheckReport | None) -> st
         *make_section("Who loads it", describe_readers(model)),
         *make_section("Files", describe_files(model, manifest)),
     ]
-    made = f"moe_fast {manifest.moe_fast}" if manifest else "another tool than moe_fast"
-    body.append(f"<footer>Made by {escape(made)}. This page by moe_fast.</footer>")
+    made = f"moe_fast {manifest.moe_fast}" if manifest else "another tool"
+    page = f"Model written by {made}, this page by moe_fast {__version__}."
+    body.append(f"<footer>{escape(page)}</footer>")
     return (
         MARK.decode() + '<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -1,7 +1,8 @@
 """Command lines that are right and plain, parsed at once; about all others, typer is asked.
 
 A third of the start of a command would be typer's, and of what it brings along. Both parsers agree
-(`tests/test_options.py`), and this one gives up wherever anything is to be said to the user.
+(`tests/test_options.py`). Values that cannot be right are refused here, in the package's words;
+typer reports everything else that is wrong.
 """
 
 from __future__ import annotations
@@ -9,17 +10,25 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from moe_fast.checks import as_member
 from moe_fast.command.declaration import Argument, Command, Parameter
+from moe_fast.errors import MoeConfigError
+from moe_fast.wording import brief
 
 INTEGER = re.compile(r"[0-9]{1,18}")
 NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(e-?[0-9]{1,2})?")
 
 
 def parse(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
-    """The values that `words` give to parameters; `None` if they are not right and plain."""
+    """The values that `words` give to parameters; `None` if they are not right and plain.
+
+    Raises
+    ------
+    MoeConfigError
+        A value that cannot be right, in a line that does not ask for help.
+    """
     named = {name: p for p in command.parameters for name in (*p.opts, *p.off_opts)}
     arguments = [p for p in command.parameters if isinstance(p.declared, Argument)]
     values: dict[str, Any] = {}
@@ -44,6 +53,10 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
             arguments *= len(places)
         for parameter, place in zip(arguments, places, strict=False):
             store(values, parameter, place)
+    except MoeConfigError:
+        if {"--help", "-h"} & set(words):
+            return None
+        raise
     except (KeyError, ValueError, StopIteration):
         return None
     missing = any(p.default is ... and p.name not in values for p in command.parameters)
@@ -51,7 +64,7 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, Any] | None:
 
 
 def store(values: dict[str, Any], parameter: Parameter, text: str) -> None:
-    """Add what `text` says to the values; `ValueError` if it is not plain."""
+    """Add what `text` says to the values; `ValueError` if typer has to read it."""
     value = read(parameter, text)
     if parameter.is_list:
         values.setdefault(parameter.name, []).append(value)
@@ -63,18 +76,28 @@ def store(values: dict[str, Any], parameter: Parameter, text: str) -> None:
 
 def read(parameter: Parameter, text: str) -> Any:
     kind = parameter.kind
+    if kind in (int, float):
+        return read_number(parameter, text)
     if not text or text.startswith("-"):
         raise ValueError(text)
-    if kind is str:
-        return text
-    if kind is Path:
-        return Path(text)
-    if kind is float and NUMBER.fullmatch(text):
-        return float(text)
-    if kind is int and INTEGER.fullmatch(text):
-        number = int(text)
-        if parameter.declared.min is None or number >= parameter.declared.min:
-            return number
-    if issubclass(kind, enum.Enum):
-        return kind(text)
-    raise ValueError(text)
+    if issubclass(kind, enum.StrEnum):
+        return as_member(text, kind, parameter.name)
+    return kind(text)  # a string or a path
+
+
+def read_number(parameter: Parameter, text: str) -> int | float:
+    is_integer = parameter.kind is int
+    try:
+        number: int | float = parameter.kind(text)
+    except ValueError:
+        what = "an integer" if is_integer else "a number"
+        raise MoeConfigError(
+            f"must be {what}, got {brief(text)}", argument=parameter.name
+        ) from None
+    if not (INTEGER if is_integer else NUMBER).fullmatch(text):
+        raise ValueError(text)
+    if is_integer and parameter.declared.min is not None and number < parameter.declared.min:
+        raise MoeConfigError(
+            f"must be at least {parameter.declared.min}, got {number}", argument=parameter.name
+        )
+    return number

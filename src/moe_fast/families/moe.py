@@ -259,7 +259,7 @@ class MoeFamily:
         if (self.blocks, base.family.blocks) != (None, None):
             kind = base.family.model_type
             if base.family.blocks is None:
-                yield f"{config}: model_type {kind} has no {self.blocks}, {self.title} has"
+                yield f"{config}: model_type {kind} has no {self.blocks}; {self.title} has"
             elif base.family.blocks != self.blocks:
                 yield f"{config}: {self.title} has no place for {kind}'s {base.family.blocks}"
             elif base.ffn_biases:
@@ -273,8 +273,8 @@ class MoeFamily:
             if base.family.qk_norm is None:
                 yield (
                     f"{config}: model_type {base.family.model_type} has no norm on queries and "
-                    f"keys; {self.title} has one over {SPANS[self.qk_norms[0]]}, which no weight "
-                    "undoes"
+                    f"keys; {self.title} has one over {SPANS[self.qk_norms[0]]}, and "
+                    "no choice of weights cancels it"
                 )
             else:
                 yield (

@@ -194,5 +194,5 @@ def check_is_folder(folder: Path) -> None:
     elif folder.is_file():
         advice = f"; it is a file, and a model is the folder with config.json: {folder.parent}"
     elif is_absent(folder):
-        advice = "; there is nothing of that name"
+        advice = "; there is no file or folder of that name"
     raise CheckpointError(f"is not a folder with a model{advice}", file=folder)

@@ -226,7 +226,9 @@ def find_problem(router: npt.NDArray[Any], starving: Sequence[int], source: str)
     first = find_first_equal_rows(router)
     tied = [expert for expert, row in enumerate(first) if first.count(row) > 1]
     if tied:
-        return f"the router weights of {format_numbers('expert', tied)} are the same, and so tie"
+        return (
+            f"the router weights of {format_numbers('expert', tied)} are equal, so their logits tie"
+        )
     if starving:
         return (
             f"{format_numbers('expert', starving)} would get less than a quarter of an even load "

@@ -41,10 +41,11 @@ MOST_TOKENS = 2**31
 LOGITS_AT_A_TIME = 2**20
 TOKENS_AT_A_TIME = 2**20
 # Experts starve below this part of an even load, and dominate above this multiple of it, or where
-# nearly every token chooses them.
+# nearly every token chooses them. A load is called even up to this coefficient of variation.
 STARVING = 0.25
 DOMINATING = 3.0
 NEARLY_ALL = 0.9
+EVEN = 0.2
 SUMS = (
     "num_tokens",
     "counts",
@@ -169,7 +170,7 @@ class RoutingStats:
     >>> stats.load.round(2)
     array([[0.26, 0.25, 0.24, 0.25]])
     >>> print(stats.describe())
-    layer 0: even load (coefficient of variation 0.02, works like 4.0 of 4 experts)
+    layer 0: even load (coefficient of variation 0.02, 4.0 effective experts of 4)
     """
 
     def __init__(
@@ -431,7 +432,11 @@ class RoutingStats:
         return [np.flatnonzero(row).tolist() for row in dominates]
 
     def describe(self) -> str:
-        """Each layer in words: even or uneven load, experts that starve or dominate."""
+        """Each layer in words: how even its load is, and which experts starve or dominate.
+
+        An expert starves with less than a quarter of an even load, and dominates with more than
+        three times as much or if 90 % of the tokens choose it.
+        """
         layers = enumerate(self._describe_layers())
         return "\n".join(f"layer {layer}: {words}" for layer, words in layers)
 
@@ -452,10 +457,13 @@ class RoutingStats:
             if tokens == 0:
                 yield "no tokens yet"
                 continue
-            evenness = "uneven load" if starving or dominating else "even load"
+            if starving or dominating:
+                evenness = "uneven load"
+            else:
+                evenness = "even load" if variation <= EVEN else "no expert starves or dominates"
             parts = [
                 f"{evenness} (coefficient of variation {variation:.2f}, "
-                f"works like {effective:.1f} of {num_experts} experts)"
+                f"{effective:.1f} effective experts of {num_experts})"
             ]
             for experts, verb in ((dominating, "dominate"), (starving, "starve")):
                 if experts:
