@@ -188,3 +188,18 @@ def test_the_command(moe, tmp_path):
     assert "none apart by more than" in done.stdout
     with pytest.raises(MoeConfigError, match="tolerance must be a finite number of at least 0"):
         compare_moe(moe, moe, tolerance=-1)
+
+
+def test_differences_are_in_the_order_of_layers_and_experts(tmp_path):
+    dense = make_model(tmp_path / "dense", "llama", num_hidden_layers=11)
+    build_moe(dense, tmp_path / "a", MoeConfig(12, 2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def change(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        chosen = re.compile(r"layers\.(2|10)\.\D*(2|10)\.w1|^model\.norm")
+        return {n: t + t.dtype.type(bool(chosen.search(n))) for n, t in tensors.items()}
+
+    rewrite(tmp_path / "b", change)
+    report = compare_moe(tmp_path / "a", tmp_path / "b")
+    found = [(each.layer, each.expert) for each in report.differences]
+    assert found == [(None, None), ("2", 2), ("2", 10), ("10", 2), ("10", 10)]

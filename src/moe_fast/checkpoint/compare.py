@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -193,9 +194,16 @@ def compare_moe(
         num_bytes=total,
         greatest=greatest,
         layouts=(models[0].layout, models[1].layout),
-        differences=tuple(differences),
+        differences=tuple(sorted(differences, key=place_of)),
         warnings=tuple(dict.fromkeys(w for m in models for w in find_second_weights(m.path))),
     )
+
+
+def place_of(difference: WeightDifference) -> tuple[list[str | int], int]:
+    """The key that puts differences in the order of layers and experts, all others first."""
+    layer = re.split(r"(\d+)", difference.layer or "")
+    expert = -1 if difference.expert is None else difference.expert
+    return [int(part) if part.isdecimal() else part for part in layer], expert
 
 
 def parts_of(model: MoeModel) -> Iterator[tuple[Part, Tensor]]:
