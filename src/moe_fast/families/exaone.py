@@ -66,6 +66,11 @@ class ExaoneMoe(LayerLists, GroupedExperts):
         "sliding_window_pattern": 4,
         "topk_group": 1,
     }
+    types: Mapping[str, str] = {
+        "mlp_layer_types": "list[str] | None",
+        "sliding_window": "int",
+        "sliding_window_pattern": "str | int | None",
+    }
     dense_twin = "qwen3"
     qk_norms = ("head",)
     first_is_dense = True
