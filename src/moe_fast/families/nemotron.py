@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Sizes
+from moe_fast.families.config import Sizes, is_number
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, UP_DOWN, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
@@ -280,7 +280,8 @@ class NemotronHMoe(GroupedExperts, Twin):
             return
         if "mlp" in (config.get("layers_block_type") or ()):
             yield f"wants experts in every FFN of a {self.name}, some here are dense"
-        if config.get("time_step_min", self.defaults["time_step_min"]) > NO_STEP:
+        least = config.get("time_step_min", self.defaults["time_step_min"])
+        if is_number(least) and least > NO_STEP:
             yield (
                 f"does not look at time_step_min of a {self.name}; transformers takes no shorter "
                 "steps"
