@@ -3,13 +3,13 @@
     python -m benchmarks.router_load DENSE FILE... [--experts 8 --experts-per-token 2]
 
 DENSE is a folder with a dense model. Of each file the first 90 % make the routers, and the rest is
-counted. The experts are copies of one feed-forward network, so that all of them share its memory.
+counted; with `--mixed`, every tenth piece of 256 tokens is. The experts are copies of one
+feed-forward network, so that all of them share its memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,37 +69,38 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--experts-per-token", type=int, default=2)
     parser.add_argument("--tokens", type=int, help="that make the routers")
+    parser.add_argument("--mixed", action="store_true", help="hold out every tenth piece")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
-    with tempfile.TemporaryDirectory() as folder:
-        used, pieces = [], []
-        for number, file in enumerate(options.files):
-            text = file.read_text(encoding="utf-8")
-            used.append(Path(folder) / f"{number}.txt")
-            used[-1].write_text(text[: len(text) * 9 // 10], encoding="utf-8")
-            rest = tokenizer(text[len(text) * 9 // 10 :], return_tensors="pt").input_ids[0]
-            pieces += list(rest[: len(rest) // LENGTH * LENGTH].view(-1, LENGTH))
-        tokens = torch.stack(pieces)
-        for method in options.methods:
-            begin = time.perf_counter()
-            design = design_moe(
-                options.dense,
-                MoeConfig(options.experts, options.experts_per_token),
-                routers=method,
-                texts=used,
-                tokens_used=options.tokens,
-                target="mixtral",
-            )
-            seconds = time.perf_counter() - begin
-            load_of = count(load(design, options.dense), tokens)
-            cv = load_of.std(axis=1) / load_of.mean(axis=1)
-            starving = int((load_of < load_of.mean(axis=1, keepdims=True) / 4).sum())
-            print(
-                f"{method}: {tokens.numel():,} tokens, load cv {np.median(cv):.3f} median, "
-                f"{cv.max():.3f} greatest, {starving} experts below a quarter; {seconds:.0f} s",
-                flush=True,
-            )
+    used, held_out = [], []
+    for file in options.files:
+        ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="np").input_ids[0]
+        pieces = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+        numbers = np.arange(len(pieces))
+        chosen = numbers % 10 == 9 if options.mixed else numbers >= len(pieces) * 9 // 10
+        used.append(pieces[~chosen])
+        held_out.append(pieces[chosen])
+    tokens = torch.from_numpy(np.concatenate(held_out))
+    for method in options.methods:
+        begin = time.perf_counter()
+        design = design_moe(
+            options.dense,
+            MoeConfig(options.experts, options.experts_per_token),
+            routers=method,
+            tokens=np.concatenate(used),
+            tokens_used=options.tokens,
+            target="mixtral",
+        )
+        seconds = time.perf_counter() - begin
+        load_of = count(load(design, options.dense), tokens)
+        cv = load_of.std(axis=1) / load_of.mean(axis=1)
+        starving = int((load_of < load_of.mean(axis=1, keepdims=True) / 4).sum())
+        print(
+            f"{method}: {tokens.numel():,} tokens, load cv {np.median(cv):.3f} median, "
+            f"{cv.max():.3f} greatest, {starving} experts below a quarter; {seconds:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ TOKENS = 4096
 BATCHES, SMALL_BATCHES = 8, 256
 # (experts, experts a token): the goals of the rows below, of the last at the baseline level.
 SIZES = {
-    (8, 2): {"all": 30, "choice": 15, "baseline": 3, "switch": 30, "expert choice": 15},
+    (8, 2): {"all": 30, "choice": 15, "baseline": 3, "switch": 20, "expert choice": 15},
     (64, 8): {"all": 12, "choice": 6, "baseline": 2, "switch": 6, "expert choice": 4},
     (128, 8): {"all": 14, "choice": 8, "baseline": 2.5, "switch": 6, "expert choice": 5},
     (256, 8): {"all": 16, "choice": 8, "baseline": 3, "switch": 5, "expert choice": 5},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -58,13 +58,14 @@ class RoutingTensors:
         self._logits = logits
         self._rule = rule = router.rule
         self._threads = threads
-        array = as_array(logits, "logits")
+        self._array = array = as_array(logits, "logits")
         is_expert_choice = rule.method is RoutingMethod.EXPERT_CHOICE
-        if not is_expert_choice:  # What a capacity drops is taken out below: losses count it.
+        if not is_expert_choice and rule.compute_capacity(len(array)) is not None:
+            # What a capacity drops is taken out below: losses count it.
             router = router.replace(capacity_factor=math.inf)
         self.routing = router(array, threads=threads)
         self._indices = torch.from_numpy(self.routing.indices)
-        self._weights = Weights.apply(logits, self._indices, self.routing, rule, threads)
+        self._weights = Weights.apply(logits, array, self._indices, self.routing, rule, threads)
         self.weights = self._weights
         if not is_expert_choice:
             self._drop(rule.compute_capacity(len(array)))
@@ -116,13 +117,15 @@ class RoutingTensors:
 
         The convention of the Switch Transformer (Fedus et al. 2022, equation 4) and Megatron-LM.
         """
-        counts = self.routing.tokens_per_expert_before_drop
-        load = torch.from_numpy(divide(counts, int(counts.sum())) * (alpha * len(counts)))
-        return self._loss((load * self._mean_probabilities()).sum())
+        if self._rule.is_sigmoid:
+            balance = (torch.from_numpy(self._even_load) * self._mean_probabilities()).sum()
+        else:
+            balance = self._means.balance
+        return self._loss(alpha, balance)
 
     def z_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the mean squared log-sum-exp of the logits (Zoph et al. 2022)."""
-        return self._loss(alpha * self._mean_square())
+        return self._loss(alpha, self._mean_square())
 
     def importance_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the squared coefficient of variation of the experts' summed weights.
@@ -136,30 +139,39 @@ class RoutingTensors:
             importance = weights.new_zeros(self.routing.num_experts).index_add(
                 0, self._indices.flatten(), weights.flatten()
             )
-        return self._loss(alpha * importance.var(correction=0) / importance.mean() ** 2)
+        return self._loss(alpha, importance.var(correction=0) / importance.mean() ** 2)
 
     @cached_property
     def _sums(self) -> ProbabilitySums:
-        return sum_probabilities(as_array(self._logits, "logits"), self._rule, self._threads)
+        return sum_probabilities(self._array, self._rule, self._threads)
 
     @cached_property
-    def _means(self) -> tuple[Tensor, Tensor]:
-        """Of softmax, whose probabilities are kept for the gradient: mean ones, mean square."""
-        means: tuple[Tensor, Tensor] = Means.apply(self._logits, self._rule, self._threads)
-        return means
+    def _means(self) -> MeansOfSoftmax:
+        """Of softmax, in one pass, whose probabilities are kept for the gradient."""
+        return MeansOfSoftmax(
+            *Means.apply(self._logits, self._array, self._even_load, self._rule, self._threads)
+        )
+
+    @property
+    def _even_load(self) -> npt.NDArray[np.float64]:
+        """`[E]`: the load of each expert, 1.0 where it is even."""
+        counts = self.routing.tokens_per_expert_before_drop
+        return divide(counts, int(counts.sum())) * len(counts)
 
     def _mean_probabilities(self) -> Tensor:
         if not self._rule.is_sigmoid:
-            return self._means[0]
+            return self._means.probabilities
         return MeanProbabilities.apply(self._logits, self._sums, self._rule, self._threads)
 
     def _mean_square(self) -> Tensor:
         if not self._rule.is_sigmoid:
-            return self._means[1]
+            return self._means.square
         return MeanSquare.apply(self._logits, self._sums, self._threads)
 
-    def _loss(self, value: Tensor) -> Tensor:
-        return value.to(self.weights.dtype)
+    def _loss(self, alpha: float, value: Tensor) -> Tensor:
+        # A copy: whoever adds to a loss in place must not change the mean that others are made of.
+        scaled = value if alpha == 1.0 else alpha * value
+        return scaled.to(self.weights.dtype, copy=True)
 
     def __repr__(self) -> str:
         return repr(self.routing).replace("Routing", "RoutingTensors", 1)
@@ -259,8 +271,7 @@ def huggingface_load_balancing_loss(
     tokens = sum(routing.routing.num_tokens for routing in routings)
     counts = sum(routing.routing.tokens_per_expert_before_drop for routing in routings)
     pooled = sum(r._mean_probabilities() * (r.routing.num_tokens / tokens) for r in routings)
-    loss = alpha * sizes[0] * (torch.from_numpy(counts / tokens) * pooled).sum()
-    return routings[0]._loss(loss)
+    return routings[0]._loss(alpha * sizes[0], (torch.from_numpy(counts / tokens) * pooled).sum())
 
 
 class Weights(torch.autograd.Function):
@@ -268,65 +279,91 @@ class Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, indices: Tensor, routing: Routing, rule: Rule, threads: int
+        ctx: Any,
+        logits: Tensor,
+        array: npt.NDArray[Any],
+        indices: Tensor,
+        routing: Routing,
+        rule: Rule,
+        threads: int,
     ) -> Tensor:
         ctx.save_for_backward(logits, indices)
-        ctx.arguments = rule, threads
+        ctx.arguments = array, rule, threads
         return torch.from_numpy(routing.weights)
 
     @staticmethod
     def backward(ctx: Any, weight_gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, indices = ctx.saved_tensors
-        rule, threads = ctx.arguments
+        array, rule, threads = ctx.arguments
         if rule.method is RoutingMethod.EXPERT_CHOICE:
             pull_back = gradients.pull_back_choice
         else:
             pull_back = gradients.pull_back_weights
         gradient = pull_back(
-            as_array(logits, "logits"),
+            array,
             rule,
             indices.numpy(),
             weight_gradient.contiguous().numpy(),
             threads,
         )
-        return as_gradient(gradient, logits.dtype), None, None, None, None
+        return as_gradient(gradient, logits.dtype), None, None, None, None, None
+
+
+class MeansOfSoftmax(NamedTuple):
+    """float64, `[E]`, `[]` and `[]`: the mean probability of each expert, the sum of these times
+    the experts' load, and the mean squared log-sum-exp.
+    """
+
+    probabilities: Tensor
+    balance: Tensor
+    square: Tensor
 
 
 class Means(torch.autograd.Function):
-    """float64 `[E]` and float64: the mean probabilities of softmax, and the mean squared
-    log-sum-exp. What one pass keeps is all that both gradients need.
-    """
+    """`MeansOfSoftmax`. What one pass keeps is all that their gradients need."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rule: Rule, threads: int) -> tuple[Tensor, Tensor]:
-        array = as_array(logits, "logits")
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        array: npt.NDArray[Any],
+        load: npt.NDArray[np.float64],
+        rule: Rule,
+        threads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         probabilities = np.empty(array.shape, np.float64 if array.itemsize == 8 else np.float32)
         log_sums = np.empty(len(array))
         sums = sum_probabilities(
             array, rule, threads, probabilities=probabilities, log_sums=log_sums
         )
         # Not saved as tensors, which backward of one loss would free before that of the other.
-        ctx.kept = probabilities, log_sums
+        ctx.kept = probabilities, log_sums, load
         ctx.arguments = logits.dtype, threads
         ctx.set_materialize_grads(False)
-        return torch.from_numpy(sums.mean_probabilities), torch.from_numpy(sums.mean_square)
+        means = sums.mean_probabilities
+        return (
+            torch.from_numpy(means),
+            torch.from_numpy(np.asarray((load * means).sum())),
+            torch.from_numpy(sums.mean_square),
+        )
 
     @staticmethod
     def backward(
-        ctx: Any, mean_gradient: Tensor | None, square_gradient: Tensor | None
+        ctx: Any,
+        of_means: Tensor | None,
+        of_balance: Tensor | None,
+        of_square: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        probabilities, log_sums = ctx.kept
+        probabilities, log_sums, load = ctx.kept
         dtype, threads = ctx.arguments
-        if mean_gradient is None:
-            mean_gradient = torch.zeros(probabilities.shape[1], dtype=torch.float64)
+        mean_gradient = np.zeros(len(load)) if of_means is None else of_means.numpy()
+        if of_balance is not None:
+            mean_gradient = mean_gradient + of_balance.item() * load
+        square_gradient = 0.0 if of_square is None else of_square.item()
         gradient = gradients.pull_back_means(
-            probabilities,
-            log_sums,
-            mean_gradient.numpy(),
-            0.0 if square_gradient is None else square_gradient.item(),
-            threads,
+            probabilities, log_sums, mean_gradient, square_gradient, threads
         )
-        return as_gradient(gradient, dtype), None, None
+        return as_gradient(gradient, dtype), None, None, None, None
 
 
 class MeanProbabilities(torch.autograd.Function):

@@ -138,6 +138,8 @@ EMULATED __m256d extractf64x4(__m512d v, int half) {
 #define _mm512_max_ps max_ps
 #define _mm512_min_pd min_pd
 #define _mm512_min_ps min_ps
+#define _mm512_div_pd(x, y) ((x) / (y))
+#define _mm512_div_ps(x, y) ((x) / (y))
 #define _mm512_mul_pd(x, y) ((x) * (y))
 #define _mm512_mul_ps(x, y) ((x) * (y))
 #define _mm512_permutex2var_pd permutex2var_pd

@@ -254,6 +254,23 @@ def test_without_gradients():
     assert found.weights.requires_grad
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", DIFFERENT_LOSSES)
+def test_a_loss_that_is_added_to_in_place_changes_no_other(case, loss):
+    routing = call(case, make_logits())
+    first, before = getattr(routing, loss)(), getattr(routing, loss)().item()
+    first += 1.0
+    assert getattr(routing, loss)().item() == before
+
+
+def test_no_capacity_has_a_z_loss_with_a_gradient():
+    logits = make_logits()
+    routing = route(logits, MoeConfig(8, 2, "expert_choice"), capacity_factor=0.0)
+    (result,) = torch.autograd.grad(routing.z_loss(), logits)
+    (expected,) = torch.autograd.grad(logits.logsumexp(-1).square().mean(), logits)
+    torch.testing.assert_close(result, expected)
+
+
 def test_differentiable_once():
     logits = make_logits()
     found = route(logits, MoeConfig(8))

@@ -82,8 +82,9 @@ class ExaoneMoe(LayerLists, GroupedExperts):
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield from super().reader_problems(reader, config)
         kinds = config.get("mlp_layer_types")
-        listed = reader == LLAMA_CPP and isinstance(kinds, list)
-        if listed and "dense" in kinds[kinds.count("dense") :]:
+        if reader != LLAMA_CPP or not isinstance(kinds, list):
+            return
+        if "dense" in kinds[kinds.count("dense") :]:
             yield f"takes the first layers of an {self.name} for the dense ones, here are others"
 
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:

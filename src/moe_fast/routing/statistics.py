@@ -259,7 +259,9 @@ class RoutingStats:
         size = num_tokens if tokens_per_batch is None else tokens_per_batch
         size = max(1, as_index(size, "tokens_per_batch", minimum=0 if num_tokens == 0 else 1))
         added = RoutingStats(self.router, capacity_factors=self.capacity_factors)
-        unlimited = self.router.replace(capacity_factor=math.inf)
+        unlimited = self.router
+        if unlimited.rule.compute_capacity(num_tokens) is not None:
+            unlimited = unlimited.replace(capacity_factor=math.inf)
         for start in range(0, num_tokens, size):
             stop = min(start + size, num_tokens)
             if self.router.rule.method is RoutingMethod.EXPERT_CHOICE:

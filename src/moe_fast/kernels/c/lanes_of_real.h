@@ -68,6 +68,20 @@ static inline void NAME(add_product_to)(REAL *to, const REAL *x, const REAL *y) 
     }
 }
 
+/* to[i] /= x[i] */
+static inline void NAME(divide_by)(REAL *to, const REAL *x) {
+    for (int i = 0; i < LANES; i += WIDTH)
+        OP(storeu)(to + i, OP(div)(OP(loadu)(to + i), OP(loadu)(x + i)));
+}
+
+/* to[i] = x[i] * (y[i] - z[i]), both rounded */
+static inline void NAME(times_difference)(const REAL *x, const REAL *y, const REAL *z, REAL *to) {
+    for (int i = 0; i < LANES; i += WIDTH) {
+        VECTOR difference = OP(sub)(OP(loadu)(y + i), OP(loadu)(z + i));
+        OP(storeu)(to + i, OP(mul)(OP(loadu)(x + i), difference));
+    }
+}
+
 /* x[i] = the larger of x[i] and `least`. */
 static inline void NAME(raise_to)(REAL *x, REAL least) {
     for (int i = 0; i < LANES; i += WIDTH)

@@ -59,6 +59,8 @@ typedef float64x2_t vector_double;
 #define neon_sub_pd                  vsubq_f64
 #define neon_mul_ps                  vmulq_f32
 #define neon_mul_pd                  vmulq_f64
+#define neon_div_ps                  vdivq_f32
+#define neon_div_pd                  vdivq_f64
 #define neon_gt_ps                   vcgtq_f32
 #define neon_gt_pd                   vcgtq_f64
 #define neon_ge_ps                   vcgeq_f32
@@ -97,6 +99,7 @@ typedef double vector_double;
 #define one_add(x, y)                ((x) + (y))
 #define one_sub(x, y)                ((x) - (y))
 #define one_mul(x, y)                ((x) * (y))
+#define one_div(x, y)                ((x) / (y))
 #define one_max(x, y)                ((x) > (y) ? (x) : (y))
 #define one_min(x, y)                ((x) < (y) ? (x) : (y))
 #define one_gt(x, y)                 ((x) > (y))

@@ -48,22 +48,24 @@ cdef void pull_back(
     if is_row:
         total[0] = sum_lanes(total)
         shift[0] = sum_lanes(shift)
-    for j in range(lanes):
-        if is_sigmoid:
+    if is_sigmoid:
+        for j in range(LANES):
             total[j] += <real>1e-20
-        elif top[j] == -INFINITY:
-            # All logits count as equal, and so did the padding of a row.
-            total[j] = <real>n
-        shift[j] /= total[j]
-        if of_square != 0:
+    else:
+        for j in range(LANES):
+            # Logits that are all -inf count as equal, and so did the padding of a row.
+            total[j] = total[j] if top[j] > -INFINITY else <real>n
+    divide_by(shift, total)
+    if of_square != 0:
+        for j in range(lanes):
             shift[j] -= of_square * (top[j] + <real>logarithm(total[j]))
     if is_row:
         for j in range(1, LANES):
             total[j] = total[0]
             shift[j] = shift[0]
     for i from 0 <= i < size by LANES:
-        for j in range(LANES):
-            gradient[i + j] = score[i + j] / total[j] * (gradient[i + j] - shift[j])
+        divide_by(score + i, total)
+        times_difference(score + i, gradient + i, shift, gradient + i)
 
 
 cdef void pull_back_block(
@@ -93,16 +95,18 @@ cdef void pull_back_block(
 
 cdef void pull_back_chosen(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens,
-    const int32_t* expert, Py_ssize_t k, bint is_sigmoid, bint normalised, real* work,
-    real* gradient, Py_ssize_t n
+    const int32_t* expert, const real* of_weights, Py_ssize_t k, real scale,
+    bint is_sigmoid, bint normalised, real* work, real* gradient, Py_ssize_t n
 ) noexcept nogil:
-    # The same for scores over the chosen experts alone. `gradient` holds the gradient by their
-    # scores at their places, and 0 elsewhere.
+    # The same for scores over the chosen experts alone, times `scale`. `gradient` holds 0.
     cdef real* x = work
     cdef real* score = x + LANES * n
     cdef real* g = score + LANES * n
     cdef const uint8_t* row
     cdef Py_ssize_t s, t, place
+    to_columns(<const uint8_t*>of_weights, k * sizeof(real), tokens, k, g)
+    for t in range(k * LANES):
+        g[t] *= scale
     for t in range(tokens):
         row = logits + t * stride
         for s in range(k):
@@ -113,7 +117,6 @@ cdef void pull_back_chosen(
                 x[s * LANES + t] = widen_float16((<const uint16_t*>row)[place])
             else:
                 x[s * LANES + t] = (<const real*>row)[place]
-            g[s * LANES + t] = gradient[t * n + place]
     pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, score, g)
     for t in range(tokens):
         for s in range(k):
@@ -163,15 +166,16 @@ def pull_back_weights(
             tokens = tokens_in_block(token, stop)
             row = &logits[0, 0] + token * stride
             memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
-            for t in range(token, token + tokens):
-                for s in range(k):
-                    gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
             if is_sigmoid or norm_topk_prob:
                 pull_back_chosen(
-                    row, stride, encoding, tokens, &expert_indices[token, 0], k, is_sigmoid,
-                    norm_topk_prob, work, &gradient[token, 0], n
+                    row, stride, encoding, tokens,
+                    &expert_indices[token, 0], &of_weights[token, 0], k, scale,
+                    is_sigmoid, norm_topk_prob, work, &gradient[token, 0], n
                 )
             else:
+                for t in range(token, token + tokens):
+                    for s in range(k):
+                        gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
                 pull_back_block(
                     row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
                     work, &gradient[token, 0]
@@ -187,6 +191,7 @@ cdef void pull_back_mean_rows(
     cdef Py_ssize_t whole = n // LANES * LANES
     cdef real[LANES * LANES] sums
     cdef real[LANES] shift
+    cdef real[LANES] less
     cdef Py_ssize_t t, i, j
     cdef const real* row
     for t in range(tokens):
@@ -200,7 +205,11 @@ cdef void pull_back_mean_rows(
     sum_rows(sums, tokens, shift)
     for t in range(tokens):
         shift[t] -= <real>(of_square * log_sum[t])
-        for i in range(n):
+        for j in range(LANES):
+            less[j] = shift[t]
+        for i from 0 <= i < whole by LANES:
+            times_difference(p + t * n + i, of_mean + i, less, gradient + t * n + i)
+        for i in range(whole, n):
             gradient[t * n + i] = p[t * n + i] * (of_mean[i] - shift[t])
 
 
@@ -210,18 +219,21 @@ cdef void pull_back_mean_columns(
 ) noexcept nogil:
     # The same for few experts; `work` has room for a column for each.
     cdef real[LANES] shift
+    cdef real[LANES] one_mean
     cdef Py_ssize_t e, t
     to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, work)
     for t in range(LANES):
         shift[t] = 0
     for e in range(n):
         for t in range(LANES):
-            shift[t] += work[e * LANES + t] * of_mean[e]
+            one_mean[t] = of_mean[e]
+        add_product_to(shift, work + e * LANES, one_mean)
     for t in range(tokens):
         shift[t] -= <real>(of_square * log_sum[t])
     for e in range(n):
         for t in range(LANES):
-            work[e * LANES + t] *= of_mean[e] - shift[t]
+            one_mean[t] = of_mean[e]
+        times_difference(work + e * LANES, one_mean, shift, work + e * LANES)
     to_rows(work, tokens, n, gradient)
 
 

@@ -13,6 +13,14 @@ cdef extern from "c/lanes.h":
     void add_to_double(double* to, const double* x) noexcept nogil
     void add_product_to_float(float* to, const float* x, const float* y) noexcept nogil
     void add_product_to_double(double* to, const double* x, const double* y) noexcept nogil
+    void divide_by_float(float* to, const float* x) noexcept nogil
+    void divide_by_double(double* to, const double* x) noexcept nogil
+    void times_difference_float(
+        const float* x, const float* y, const float* z, float* to
+    ) noexcept nogil
+    void times_difference_double(
+        const double* x, const double* y, const double* z, double* to
+    ) noexcept nogil
     void fold_max_float(const float* x, Py_ssize_t n, Py_ssize_t step, float* to) noexcept nogil
     void fold_max_double(const double* x, Py_ssize_t n, Py_ssize_t step, double* to) noexcept nogil
     bint fold_max_checked_float(const float* x, Py_ssize_t n, float* to) noexcept nogil
@@ -60,13 +68,19 @@ cdef inline void subtract_largest(
         subtract_largest_double(x, largest, difference)
 
 
-cdef inline void exponentials_below(const real* x, const real* largest, real* e) noexcept nogil:
-    # e^(x - largest), which is 1 where both are the same infinity.
-    cdef real[LANES] difference
+cdef inline void exponentials_and_differences(
+    const real* x, const real* largest, real* difference, real* e
+) noexcept nogil:
+    # x - largest and e^(x - largest), which is 1 where both are the same infinity.
     cdef Py_ssize_t j
     subtract_largest(x, largest, difference)
     for j in range(LANES):
         e[j] = exponential(difference[j])
+
+
+cdef inline void exponentials_below(const real* x, const real* largest, real* e) noexcept nogil:
+    cdef real[LANES] difference
+    exponentials_and_differences(x, largest, difference, e)
 
 
 cdef inline void add_to(real* total, const real* x) noexcept nogil:
@@ -81,6 +95,22 @@ cdef inline void add_product_to(real* total, const real* x, const real* y) noexc
         add_product_to_float(total, x, y)
     else:
         add_product_to_double(total, x, y)
+
+
+cdef inline void divide_by(real* to, const real* x) noexcept nogil:
+    if real is float:
+        divide_by_float(to, x)
+    else:
+        divide_by_double(to, x)
+
+
+cdef inline void times_difference(
+    const real* x, const real* y, const real* z, real* to
+) noexcept nogil:
+    if real is float:
+        times_difference_float(x, y, z, to)
+    else:
+        times_difference_double(x, y, z, to)
 
 
 cdef inline void fold_max(const real* x, Py_ssize_t n, Py_ssize_t step, real* to) noexcept nogil:

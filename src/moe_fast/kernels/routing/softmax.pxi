@@ -54,15 +54,13 @@ cdef inline void sum_exponentials(
     # In each lane, over x[lane], x[lane + LANES], ... before `size`: the exponentials
     # e^(x - largest) and their sum. `e` may be x.
     #
-    # In arrays of its own: in memory that might overlap, sums would not stay in registers.
-    cdef real[LANES] top
+    # In an array of their own: in memory that might overlap, sums would not stay in registers.
     cdef real[LANES] sums
     cdef Py_ssize_t i, j
     for j in range(LANES):
-        top[j] = largest[j]
         sums[j] = 0
     for i from 0 <= i < size by LANES:
-        exponentials_below(x + i, top, e + i)
+        exponentials_below(x + i, largest, e + i)
         add_to(sums, e + i)
     for j in range(LANES):
         total[j] = sums[j]
@@ -113,7 +111,7 @@ cdef void score_columns(
     const real* column, Py_ssize_t n, bint is_sigmoid, real* largest, real* total, real* score
 ) noexcept nogil:
     # `score` may be `column`. Only softmax sets the largest and the total.
-    cdef Py_ssize_t i, t
+    cdef Py_ssize_t i
     if is_sigmoid:
         for i in range(n * LANES):
             score[i] = sigmoid(column[i])
@@ -121,5 +119,4 @@ cdef void score_columns(
     fold_max(column, n * LANES, LANES, largest)
     sum_exponentials(column, n * LANES, largest, score, total)
     for i from 0 <= i < n * LANES by LANES:
-        for t in range(LANES):
-            score[i + t] /= total[t]
+        divide_by(score + i, total)

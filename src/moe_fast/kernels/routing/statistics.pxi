@@ -41,20 +41,21 @@ cdef void sum_scores(
 ) noexcept nogil:
     # In each lane of x: `total`, the sum of e^(x - largest); `weighted`, that of the same times
     # x - largest; and scores before they are divided by their sum, `divisor`.
-    cdef real[LANES] top
+    cdef real[LANES] sums
     cdef real[LANES] products
     cdef real[LANES] difference
     cdef Py_ssize_t i, j
-    sum_exponentials(x, size, largest, score, total)
     for j in range(LANES):
-        top[j] = largest[j]
+        sums[j] = 0
         products[j] = 0
     for i from 0 <= i < size by LANES:
-        subtract_largest(x + i, top, difference)
+        exponentials_and_differences(x + i, largest, difference, score + i)
+        add_to(sums, score + i)
         # Finite, for a product of 0 where the exponential is 0.
         raise_to(difference, <real>-1000)
         add_product_to(products, score + i, difference)
     for j in range(LANES):
+        total[j] = sums[j]
         weighted[j] = products[j]
     if not is_sigmoid:
         for j in range(LANES):
@@ -83,8 +84,7 @@ cdef void add_columns(
     for t in range(tokens, LANES):
         divisor[t] = INFINITY
     for e in range(n):
-        for t in range(LANES):
-            score[e * LANES + t] /= divisor[t]
+        divide_by(score + e * LANES, divisor)
         add_units(sums + e * LANES, score + e * LANES, 0, 1)
     if is_sigmoid:
         for e in range(n):
@@ -118,15 +118,18 @@ cdef void add_rows(
         )
     sum_rows(totals, tokens, total)
     sum_rows(weights, tokens, weighted)
-    sum_rows(divisors, tokens, divisor)
+    if is_sigmoid:
+        sum_rows(divisors, tokens, divisor)
     for t in range(LANES):
         # If all logits are -inf they count as equal, and so did the padding of the row.
         total[t] = total[t] if largest[t] > -INFINITY else <real>n
         if not is_sigmoid:
             divisor[t] = total[t]
     for t in range(tokens):
-        for i in range(padded):
-            score[t * padded + i] /= divisor[t]
+        for j in range(LANES):
+            top[j] = divisor[t]
+        for i from 0 <= i < padded by LANES:
+            divide_by(score + t * padded + i, top)
     for i from 0 <= i < padded by LANES:
         add_units(sums + i, score + i, padded, tokens)
     if not is_sigmoid:
@@ -146,7 +149,8 @@ cdef void add_totals(
     Py_ssize_t tokens, bint is_sigmoid, const real* largest, const real* total,
     const real* weighted, double* entropy, double* log_sum, double* totals
 ) noexcept nogil:
-    # `log_sum` becomes the logarithm of the sum of the exponentials.
+    # `log_sum` becomes the logarithm of the sum of the exponentials. `totals` has LANES values of
+    # each sum.
     cdef double[LANES] whole
     cdef double[LANES] rest
     cdef double[LANES] log_total
@@ -167,10 +171,13 @@ cdef void add_totals(
         rest[t] = round_to_32(square - whole[t])
         rest[t] = rest[t] if square <= 4294967296.0 else 0.0
         whole[t] = whole[t] if square <= 4294967296.0 else INFINITY
-    for t in range(tokens):
-        totals[0] += (entropy[t] + <double>ROUND_TO_24) - <double>ROUND_TO_24
-        totals[1] += whole[t]
-        totals[2] += rest[t]
+    for t in range(tokens, LANES):
+        entropy[t] = whole[t] = rest[t] = 0
+    for t in range(LANES):
+        entropy[t] = (entropy[t] + <double>ROUND_TO_24) - <double>ROUND_TO_24
+    add_to(totals, entropy)
+    add_to(totals + LANES, whole)
+    add_to(totals + 2 * LANES, rest)
 
 
 def add_statistics(
@@ -203,6 +210,7 @@ def add_statistics(
     cdef real[LANES] weighted
     cdef double[LANES] entropy
     cdef double[LANES] log_sum
+    cdef double[3 * LANES] lane_totals
     x = <real*>allocate(
         2 * LANES * padded * sizeof(real) + padded * width * sizeof(uint64_t), num_experts
     )
@@ -210,6 +218,7 @@ def add_statistics(
     sums = <uint64_t*>(score + LANES * padded)
     with nogil:
         memset(sums, 0, padded * width * sizeof(uint64_t))
+        memset(lane_totals, 0, 3 * LANES * sizeof(double))
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
             at = &logits[token, 0]
@@ -250,10 +259,12 @@ def add_statistics(
                             num_experts * sizeof(real)
                         )
             add_totals(
-                tokens, is_sigmoid, largest, total, weighted, entropy, log_sum, &totals[0]
+                tokens, is_sigmoid, largest, total, weighted, entropy, log_sum, lane_totals
             )
             if log_sums is not None:
                 memcpy(&log_sums[token], log_sum, tokens * sizeof(double))
+        for t in range(3 * LANES):
+            totals[t // LANES] += lane_totals[t]
         for e in range(num_experts):
             for t in range(width):
                 probability[e] += <double>2.3283064365386963e-10 * <double><int64_t>(
@@ -269,8 +280,19 @@ def add_weights(
     double scale, double[::1] importance not None
 ):
     """Add each weight, divided by `scale` and rounded to a multiple of 2^-32, to its expert's."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t pairs = expert_indices.shape[0]
+    cdef Py_ssize_t i, j
+    cdef int32_t expert
+    cdef double[LANES] units
     with nogil:
-        for i in range(expert_indices.shape[0]):
-            if expert_indices[i] >= 0:
-                importance[expert_indices[i]] += round_to_32(<double>weights[i] / scale)
+        for i from 0 <= i < pairs by LANES:
+            if i + LANES <= pairs:
+                for j in range(LANES):
+                    units[j] = round_to_32(<double>weights[i + j] / scale)
+            else:
+                for j in range(pairs - i):
+                    units[j] = round_to_32(<double>weights[i + j] / scale)
+            for j in range(tokens_in_block(i, pairs)):
+                expert = expert_indices[i + j]
+                if expert >= 0:
+                    importance[expert] += units[j]
