@@ -149,7 +149,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama, its heads' own size": (
         "llama",
         HEADS,
-        ("granitemoe", "ernie4_5_moe", "solar_open"),
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "ernie4_5_moe", "solar_open"),
     ),
     "mistral, llama3 rope, tied": (
         "mistral",
@@ -165,7 +165,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "residual_multiplier": 0.22,
             "logits_scaling": 0.125,
         },
-        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
+        ("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid"),
     ),
     "hyperclovax, biases, tied": (
         "hyperclovax",
@@ -202,7 +202,18 @@ SOURCES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("mixtral",),
     ),
     "olmo3": ("olmo3", {}, ("flex_olmo",)),
-    "qwen3": ("qwen3", HEADS, ("glm4_moe", "dots1", "hy_v3", "mellum")),
+    "qwen3": ("qwen3", HEADS, ("glm4_moe", "dots1", "hy_v3", "mellum", "exaone_moe")),
+    "qwen3, window in all layers, tied": (
+        "qwen3",
+        {
+            **WHOLE,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention"] * 3,
+        },
+        ("exaone_moe",),
+    ),
     "qwen3, biases, tied, yarn": (
         "qwen3",
         {
@@ -364,6 +375,7 @@ FUSED = [
     ("ernie4_5", "ernie4_5_moe"),
     ("qwen3", "hy_v3"),
     ("qwen3", "mellum"),
+    ("qwen3", "exaone_moe"),
 ]
 
 
@@ -448,6 +460,7 @@ TRANSFORMERS_4 = {
     "glm": "glm4_moe",
     "hunyuan": "hunyuan_v1_moe",
     "granite hybrid": "granitemoehybrid",
+    "hyperclovax": "granitemoehybrid",
     "youtu": "deepseek_v3",
     "ernie4_5": "ernie4_5_moe",
     "qwen3": "dots1",

@@ -66,6 +66,11 @@ class ExaoneMoe(LayerLists, GroupedExperts):
         "sliding_window_pattern": 4,
         "topk_group": 1,
     }
+    types: Mapping[str, str] = {
+        "mlp_layer_types": "list[str] | None",
+        "sliding_window": "int",
+        "sliding_window_pattern": "str | int | None",
+    }
     dense_twin = "qwen3"
     qk_norms = ("head",)
     first_is_dense = True
@@ -76,8 +81,10 @@ class ExaoneMoe(LayerLists, GroupedExperts):
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield from super().reader_problems(reader, config)
-        kinds = config.get("mlp_layer_types") or []
-        if reader == LLAMA_CPP and "dense" in kinds[kinds.count("dense") :]:
+        kinds = config.get("mlp_layer_types")
+        if reader != LLAMA_CPP or not isinstance(kinds, list):
+            return
+        if "dense" in kinds[kinds.count("dense") :]:
             yield f"takes the first layers of an {self.name} for the dense ones, here are others"
 
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -384,7 +384,8 @@ class GraniteMoeHybrid(Twin):
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield from head_problems(self.name, reader, config)
         rotated = config.get("position_embedding_type") == "rope"
-        plain = set(config.get("layer_types") or ()) <= {"attention"}
+        kinds = config.get("layer_types")
+        plain = isinstance(kinds, list) and all(kind == "attention" for kind in kinds)
         if reader == LLAMA_CPP and config and rotated != plain:
             which = "without" if plain else "with"
             yield (

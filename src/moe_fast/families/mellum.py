@@ -76,7 +76,8 @@ class Mellum(LayerLists):
         kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else "default"
         if kind not in self.rules.llama_cpp_ropes:
             yield f"has no rope of type {kind} in a {self.name}"
-        if "dense" in (config.get("mlp_layer_types") or ()):
+        kinds = config.get("mlp_layer_types")
+        if isinstance(kinds, list) and "dense" in kinds:
             yield f"wants experts in every layer of a {self.name}, some here are dense"
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_fast.config import Layout
 from moe_fast.errors import CheckpointError
-from moe_fast.families.config import Sizes
+from moe_fast.families.config import Sizes, is_number
 from moe_fast.families.dense import FFN
 from moe_fast.families.experts import BIAS, UP_DOWN, ExpertAxis
 from moe_fast.families.glm import GroupedExperts
@@ -35,6 +35,8 @@ KINDS = {
 }
 # The same in `hybrid_override_pattern`, of older files.
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+# Shorter steps leave a state in float32 as it is.
+NO_STEP = 1e-7
 UP, DOWN = FFN[1:]
 NAMES = (
     ("model.embed_tokens.", "backbone.embeddings."),
@@ -278,7 +280,8 @@ class NemotronHMoe(GroupedExperts, Twin):
             return
         if "mlp" in (config.get("layers_block_type") or ()):
             yield f"wants experts in every FFN of a {self.name}, some here are dense"
-        if config.get("time_step_min", self.defaults["time_step_min"]) != 0:
+        least = config.get("time_step_min", self.defaults["time_step_min"])
+        if is_number(least) and least > NO_STEP:
             yield (
                 f"does not look at time_step_min of a {self.name}; transformers takes no shorter "
                 "steps"
