@@ -264,5 +264,5 @@ def test_the_command_says_how_layers_are_written(sources, tmp_path, text):
     pytest.importorskip("typer")
     done = run("build", sources / "qwen2", "-o", tmp_path / "moe", f"--dense-layers={text}")
     assert done.returncode == 2
-    assert "is not a list of layers; write 0,5 or 0-3" in done.stderr
+    assert "must be a list of layers, such as 0,5 or 0-3" in done.stderr
     assert not (tmp_path / "moe").exists()

@@ -14,7 +14,7 @@ for extra in ("safetensors", "ml_dtypes"):
 
 from ml_dtypes import bfloat16
 
-from families import make_model
+from families import LINEAR, LLAMA3, make_model
 from folders import edit_config, edit_json, rewrite
 from moe_fast import MoeConfig, build_moe, check_moe, convert_moe
 from moe_fast.demo import make_dense_model
@@ -46,6 +46,7 @@ FAMILIES = {
     "dots1": "qwen3",
     "hy_v3": "qwen3",
     "mellum": "qwen3",
+    "exaone_moe": "qwen3",
     "solar_open": "llama",
     "glm4_moe_lite": "youtu",
 }
@@ -57,9 +58,8 @@ def reasons_of(moe: Path) -> dict[str, tuple[str, ...]]:
 
 
 def asked_readers(target: str) -> set[str]:
-    """The readers that know the family, and were asked whether they compute it."""
-    rules = moe_families()[target].rules
-    return set(rules.natively) - set(rules.unasked)
+    """The readers that know the family."""
+    return set(moe_families()[target].rules.natively)
 
 
 def about(texts: tuple[str, ...], word: str) -> list[str]:
@@ -234,24 +234,63 @@ def test_more_experts_than_llama_cpp_takes(dense, tmp_path, number, too_many):
     [
         ("granite_swa", {"layer_types": ["full_attention"] * 3}, "wants a sliding window in some"),
         ("granite_swa", {"layer_rope_theta": [1e4, 0, 5e5]}, "has one rope_theta for all layers"),
-        ("granitemoehybrid", {"position_embedding_type": "rope"}, "has no rotary embedding in a"),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, "does not rotate queries and"),
         ("lfm2", {"tie_word_embeddings": False}, "has no place for a head of its own"),
         ("hunyuan_v1_dense", {}, "wants moe_topk of a hunyuan_v1_moe as a list"),
+        ("qwen3_5_text", {}, "unless its converter is given --no-mtp"),
+        ("nemotron_h", {}, "does not look at time_step_min of a nemotron_h"),
+        ("nemotron_h", {"use_conv_bias": False}, "wants a bias in the convolutions"),
     ],
 )
 def test_what_llama_cpp_does_not_compute(tmp_path, family, changes, reason):
     make_model(tmp_path / "dense", family, **changes)
+    if "use_conv_bias" in changes:
+        rewrite(tmp_path / "dense", lambda t: {n: t[n] for n in t if "conv1d.bias" not in n})
     build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
     assert about(reasons_of(tmp_path / "moe")["llama.cpp"], reason)
 
 
-def test_who_was_not_asked_is_not_said_to_load(tmp_path):
-    make_model(tmp_path / "dense", "gemma4_text")
-    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
-    reasons = reasons_of(tmp_path / "moe")
-    assert reasons["llama.cpp"] == ("has been asked for no gemma4_text yet, it may load it",)
-    assert reasons["transformers 4"] == ("has no gemma4_text of its own",)
-    assert not reasons["transformers 5"]
+@pytest.mark.parametrize(
+    ("family", "target", "options", "changes", "reason"),
+    [
+        ("qwen3", "dots1", {}, {}, "wants as many heads of keys as of queries in a dots1: 2, 4"),
+        ("qwen3", "dots1", {}, {"num_key_value_heads": 4}, None),
+        ("qwen3", "dots1", {}, {"attention_bias": True}, "has no place for the bias of o_proj"),
+        ("qwen3", "hy_v3", {}, {"attention_bias": True}, "has no place for the bias of o_proj"),
+        ("qwen3", "hy_v3", {"dense_layers": (1,)}, {}, None),
+        ("qwen3", "mellum", {}, {"attention_bias": True}, "has no place for the bias of o_proj"),
+        ("qwen3", "mellum", {}, {"rope_scaling": LLAMA3}, "has no rope of type llama3 in a mellum"),
+        ("qwen3", "mellum", {"dense_layers": (0,)}, {}, "wants experts in every layer of a mellum"),
+        ("qwen3", "mellum", {}, {"tie_word_embeddings": True}, "wants a head of its own"),
+        ("qwen3", "exaone_moe", {}, {"rope_scaling": LLAMA3}, None),
+        ("qwen3", "exaone_moe", {}, {"rope_scaling": LINEAR}, "has no rope of type linear"),
+        ("qwen3", "exaone_moe", {"dense_layers": (0,)}, {}, None),
+        ("qwen3", "exaone_moe", {"dense_layers": (1,)}, {}, "takes the first layers of an exaone"),
+        ("llama", "granitemoehybrid", {}, {}, None),
+        ("llama", "granitemoehybrid", {}, {"head_dim": 20}, "for the head_dim of a granitemoehyb"),
+        ("llama", "ernie4_5_moe", {}, {}, "needs tokenizer.model in a ernie4_5_moe"),
+        ("llama", "ernie4_5_moe", {"dense_layers": (1,)}, {}, "they end at layer 0"),
+        ("llama", "ernie4_5_moe", {"shared": 1}, {}, "takes intermediate_size / num_key_value"),
+    ],
+)
+def test_what_llama_cpp_computes_of_what_llama_and_qwen3_become(
+    tmp_path, family, target, options, changes, reason
+):
+    make_model(tmp_path / "dense", family, **changes)
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    options = dict(options)
+    if options.pop("shared", 0):
+        options["shared_experts"] = [tmp_path / "dense"]
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target=target, **options)
+    reasons = reasons_of(tmp_path / "moe")["llama.cpp"]
+    assert reasons == () if reason is None else about(reasons, reason)
+
+
+def test_ernie_is_read_with_its_sentencepiece(tmp_path):
+    make_model(tmp_path / "dense", "llama")
+    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"sentencepiece")
+    build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG, target="ernie4_5_moe")
+    assert reasons_of(tmp_path / "moe")["llama.cpp"] == ()
 
 
 @pytest.mark.parametrize(
@@ -259,8 +298,9 @@ def test_who_was_not_asked_is_not_said_to_load(tmp_path):
     [
         ("cohere2", {"sliding_window": 7}, "takes the sliding window of a cohere2_moe to be one"),
         ("cohere2", {"sliding_window": 64}, None),
-        ("lfm2", {}, "rotates the queries of a lfm2_moe wrongly"),
-        ("youtu", {}, "rotates the queries of a deepseek_v3 wrongly"),
+        ("lfm2", {"tie_word_embeddings": True}, None),
+        ("lfm2", {"tie_word_embeddings": False}, "takes the embedding for the head of a lfm2_moe"),
+        ("youtu", {}, None),
         ("granite_swa", {}, None),
         ("granitemoehybrid", {}, None),
     ],

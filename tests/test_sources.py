@@ -206,7 +206,7 @@ def test_the_mean_of_models_in_different_orders(tmp_path):
 def test_layers_of_nemotron_h_without_an_ffn_stay_as_they_are(tmp_path):
     dense = write_dense(tmp_path / "dense", "nemotron_h")
     report = build_moe(tmp_path / "dense", tmp_path / "moe", CONFIG)
-    assert report.dense_layers == (0, 2)
+    assert report.dense_layers == report.layers_without_ffn == (0, 2)
     moe, config = built(tmp_path / "moe"), config_of(tmp_path / "moe")
     kinds = ["linear_attention", "moe", "full_attention", "moe"]
     assert config["layers_block_type"] == kinds
@@ -582,7 +582,8 @@ def test_the_command_lists_what_becomes_what():
     assert listed["readers"].keys() == moe_families().keys()
     for family, target in TARGETS.items():
         assert target in listed["becomes"][family]
-    assert listed["becomes"]["qwen3"] == ["qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum"]
+    qwen3 = ["qwen3_moe", "glm4_moe", "dots1", "hy_v3", "mellum", "exaone_moe"]
+    assert listed["becomes"]["qwen3"] == qwen3
     assert listed["becomes"]["olmo2"] == ["flex_olmo"]
     assert not listed["fit_nothing"].keys() & listed["becomes"].keys()
     text = run("families").stdout
@@ -647,3 +648,13 @@ def test_strange_values_of_any_key_are_refused_or_make_a_model(tmp_path, family)
             else:
                 outcomes.add("made")
     assert outcomes == {"refused", "made"}
+
+
+def test_the_command_says_which_layers_have_no_ffn(tmp_path):
+    pytest.importorskip("typer")
+    write_dense(tmp_path / "dense", "nemotron_h")
+    for options, said in ((), "4, without FFN: 0, 2"), (("--dense-layers", "1"), "4, dense: 1, w"):
+        output = tmp_path / f"moe{len(options)}"
+        done = run("build", tmp_path / "dense", "-o", output, *options)
+        assert done.returncode == 0, done.stderr
+        assert f" {said}" in done.stdout

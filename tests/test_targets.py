@@ -20,7 +20,7 @@ from moe_fast.checkpoint.check import check_moe
 
 CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2)
 TOKENS = np.random.default_rng(0).integers(96, size=40)
-GRANITE_LIKE = ("granitemoe", "granitemoeshared", "granitemoe_swa")
+GRANITE_LIKE = ("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid")
 OTHERS = ("ernie4_5_moe", "solar_open")
 QWEN_LIKE = ("dots1", "hy_v3", "mellum")
 LLAMA_LIKE = ("mixtral", "qwen2_moe", *GRANITE_LIKE, "glm4_moe", *OTHERS, "deepseek")
@@ -45,7 +45,7 @@ SOURCES = {
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
         ("qwen2_moe",),
     ),
-    "qwen3": ("qwen3", {}, ("qwen3_moe", "glm4_moe", *QWEN_LIKE)),
+    "qwen3": ("qwen3", {}, ("qwen3_moe", "glm4_moe", *QWEN_LIKE, "exaone_moe")),
     "qwen3, biases": ("qwen3", {"attention_bias": True}, ("qwen3_moe", *QWEN_LIKE)),
     "qwen3, window": (
         "qwen3",
@@ -54,7 +54,7 @@ SOURCES = {
             "sliding_window": 7,
             "layer_types": ["sliding_attention"] * 2,
         },
-        ("qwen3_moe", "dots1", "mellum"),
+        ("qwen3_moe", "dots1", "mellum", "exaone_moe"),
     ),
     "olmo2": ("olmo2", {}, ("flex_olmo",)),
     "granite": ("granite", {}, GRANITE_LIKE),
@@ -71,9 +71,9 @@ SOURCES = {
     ),
 }
 TARGETS = ("mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo", "glm4_moe", "deepseek", *GRANITE_LIKE)
-TWINS = ("cohere2_moe", "deepseek_v3", "granitemoehybrid", "hunyuan_v1_moe", "lfm2_moe")
+TWINS = ("cohere2_moe", "deepseek_v3", "hunyuan_v1_moe", "lfm2_moe")
 TARGETS += (*TWINS, "gemma4_text", "qwen3_5_moe_text", "nemotron_h", "glm4_moe_lite")
-TARGETS += (*QWEN_LIKE, *OTHERS)
+TARGETS += (*QWEN_LIKE, "exaone_moe", *OTHERS)
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -218,6 +218,7 @@ def test_layouts_that_a_family_does_not_have(tmp_path):
         ("DeepSeek-V2", "latent"),
         ("deepseek_v2", "Youtu-LLM becomes deepseek_v3"),
         ("phimoe", "LayerNorm"),
+        ("sarvam_moe", "glm4_moe has the same blocks"),
         ("gpt_oss", "must be one of 'auto', 'mixtral', 'qwen3_moe'"),
     ],
 )

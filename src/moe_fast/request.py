@@ -63,35 +63,35 @@ class RouterStart:
     Parameters
     ----------
     method : str
-        `"auto"` is `"calibrated"` where there is text, else `"normal"` with a `logit_std` of 3, and
-        the object says which. `"balanced"`, `"random"` and `"uniform"` are those of `RouterInit`.
+        `"auto"` means `"calibrated"` if there is text, otherwise `"normal"` with a `logit_std` of
+        3; the attribute then has that word. `"balanced"`, `"random"` and `"uniform"` are those of
+        `RouterInit`.
         `"normal"` draws from the standard normal distribution, as mergekit-moe's `random` does.
         `"linear"` draws from `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear`
         starts.
         `"cheap_embed"` and `"hidden"` make each expert's row from its prompts: from the embeddings
-        of their tokens, or from what the router will read of them, which takes a run of the base
-        model. The others make rows from what the routers will read of texts: `"calibrated"` draws
-        them, takes out the direction that all tokens share and evens the load;
-        `"clustered"` makes each row from one cluster of tokens (spherical k-means), and evens the
-        load; `"ridge"` and `"means"` tell the texts of each `ExpertSource` apart, by ridge
-        regression or by their mean.
+        of their tokens, or from the router's inputs on them, which takes a run of the base model.
+        The others use the routers' inputs on texts: `"calibrated"` draws normal rows, removes the
+        direction that all tokens share, and evens the load; `"clustered"` makes each row from one
+        cluster of tokens (spherical k-means), and evens the load; `"ridge"` and `"means"`
+        distinguish the texts of each `ExpertSource`, by ridge regression or by their mean.
     logit_std : float, optional
-        How sharp they start: the standard deviation over the experts of a token's logits, before
-        any are chosen, root mean square over tokens. The tokens are those of the texts where some
-        are given, those of the prompts for `"hidden"`, and else standard normal, one number for
-        each of the hidden size. Rows are then multiplied by one factor a layer, after what they all
-        share is taken out of them, which no choice depends on. By default 3 for `"auto"` and for
-        rows made from texts; others keep the scale of their method.
+        How sharp the initial routers are: the standard deviation of a token's logits over the
+        experts, before any are chosen, as the root mean square over tokens. The tokens are those of
+        the texts, if given; those of the prompts for `"hidden"`; and otherwise standard normal
+        vectors. The component that all rows share is removed, which changes no choice, and the rows
+        of a layer are multiplied by one factor. By default 3 for `"auto"` and for rows made from
+        texts; others keep the scale of their method.
     texts : sequence of str
-        Files of text, `.txt`, `.md` or `.jsonl`, or texts themselves, for rows that are made from
-        texts, or whose `logit_std` is measured on them.
+        Files of text (`.txt`, `.md` or `.jsonl`) or texts themselves, from which rows are made, or
+        on which `logit_std` is measured.
     tokens : str, optional
-        In place of texts, a .npy file of tokens, `(sequences, length)`.
+        Instead of texts: a `.npy` file of token ids, `(sequences, length)`.
     tokens_used : int, optional
-        How many tokens rows are made from, spread evenly over the texts: by default 256 for
-        each expert, from 8192 to 32,768, and never fewer than 40 for each.
+        How many tokens to use, spread evenly over the texts: by default 256 per expert, at least
+        8192 and at most 32,768, but never fewer than 40 per expert.
     device : str
-        Where torch runs the model for it.
+        The device on which torch runs the model.
 
     Raises
     ------

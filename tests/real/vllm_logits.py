@@ -29,6 +29,9 @@ def log_probabilities(folder: str, tokens: list[int]) -> np.ndarray:
         folder,
         dtype="float32",
         enforce_eager=True,
+        # As where it is not eager, which takes longer: its own kernel for the processor takes
+        # queries of three dimensions for those of two.
+        compilation_config={"custom_ops": ["all", "-rotary_embedding"]},
         max_model_len=64,
         max_logprobs=-1,
         skip_tokenizer_init=True,

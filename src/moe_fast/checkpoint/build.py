@@ -248,6 +248,9 @@ class BuildReport(Report):
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
+    """The layers without experts."""
+    layers_without_ffn: tuple[int, ...] = ()
+    """Those of them that have no feed-forward network at all."""
     granularity: int = 1
     """In how many experts each feed-forward network was split."""
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
@@ -1078,6 +1081,9 @@ def describe_build(
         num_experts_per_tok=construction.config.num_experts_per_tok,
         num_layers=plan.num_layers,
         dense_layers=tuple(construction.dense_layers),
+        layers_without_ffn=tuple(
+            n for n in range(plan.num_layers) if n not in construction.base.ffn_layers
+        ),
         granularity=construction.granularity,
         num_parameters=design.num_parameters,
         load_balance=report.load_balance,

@@ -60,7 +60,7 @@ def show_build(report: BuildReport) -> None:
         "output": f"{report.output} ({report.target})",
         "experts": f"{report.num_experts} per layer{describe_split(report)}, "
         f"{report.num_experts_per_tok} per token",
-        "layers": f"{report.num_layers}{name_dense_layers(report.dense_layers)}",
+        "layers": f"{report.num_layers}{name_layers(report)}",
         "parameters": f"{report.num_parameters:,}",
         "use of models": describe_use(report.load_balance),
         "router load": describe_prediction(report.routers),
@@ -86,8 +86,12 @@ def describe_split(report: BuildReport) -> str:
     return f" ({what} split in {report.granularity})"
 
 
-def name_dense_layers(layers: Sequence[int]) -> str:
-    return f", dense: {format_runs(layers)}" if layers else ""
+def name_layers(report: BuildReport) -> str:
+    """Which layers have no experts."""
+    bare = report.layers_without_ffn
+    dense = [layer for layer in report.dense_layers if layer not in bare]
+    kinds = (("dense", dense), ("without FFN", bare))
+    return "".join(f", {kind}: {format_runs(layers)}" for kind, layers in kinds if layers)
 
 
 def show_layout(report: BuildReport) -> None:

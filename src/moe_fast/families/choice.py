@@ -31,6 +31,8 @@ IMPOSSIBLE = {
     "olmoe": "its attention normalises queries and keys over their full width and its norms stand "
     "before attention and FFN; no dense family has both",
     "deepseek_v2": "its latent attention is no dense source's; Youtu-LLM becomes deepseek_v3",
+    "sarvam_moe": "its files hold queries, keys and values in one tensor, which is not written "
+    "here; glm4_moe has the same blocks",
     "phimoe": "its norms are LayerNorm, with a mean and a bias, which no dense source here has",
 }
 # Dense families that fit no MoE, and why.

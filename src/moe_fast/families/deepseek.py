@@ -11,7 +11,7 @@ from moe_fast.families.dense import FFN, NORMS_BEFORE
 from moe_fast.families.experts import BIAS, ExpertAxis
 from moe_fast.families.glm import LatentExperts
 from moe_fast.families.moe import DEFAULTS_OF_MOE, MoeFamily, Parts, Shapes, as_count, ffn_shapes
-from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, VLLM, Rules
 from moe_fast.families.twins import LATENT, OwnBlocks
 from moe_fast.storage.tensors import Weight
 
@@ -221,10 +221,6 @@ class DeepSeekV3(LatentExperts):
         "pretraining_tp": "int | None",
         "topk_group": "int | None",
     }
-
-    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == VLLM:
-            yield ROTATED_WRONGLY.format(self.name)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.families.dense import QKVO
@@ -20,7 +20,7 @@ class Dots1(GroupedExperts):
     architecture = "Dots1ForCausalLM"
     auto_rank = 19
     # vLLM by transformers' classes.
-    rules = Rules("n_routed_experts", None, 1e4, unasked=(LLAMA_CPP,))
+    rules = Rules("n_routed_experts", None, 1e4, want_head=(LLAMA_CPP,))
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
         "first_k_dense_replace": 0,
@@ -55,6 +55,15 @@ class Dots1(GroupedExperts):
     attention_biases = ((), QKVO)
     unlike_windows = True
 
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader != LLAMA_CPP:
+            return
+        heads, keys = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        if heads != keys:
+            yield f"wants as many heads of keys as of queries in a {self.name}: {keys}, {heads}"
+        if config.get("attention_bias"):
+            yield f"has no place for the bias of o_proj in a {self.name}"
+
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return windows_as_qwen(config)
 
@@ -67,6 +76,7 @@ class Dots1(GroupedExperts):
             "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
             "sliding_window": widths[0] if widths else None,
             "max_window_layers": len(windows),
+            "scoring_func": "sigmoid",  # which llama.cpp looks for
         }
 
 

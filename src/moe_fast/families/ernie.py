@@ -29,8 +29,13 @@ class ErnieMoe(MoeFamily):
     title = "ERNIE-4.5-MoE"
     architecture = "Ernie4_5_MoeForCausalLM"
     auto_rank = 18
-    # llama.cpp's converter wants its tokenizer as sentencepiece has it.
-    rules = Rules("moe_num_experts", 64, 5e5, unasked=(LLAMA_CPP,))
+    rules = Rules(
+        "moe_num_experts",
+        64,
+        5e5,
+        llama_cpp_sentencepiece=True,
+        llama_cpp_wants_sentencepiece=True,
+    )
     defaults: Mapping[str, Any] = {
         **{key: value for key, value in DEFAULTS_OF_MOE.items() if key not in NOT_READ},
         "bos_token_id": 1,
@@ -79,6 +84,21 @@ class ErnieMoe(MoeFamily):
         last = as_count(config, "moe_layer_end_index", -1, minimum=-1)
         last = num_layers - 1 if last == -1 else last
         return frozenset(n for n in range(num_layers) if (n + 1) % step or not first <= n <= last)
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader != LLAMA_CPP:
+            return
+        keys = ("moe_num_shared_experts", "moe_intermediate_size", "intermediate_size")
+        counts = [config.get(key) for key in (*keys, "num_key_value_heads")]
+        number, width, dense, heads = (n if type(n) is int and n > 0 else 0 for n in counts)
+        if number and width and heads and dense // heads != number * width:
+            yield (
+                f"takes intermediate_size / num_key_value_heads, {dense // heads}, for the width "
+                f"of a {self.name}'s shared experts, which is {number * width}"
+            )
+        last, layers = config.get("moe_layer_end_index", -1), config.get("num_hidden_layers")
+        if last != -1 and isinstance(layers, int) and last != layers - 1:
+            yield f"wants experts in the last layers of a {self.name}, they end at layer {last}"
 
     def shared(self, parts: Parts, layer: int) -> Iterator[tuple[str, Weight]]:
         yield f"mlp.{STATISTICS}", Weight.zeros("F32", (1, parts.num_experts))

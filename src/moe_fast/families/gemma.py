@@ -151,7 +151,7 @@ class Gemma4Moe(Twin):
         None,
         1e4,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(LLAMA_CPP,),
+        llama_cpp_windows=True,
         per_expert=(),
         fused=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
     )

@@ -21,7 +21,7 @@ from moe_fast.families.moe import (
     ffn_shapes,
     shared_or_silent,
 )
-from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import LATENT, Twin
 from moe_fast.storage.tensors import Weight
 
@@ -161,7 +161,6 @@ class Glm4MoeLite(LayerLists, LatentExperts):
         llama_cpp_ropes=("default",),
         llama_cpp_tokens=GLM_TOKENS,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = {
         "attention_bias": False,
@@ -202,15 +201,11 @@ class Glm4MoeLite(LayerLists, LatentExperts):
     }
     first_is_dense = counts_first = True
 
-    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        yield from super().reader_problems(reader, config)
-        if reader == VLLM:
-            yield ROTATED_WRONGLY.format(self.name)
-
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
             **super().own_config(parts),
             "partial_rotary_factor": 1.0,
+            "scoring_func": "sigmoid",  # which llama.cpp looks for
         }
 
 

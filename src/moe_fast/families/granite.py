@@ -40,8 +40,18 @@ SLIDING = "sliding_attention"
 NO_SINK = -1e4
 
 
-def usual_head_dim(sizes: Sizes) -> int:
-    return sizes.hidden_size // sizes.num_attention_heads
+def without_usual_head_dim(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Few readers look at the key."""
+    usual = sizes.hidden_size // sizes.num_attention_heads
+    return {k: v for k, v in config.items() if (k, v) != ("head_dim", usual)}
+
+
+def head_problems(name: str, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Readers that take a head's size for the usual one."""
+    size, heads = config.get("head_dim"), config.get("num_attention_heads")
+    sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
+    if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
+        yield f"takes hidden_size / num_attention_heads for the head_dim of a {name}"
 
 
 class GraniteMoe(MoeFamily):
@@ -96,10 +106,7 @@ class GraniteMoe(MoeFamily):
         return f"model.layers.{layer}.{self.block}.router.layer.weight"
 
     def config(self, parts: Parts) -> dict[str, Any]:
-        config, usual = super().config(parts), usual_head_dim(parts.base.sizes)
-        if config["head_dim"] == usual:  # whose key few readers look at
-            del config["head_dim"]
-        return config
+        return without_usual_head_dim(super().config(parts), parts.base.sizes)
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {
@@ -110,10 +117,7 @@ class GraniteMoe(MoeFamily):
         }
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        size, heads = config.get("head_dim"), config.get("num_attention_heads")
-        sizes = isinstance(size, int) and isinstance(heads, int) and size * heads
-        if reader != TRANSFORMERS_5 and sizes not in (False, config.get("hidden_size")):
-            yield f"takes hidden_size / num_attention_heads for the head_dim of a {self.name}"
+        yield from head_problems(self.name, reader, config)
         if reader == VLLM and config.get("attention_bias"):
             yield f"leaves the biases of attention out of a {self.name}"
 
@@ -337,7 +341,10 @@ class GraniteHybrid(OwnBlocks):
 
 
 class GraniteMoeHybrid(Twin):
-    """Granite 4 with experts, besides a shared FFN, which adds nothing where none is asked for."""
+    """Granite 4 with experts, besides a shared FFN, which adds nothing where none is asked for.
+
+    A model of plain attention becomes one without Mamba-2 layers.
+    """
 
     name = "granitemoehybrid"
     title = "GraniteMoE Hybrid"
@@ -347,7 +354,6 @@ class GraniteMoeHybrid(Twin):
         "num_local_experts",
         8,
         1e4,
-        llama_cpp_ropes=("default",),
         per_expert=(),
         fused=READERS,
     )
@@ -357,9 +363,13 @@ class GraniteMoeHybrid(Twin):
         **dict.fromkeys(Multipliers._fields, "int | float | None"),
     }
     dense_twin = "granitemoehybrid"
-    also_read = ("time_step_limit",)
+    also_read = ("head_dim", "time_step_limit")
     blocks = MAMBA
+    plain_too = True
     layouts = (Layout.FUSED,)
+    attention_biases = ((), QKVO)
+    sliding_window = False
+    multipliers = True
     block = "block_sparse_moe"
     own_expert_width = False
     shared_experts = True
@@ -372,8 +382,15 @@ class GraniteMoeHybrid(Twin):
     shared_shapes = GraniteMoeShared.shared_shapes
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == LLAMA_CPP and config.get("position_embedding_type") == "rope":
-            yield f"has no rotary embedding in a {self.name}"
+        yield from head_problems(self.name, reader, config)
+        rotated = config.get("position_embedding_type") == "rope"
+        plain = set(config.get("layer_types") or ()) <= {"attention"}
+        if reader == LLAMA_CPP and config and rotated != plain:
+            which = "without" if plain else "with"
+            yield (
+                f"{'rotates' if plain else 'does not rotate'} queries and keys of a {self.name} "
+                f"{which} Mamba-2 layers"
+            )
 
     def shared_width(self, parts: Parts) -> int:
         width = parts.base.sizes.intermediate_size
@@ -385,10 +402,33 @@ class GraniteMoeHybrid(Twin):
         yield "shared_mlp.input_linear.weight", Weight.stacked((gate, up), (2 * width, hidden))
         yield "shared_mlp.output_linear.weight", down
 
+    def config(self, parts: Parts) -> dict[str, Any]:
+        if parts.base.family.blocks is None:
+            return without_usual_head_dim(MoeFamily.config(self, parts), parts.base.sizes)
+        return super().config(parts)
+
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base
-        kinds = kinds_of(base.config, base.sizes)
+        plain: dict[str, Any] = {}
+        if base.family.blocks is None:
+            kinds = ["full_attention"] * parts.num_layers
+            plain = {
+                "attention_bias": bool(base.attention_biases),
+                "position_embedding_type": "rope",
+                # Of layers that it does not have: transformers wants the heads to divide their
+                # width, and llama.cpp each key.
+                "mamba_n_heads": 1,
+                "mamba_d_head": 2 * base.sizes.hidden_size,
+                "mamba_expand": 2,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 256,
+                "mamba_d_conv": 4,
+                **base.multipliers._asdict(),
+            }
+        else:
+            kinds = kinds_of(base.config, base.sizes)
         return {
+            **plain,
             "layer_types": ["attention" if kind == "full_attention" else "mamba" for kind in kinds],
             "intermediate_size": parts.expert_width,
             "shared_intermediate_size": self.shared_width(parts),

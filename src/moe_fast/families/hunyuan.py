@@ -121,7 +121,6 @@ class HyV3(LayerLists):
         192,
         11_158_840.0,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(VLLM, LLAMA_CPP),
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
@@ -156,6 +155,14 @@ class HyV3(LayerLists):
     scaling_key = "router_scaling_factor"
     first_is_dense = counts_first = True
 
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        if config.get("attention_bias"):
+            if reader == VLLM:
+                yield f"leaves the biases of attention out of a {self.name}"
+            if reader == LLAMA_CPP:
+                yield f"has no place for the bias of o_proj in a {self.name}"
+
     def router_name(self, layer: int, layout: Layout) -> str:
         return f"model.layers.{layer}.mlp.router.gate.weight"
 
@@ -182,6 +189,7 @@ class HyV3(LayerLists):
             "router_scaling_factor": float(shards),
             # What vLLM looks for.
             "expert_hidden_dim": parts.expert_width,
+            "qk_norm": True,
             "route_norm": True,
             "attention_bias": bool(parts.base.attention_biases),
             "mlp_bias": False,

@@ -12,7 +12,7 @@ from moe_fast.families.config import Sizes, is_count, is_number
 from moe_fast.families.experts import W1_W3_W2, ExpertAxis
 from moe_fast.families.moe import Parts, as_count
 from moe_fast.families.moe import Shapes as MoeShapes
-from moe_fast.families.rules import LLAMA_CPP, ROTATED_WRONGLY, TRANSFORMERS_5, VLLM, Rules
+from moe_fast.families.rules import LLAMA_CPP, TRANSFORMERS_5, VLLM, Rules
 from moe_fast.families.twins import OwnBlocks, Shapes, Twin, attention_shapes, read_kinds
 from moe_fast.storage.strict_json import brief
 from moe_fast.storage.tensors import Weight
@@ -136,10 +136,12 @@ class Lfm2Moe(Twin):
         return {"feed_forward.expert_bias": (experts,)} if config["use_expert_bias"] else {}
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if reader == LLAMA_CPP and not config.get("tie_word_embeddings", True):
-            yield f"has no place for a head of its own in a {self.name}"
+        if config.get("tie_word_embeddings", True):
+            return
         if reader == VLLM:
-            yield ROTATED_WRONGLY.format(self.name)
+            yield f"takes the embedding for the head of a {self.name}"
+        if reader == LLAMA_CPP:
+            yield f"has no place for a head of its own in a {self.name}"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         base = parts.base

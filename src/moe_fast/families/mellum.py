@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_fast.families.config import ORIGINAL
@@ -34,7 +34,7 @@ class Mellum(LayerLists):
         1e4,
         either_count_key=True,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
-        unasked=(LLAMA_CPP,),
+        want_head=(LLAMA_CPP,),
         llama_cpp_windows=True,
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
@@ -65,6 +65,19 @@ class Mellum(LayerLists):
     attention_biases = ((), QKVO)
     unlike_windows = True
     rope_by_kind = True
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().reader_problems(reader, config)
+        if reader != LLAMA_CPP:
+            return
+        if config.get("attention_bias"):
+            yield f"has no place for the bias of o_proj in a {self.name}"
+        rope = self.effective_config(config).get("rope_parameters") or {}
+        kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else "default"
+        if kind not in self.rules.llama_cpp_ropes:
+            yield f"has no rope of type {kind} in a {self.name}"
+        if "dense" in (config.get("mlp_layer_types") or ()):
+            yield f"wants experts in every layer of a {self.name}, some here are dense"
 
     def effective_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """With one rotary embedding in place of one for each kind of layer."""

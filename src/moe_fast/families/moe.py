@@ -187,6 +187,8 @@ class MoeFamily:
     """Whether each head of attention has a sink, which takes a part of its weights."""
     blocks: str | None = None
     """What its layers are made of, as a dense family names it, if not of plain attention."""
+    plain_too = False
+    """Whether all its layers may be of plain attention, though it has such blocks."""
     names: tuple[tuple[str, str], ...] = ()
     """Parts of names, each with what it is in the family's files."""
     wrappers: Mapping[str, tuple[str, str]] = MappingProxyType({})
@@ -239,7 +241,7 @@ class MoeFamily:
 
     def may_take(self, family: DenseFamily) -> bool:
         """Whether some models of a dense family fit, whatever their configurations say."""
-        if (self.blocks, family.blocks) != (None, None):
+        if self.has_own_blocks(family):
             return self.blocks == family.blocks
         biases = family.biases is None or family.biases in self.attention_biases
         norms = family.norms == self.norms and family.qk_norm in self.qk_norms
@@ -247,6 +249,11 @@ class MoeFamily:
         whole = self.partial_rotary or family.defaults.get("partial_rotary_factor", 1) == 1
         sinks = self.sinks or not family.sinks
         return biases and norms and multipliers and whole and sinks
+
+    def has_own_blocks(self, family: DenseFamily) -> bool:
+        """Whether one of the two has blocks that are not plain attention and an FFN."""
+        plain = self.blocks is None or self.plain_too
+        return not plain or family.blocks is not None
 
     def block_problems(self, base: DenseModel) -> Iterator[str]:
         """What the base's blocks have or lack."""
@@ -256,7 +263,7 @@ class MoeFamily:
             return f"{tensor.file.path}: tensor {tensor.name!r}"
 
         config, sizes = f"{base.path / 'config.json'}", base.sizes
-        if (self.blocks, base.family.blocks) != (None, None):
+        if self.has_own_blocks(base.family):
             kind = base.family.model_type
             if base.family.blocks is None:
                 yield f"{config}: model_type {kind} has no {self.blocks}; {self.title} has"

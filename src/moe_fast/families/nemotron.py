@@ -183,7 +183,6 @@ class NemotronHMoe(GroupedExperts, Twin):
         8,
         1e4,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
-        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = {
         **DEFAULTS_OF_NEMOTRON,
@@ -275,8 +274,19 @@ class NemotronHMoe(GroupedExperts, Twin):
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         if reader == VLLM:
             yield f"has no experts without a gate, as in a {self.name}, on the processor"
-        if reader == LLAMA_CPP and "mlp" in (config.get("layers_block_type") or ()):
+        if reader != LLAMA_CPP:
+            return
+        if "mlp" in (config.get("layers_block_type") or ()):
             yield f"wants experts in every FFN of a {self.name}, some here are dense"
+        if config.get("time_step_min", self.defaults["time_step_min"]) != 0:
+            yield (
+                f"does not look at time_step_min of a {self.name}; transformers takes no shorter "
+                "steps"
+            )
+        if config.get("use_bias"):
+            yield f"has no place for the biases of Mamba-2 layers in a {self.name}"
+        if not config.get("use_conv_bias", True):
+            yield f"wants a bias in the convolutions of a {self.name}"
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         dense = frozenset(parts.dense_layers)

@@ -264,7 +264,6 @@ class Qwen35Moe(GatedSharedExpert, Twin):
         256,
         1e4,
         natively=(TRANSFORMERS_5, LLAMA_CPP),
-        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_QWEN35 | {
         "moe_intermediate_size": 512,
@@ -283,6 +282,13 @@ class Qwen35Moe(GatedSharedExpert, Twin):
     }
     blocks = DELTA
     dropped = ("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+
+    def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
+        if reader == LLAMA_CPP and config and not config.get("mtp_num_hidden_layers"):
+            yield (
+                f"wants layers that predict ahead in a {self.name}, unless its converter is given "
+                "--no-mtp"
+            )
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {

@@ -79,9 +79,9 @@ class Contents:
 
 
 def readers_of(family: MoeFamily) -> tuple[str, ...]:
-    """The readers that were asked and load some checkpoints of a family."""
+    """The readers that load some checkpoints of a family."""
     rules = family.rules
-    able = {*rules.per_expert, *rules.fused} & {*rules.natively} - {*rules.unasked}
+    able = {*rules.per_expert, *rules.fused} & {*rules.natively}
     # What they object to whatever config.json says, they object to in an empty one.
     return tuple(
         reader
@@ -103,7 +103,7 @@ def find_readers(config: Mapping[str, Any], contents: Contents) -> tuple[Reader,
     if family is None:
         return ()
     # Nobody has asked these two for a multimodal model.
-    unasked = family.rules.unasked if inner is None else (VLLM, LLAMA_CPP)
+    unasked = () if inner is None else (VLLM, LLAMA_CPP)
     found = []
     for reader in READERS:
         if reader in unasked:
@@ -192,7 +192,9 @@ def llama_cpp_problems(
     family = config.get("model_type")
     if contents.num_experts > LLAMA_CPP_MOST_EXPERTS:
         yield f"takes at most {LLAMA_CPP_MOST_EXPERTS} experts, here are {contents.num_experts}"
-    if not contents.has_tokenizer:
+    if rules.llama_cpp_wants_sentencepiece and not contents.has_sentencepiece:
+        yield f"needs tokenizer.model in a {family}, the tokenizer as sentencepiece has it"
+    elif not contents.has_tokenizer:
         yield "needs the tokenizer, and no file of one is here"
     rows, largest = config.get("vocab_size"), contents.largest_token
     ignores_others = rules.llama_cpp_sentencepiece and contents.has_sentencepiece

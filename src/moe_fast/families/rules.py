@@ -13,9 +13,6 @@ __all__ = ["Reader"]
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers 4", "transformers 5"
 VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
 READERS = (TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP)
-# vLLM's `rotary_embedding` for the processor takes queries of three dimensions for those of two; a
-# model that transformers made is computed as wrongly.
-ROTATED_WRONGLY = "rotates the queries of a {} wrongly on the processor, the one device asked"
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,10 @@ class Rules:
     knows the types of rope in `llama_cpp_ropes`. Of the families with a `norm_topk_prob`, it
     divides the chosen experts' weights by their sum in some and not in others, whatever
     `config.json` says. With `llama_cpp_sentencepiece`, its converter takes a `tokenizer.model` if
-    there is one, and leaves out tokens beyond the embedding; `llama_cpp_tokens` are those that the
-    tokenizer must have added, and `llama_cpp_windows` says whether it knows sliding windows there.
-    The readers that `want_head` do not take the embedding for a head that is not stored. `unasked`
-    have a class for the family, and nobody has asked them whether they compute what transformers
-    does.
+    there is one, and leaves out tokens beyond the embedding; with `llama_cpp_wants_sentencepiece`,
+    it takes no other. `llama_cpp_tokens` are those that the tokenizer must have added, and
+    `llama_cpp_windows` says whether it knows sliding windows there. The readers that `want_head` do
+    not take the embedding for a head that is not stored.
     """
 
     count_key: str
@@ -49,11 +45,11 @@ class Rules:
     llama_cpp_normalises: bool | None = None
     llama_cpp_ropes: tuple[str, ...] = ("default", "linear", "yarn")
     llama_cpp_sentencepiece: bool = False
+    llama_cpp_wants_sentencepiece: bool = False
     llama_cpp_tokens: tuple[str, ...] = ()
     want_head: tuple[str, ...] = ()
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
-    unasked: tuple[str, ...] = ()
     llama_cpp_windows: bool = False
     per_expert: tuple[str, ...] = READERS
     fused: tuple[str, ...] = (TRANSFORMERS_5,)

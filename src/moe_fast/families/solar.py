@@ -25,7 +25,6 @@ class SolarOpen(GroupedExperts):
         1e6,
         llama_cpp_tokens=("<|startoftext|>", "<|endoftext|>", "<unk>"),
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
-        unasked=(LLAMA_CPP,),
     )
     defaults: Mapping[str, Any] = {
         **{key: value for key, value in DEFAULTS_OF_MOE.items() if key != "intermediate_size"},
@@ -57,6 +56,12 @@ class SolarOpen(GroupedExperts):
 
     def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
         return frozenset()
+
+    def config(self, parts: Parts) -> dict[str, Any]:
+        config = super().config(parts)
+        # Without this, llama.cpp rotates half of each head.
+        part = {"partial_rotary_factor": 1.0}
+        return {**config, "rope_parameters": {**config["rope_parameters"], **part}, **part}
 
     def own_config(self, parts: Parts) -> dict[str, Any]:
         return {

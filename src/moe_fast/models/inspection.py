@@ -48,18 +48,18 @@ MOST_EXPERTS = 2**12  # beyond, a load is not predicted: that takes the square o
 
 @dataclass(frozen=True)
 class RouterReport:
-    """The router of one layer, its rows being the experts' vectors.
+    """The router of one layer; each row belongs to one expert.
 
-    `most_alike` is the greatest cosine between two rows: at 1 their logits tie in proportion.
-    `tied_experts` counts the experts whose row equals another's; `row_repeats` of them, one after
-    the other, share each row, 1 where all have their own, and `None` where that is not so
-    throughout: those that split one feed-forward network do, to be chosen together.
+    `most_alike` is the greatest cosine between two rows; at 1, their logits are proportional.
+    `tied_experts` counts the experts whose row equals another's. `row_repeats` is the number of
+    consecutive experts that share each row, as the shards of a copy do, which are chosen together.
+    It is 1 if every expert has its own row, and `None` if the number differs.
 
-    How tokens would spread is predicted on hidden states: the coefficient of variation is that of
-    the experts' load, 0 where it is even, and the entropy that of a token's probabilities, in nats.
-    All are `None` or 0 where the router holds a number that is not finite, or is absent; the
-    prediction also where `config.json` does not say how many experts a token gets. `mtp` says that
-    the layer is one for multi-token prediction; these are numbered from the model's last layer on.
+    `coefficient_of_variation` is that of the experts' load, predicted on hidden states; 0 is even.
+    `mean_entropy` is that of a token's probabilities, in nats. If the router is absent or contains
+    a number that is not finite, all values are `None` or 0; the predictions also if `config.json`
+    does not give the number of experts per token. `mtp` is true for layers for multi-token
+    prediction, whose numbers follow those of the model's own layers.
     """
 
     layer: int
