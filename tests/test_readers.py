@@ -289,6 +289,22 @@ def test_what_llama_cpp_computes_of_what_llama_and_qwen3_become(
     assert reasons == () if reason is None else about(reasons, reason)
 
 
+def test_where_llama_cpp_looks_for_the_dense_layers_of_exaone(tmp_path):
+    make_model(tmp_path / "dense", "qwen3")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    moe = tmp_path / "moe"
+    build_moe(tmp_path / "dense", moe, CONFIG, target="exaone_moe", dense_layers=(0,))
+    edit_config(moe, first_k_dense_replace="absent")
+    reason = "looks for first_k_dense_replace, which is None for 1 dense layers"
+    assert reasons_of(moe)["llama.cpp"] == (reason,)
+    edit_config(moe, mlp_layer_types="absent")
+    assert reasons_of(moe)["llama.cpp"] == (reason,)
+    for changes, dense in (({}, {0}), ({"first_k_dense_replace": 2}, {0, 1})):
+        edit_config(moe, **changes)
+        config = json.loads((moe / "config.json").read_text())
+        assert moe_families()["exaone_moe"].dense_layers(config, 3) == dense
+
+
 def test_ernie_is_read_with_its_sentencepiece(tmp_path):
     make_model(tmp_path / "dense", "llama")
     (tmp_path / "dense" / "tokenizer.model").write_bytes(b"sentencepiece")

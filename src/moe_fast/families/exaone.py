@@ -79,13 +79,24 @@ class ExaoneMoe(LayerLists, GroupedExperts):
         first = GroupedExperts.dense_keys(self, layers, num_layers)  # where llama.cpp looks
         return super().dense_keys(layers, num_layers) | (first or {})
 
+    def dense_layers(self, config: Mapping[str, Any], num_layers: int) -> frozenset[int]:
+        if config.get("mlp_layer_types") is None:
+            return GroupedExperts.dense_layers(self, config, num_layers)
+        return super().dense_layers(config, num_layers)
+
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield from super().reader_problems(reader, config)
-        kinds = config.get("mlp_layer_types")
-        if reader != LLAMA_CPP or not isinstance(kinds, list):
+        if reader != LLAMA_CPP or not config:
             return
-        if "dense" in kinds[kinds.count("dense") :]:
-            yield f"takes the first layers of an {self.name} for the dense ones, here are others"
+        kinds, first = config.get("mlp_layer_types"), config.get("first_k_dense_replace")
+        dense = 1 if first is None else first
+        if isinstance(kinds, list):
+            dense = kinds.count("dense")
+            if "dense" in kinds[dense:]:
+                yield f"takes the first layers of an {self.name} for dense, here are others"
+                return
+        if (first or 0) != dense:
+            yield f"looks for first_k_dense_replace, which is {first} for {dense} dense layers"
 
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return windows_as_qwen(config)
