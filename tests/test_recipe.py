@@ -601,7 +601,7 @@ def test_the_command():
     [
         (["--experts", "8"], "--experts is for models; write it into the recipe"),
         (["--routers", "balanced"], "--routers is for models; write it into the recipe"),
-        (["a"], "give only the recipe, without models or other recipes"),
+        (["a"], "MODEL must be the recipe alone: it names its models itself"),
     ],
 )
 def test_the_command_says_what_a_recipe_overrides(arguments, message):

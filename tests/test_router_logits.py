@@ -231,7 +231,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("route", tmp_path / "z.npy", "--capacity-factors", "many")
     assert done.returncode == 2
-    assert "'many' is not a list of numbers" in done.stderr
+    assert "must be numbers with commas between, such as 1,1.25,2, got 'many'" in done.stderr
 
 
 def test_the_command_refuses(tmp_path):
