@@ -27,7 +27,6 @@ from moe_fast.command.application import application_for, make_application
 from moe_fast.command.declaration import COMMANDS, Argument
 from moe_fast.command.options import CALLED, in_options, option_names
 from moe_fast.command.parser import parse
-from moe_fast.command.terminal import output
 from moe_fast.demo import make_dense_model
 from moe_fast.errors import MoeConfigError, Problem
 from moe_fast.families.registry import moe_families
@@ -382,7 +381,6 @@ def test_both_parsers_agree(monkeypatch, line):
     command = COMMANDS[line.split()[0]]
     monkeypatch.setattr(command, "function", lambda call, **given: seen.append((call, given)))
     monkeypatch.setattr(cli, "asks_typer", lambda arguments: False)
-    monkeypatch.setattr(output, "quiet", False)  # put back: a line with -q changes it
     assert parse(command, line.split()[1:]) is not None
     cli.run_command(line.split())
     ((call, given),) = seen

@@ -127,9 +127,11 @@ class Command:
                 arguments[name] = self._classes[name](**{p.name: values[p.name] for p in group})
             else:
                 arguments[name] = values[name]
-        if values.get("quiet"):
-            output.quiet = True
-        self.function(Call(self, given), **arguments)
+        before, output.quiet = output.quiet, bool(values.get("quiet"))
+        try:
+            self.function(Call(self, given), **arguments)
+        finally:
+            output.quiet = before
 
 
 class Call:
