@@ -13,16 +13,8 @@ import pickle
 import shutil
 import sys
 import threading
-from collections.abc import (
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -32,15 +24,7 @@ from moe_fast.errors import CheckpointError
 from moe_fast.records import dataclass
 from moe_fast.storage.block_order import BLOCK
 from moe_fast.storage.files import OpenFiles, open_regular
-from moe_fast.storage.pieces import (
-    CHUNK,
-    FileRange,
-    Given,
-    Overflow,
-    Zeros,
-    overflow_counted,
-)
-from moe_fast.storage.prefetch import prefetch
+from moe_fast.storage.pieces import FileRange, Given, Overflow, Zeros, overflow_counted
 from moe_fast.storage.tensors import Shard
 
 if TYPE_CHECKING:
@@ -63,7 +47,6 @@ class FileRecord:
 
 
 Advance = Callable[[int], None]
-Part = FileRange | bytes | memoryview
 # Measured with tensors of 2 MB and warm caches: through one buffer of 512 kB to 4 MB, bytes move as
 # fast as `cp` moves them. sendfile and copy_file_range take 1.4 times as long, for they go page by
 # page; but where pages of the source fall on pages of the output, copy_file_range takes 0.85 times
@@ -71,7 +54,6 @@ Part = FileRange | bytes | memoryview
 # and write every file twice where the file system does not know it.
 BUFFER = 1024 * 1024
 COPIED_AT_ONCE = 64 * BUFFER  # in the kernel; then Ctrl-C and the progress have their turn
-PREFETCHED = 4  # chunks that are made before they are written
 
 
 def key_of(shards: Sequence[Shard], *choices: object) -> str:
@@ -195,21 +177,19 @@ def write_shard(
     """
     growing = folder / f"{shard.file_name}.{os.urandom(8).hex()}"
     digest = hashlib.sha256() if checksum else None
-    overflow: dict[str, Overflow] = {}
+    overflow = {}
     try:
-        with (
-            named(growing),
-            growing.open("xb", buffering=0) as stream,
-            OpenFiles() as sources,
-            closing(parts_of(shard, overflow)) as parts,
-        ):
+        with named(growing), growing.open("xb", buffering=0) as stream, OpenFiles() as sources:
             out = Output(stream, digest, advance)
             out.write(shard.header)
-            for part in parts:
-                if isinstance(part, FileRange):
-                    out.copy(sources[part.file], part)
-                else:
-                    out.write(part)
+            for tensor in shard.tensors:
+                with overflow_counted() as overflow[tensor.name]:
+                    for piece in tensor.weight.pieces:
+                        if isinstance(piece, FileRange):
+                            out.copy(sources[piece.file], piece)
+                        else:
+                            for chunk in piece.chunks():
+                                out.write(chunk)
             sources.check_unchanged()
             if out.position != shard.nbytes:
                 raise AssertionError(
@@ -222,34 +202,6 @@ def write_shard(
         growing.unlink(missing_ok=True)
         raise
     return record(shard, None if digest is None else digest.hexdigest(), overflow)
-
-
-def parts_of(shard: Shard, overflow: dict[str, Overflow]) -> Generator[Part, None, None]:
-    """The data of a shard in order: ranges of files, and all else as bytes.
-
-    Where much is to be made, another thread makes it while this one writes. `overflow` is filled
-    on the way.
-    """
-    pieces = (piece for tensor in shard.tensors for piece in tensor.weight.pieces)
-    made = sum(piece.nbytes for piece in pieces if not isinstance(piece, FileRange))
-    if made < PREFETCHED * CHUNK:
-        return make_parts(shard, overflow)
-    return prefetch(make_parts(shard, overflow, bytes), PREFETCHED)
-
-
-def make_parts(
-    shard: Shard,
-    overflow: dict[str, Overflow],
-    keep: Callable[[memoryview], bytes | memoryview] = lambda chunk: chunk,
-) -> Generator[Part, None, None]:
-    """The same. What is made is valid until the next is asked for, unless `keep` copies it."""
-    for tensor in shard.tensors:
-        with overflow_counted() as overflow[tensor.name]:
-            for piece in tensor.weight.pieces:
-                if isinstance(piece, FileRange):
-                    yield piece
-                else:
-                    yield from map(keep, piece.chunks())
 
 
 def record(shard: Shard, sha256: str | None, overflow: Mapping[str, Overflow]) -> FileRecord:
