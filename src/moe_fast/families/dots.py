@@ -20,7 +20,9 @@ class Dots1(GroupedExperts):
     architecture = "Dots1ForCausalLM"
     auto_rank = 19
     # vLLM by transformers' classes.
-    rules = Rules("n_routed_experts", None, 1e4, want_head=(LLAMA_CPP,))
+    rules = Rules(
+        "n_routed_experts", None, 1e4, want_head=(LLAMA_CPP,), llama_cpp_output_bias=False
+    )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
         "first_k_dense_replace": 0,
@@ -61,8 +63,6 @@ class Dots1(GroupedExperts):
         heads, keys = config.get("num_attention_heads"), config.get("num_key_value_heads")
         if heads != keys:
             yield f"wants as many heads of keys as of queries in a {self.name}: {keys}, {heads}"
-        if config.get("attention_bias"):
-            yield f"has no place for the bias of o_proj in a {self.name}"
 
     def kept_for_dense(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return windows_as_qwen(config)

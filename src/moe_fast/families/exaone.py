@@ -73,7 +73,6 @@ class ExaoneMoe(LayerLists, GroupedExperts):
     }
     dense_twin = "qwen3"
     qk_norms = ("head",)
-    first_is_dense = True
 
     def dense_keys(self, layers: frozenset[int], num_layers: int) -> dict[str, Any]:
         first = GroupedExperts.dense_keys(self, layers, num_layers)  # where llama.cpp looks

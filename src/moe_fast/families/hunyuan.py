@@ -121,6 +121,7 @@ class HyV3(LayerLists):
         192,
         11_158_840.0,
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),
+        llama_cpp_output_bias=False,
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
@@ -157,11 +158,8 @@ class HyV3(LayerLists):
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield from super().reader_problems(reader, config)
-        if config.get("attention_bias"):
-            if reader == VLLM:
-                yield f"leaves the biases of attention out of a {self.name}"
-            if reader == LLAMA_CPP:
-                yield f"has no place for the bias of o_proj in a {self.name}"
+        if reader == VLLM and config.get("attention_bias"):
+            yield f"leaves the biases of attention out of a {self.name}"
 
     def router_name(self, layer: int, layout: Layout) -> str:
         return f"model.layers.{layer}.mlp.router.gate.weight"

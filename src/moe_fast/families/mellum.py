@@ -36,6 +36,7 @@ class Mellum(LayerLists):
         natively=(TRANSFORMERS_5, VLLM, LLAMA_CPP),  # vLLM by transformers' classes
         want_head=(LLAMA_CPP,),
         llama_cpp_windows=True,
+        llama_cpp_output_bias=False,
     )
     defaults: Mapping[str, Any] = DEFAULTS_OF_MOE | {
         "attention_bias": False,
@@ -70,8 +71,6 @@ class Mellum(LayerLists):
         yield from super().reader_problems(reader, config)
         if reader != LLAMA_CPP:
             return
-        if config.get("attention_bias"):
-            yield f"has no place for the bias of o_proj in a {self.name}"
         rope = self.effective_config(config).get("rope_parameters") or {}
         kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else "default"
         if kind not in self.rules.llama_cpp_ropes:

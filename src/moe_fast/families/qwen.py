@@ -84,6 +84,7 @@ class Qwen3Moe(Qwen):
         128,
         1e4,
         llama_cpp_normalises=True,
+        llama_cpp_output_bias=False,
         either_count_key=True,
         fused=QWEN_FUSED,
     )
@@ -104,11 +105,8 @@ class Qwen3Moe(Qwen):
         return {**super().own_config(parts), "attention_bias": biased}
 
     def reader_problems(self, reader: str, config: Mapping[str, Any]) -> Iterator[str]:
-        if config.get("attention_bias"):
-            if reader == VLLM:
-                yield f"leaves the bias of o_proj out of a {self.name}"
-            if reader == LLAMA_CPP:
-                yield f"has no place for the bias of o_proj in a {self.name}"
+        if reader == VLLM and config.get("attention_bias"):
+            yield f"leaves the bias of o_proj out of a {self.name}"
 
 
 class GatedSharedExpert(MoeFamily):

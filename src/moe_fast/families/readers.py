@@ -200,6 +200,8 @@ def llama_cpp_problems(
     ignores_others = rules.llama_cpp_sentencepiece and contents.has_sentencepiece
     if largest is not None and type(rows) is int and largest >= rows and not ignores_others:
         yield f"takes no tokens beyond the embedding: the tokenizer has {largest}, of {rows} rows"
+    if config.get("attention_bias") and not rules.llama_cpp_output_bias:
+        yield f"has no place for the bias of o_proj in a {family}"
     missing = [token for token in rules.llama_cpp_tokens if token not in contents.added_tokens]
     if contents.has_tokenizer and missing:
         yield f"looks for {', '.join(missing)} in the tokenizer of a {family}"

@@ -35,8 +35,9 @@ class Rules:
     `config.json` says. With `llama_cpp_sentencepiece`, its converter takes a `tokenizer.model` if
     there is one, and leaves out tokens beyond the embedding; with `llama_cpp_wants_sentencepiece`,
     it takes no other. `llama_cpp_tokens` are those that the tokenizer must have added, and
-    `llama_cpp_windows` says whether it knows sliding windows there. The readers that `want_head` do
-    not take the embedding for a head that is not stored.
+    `llama_cpp_windows` says whether it knows sliding windows there, and `llama_cpp_output_bias`
+    whether it has a place for the bias of `o_proj`. The readers that `want_head` do not take the
+    embedding for a head that is not stored.
     """
 
     count_key: str
@@ -51,5 +52,6 @@ class Rules:
     either_count_key: bool = False
     natively: tuple[str, ...] = READERS
     llama_cpp_windows: bool = False
+    llama_cpp_output_bias: bool = True
     per_expert: tuple[str, ...] = READERS
     fused: tuple[str, ...] = (TRANSFORMERS_5,)
