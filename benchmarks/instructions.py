@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_fast import MoeConfig, RoutingStats, compute_gate_weights, kernels, route
-from moe_fast.routing.gradients import pull_back_means
+from moe_fast import MoeConfig, Router, RoutingStats, compute_gate_weights, kernels, route
+from moe_fast.routing.gradients import Choice, pull_back
+from moe_fast.routing.result import Softmax
 
 MARK = 0x5EED5EED  # the plugin's
 TOKENS = 512
@@ -86,11 +87,25 @@ def rows() -> Iterator[tuple[str, int, Callable[[int], object]]]:
     yield "expert choice 64/8", TOKENS, lambda n: route(x[:n], choice)
     stats = RoutingStats(MoeConfig(64, 8))
     yield "statistics 64/8", TOKENS, lambda n: stats.update(x[:n])
-    of_mean, log_sums = np.ones(64), np.zeros(2 * TOKENS)
+    router = Router(MoeConfig(64, 8), norm_topk_prob=False)
+    softmax = Softmax(x, np.zeros(2 * TOKENS))
+    chosen = Choice(router(x).indices, router(x).weights)
     yield (
-        "gradient of losses 64",
+        "gradient 64/8, of losses",
         TOKENS,
-        lambda n: pull_back_means(x[:n], log_sums[:n], of_mean, 1.0, 1),
+        lambda n: pull_back(
+            x[:n],
+            router.rule,
+            1,
+            mean_gradient=np.ones(64),
+            square_gradient=1.0,
+            softmax=Softmax(*(kept[:n] for kept in softmax)),
+        ),
+    )
+    yield (
+        "gradient 64/8, over all experts",
+        TOKENS,
+        lambda n: pull_back(x[:n], router.rule, 1, choice=Choice(*(array[:n] for array in chosen))),
     )
     few = logits(8, "float32")
     switch_8 = MoeConfig(8, 1, "switch_transformer")

@@ -7,8 +7,11 @@ import pytest
 
 from moe_fast import MoeConfig, kernels, route
 from moe_fast.kernels.level import load
-from moe_fast.routing import choose, gradients
+from moe_fast.routing import choose
+from moe_fast.routing.gradients import Choice, pull_back
 from moe_fast.routing.options import make_rule
+from moe_fast.routing.result import Softmax
+from moe_fast.routing.statistics import sum_probabilities
 from reference import routing as reference
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
@@ -56,7 +59,7 @@ def test_weights_equal_the_twin(num_experts, k, scores, normalised, dtype):
     chosen = routing.expert_indices
     given = seeded(k).standard_normal(chosen.shape).astype(routing.weights.dtype)
     rule = rule_of(num_experts, k, scores, normalised)
-    result = gradients.pull_back_weights(logits, rule, chosen, given, 1)
+    result = pull_back(logits, rule, 1, choice=Choice(chosen, given))
     expected = reference.pull_back_weights(logits, chosen, given, scores, normalised, 2.5)
     assert_close(result, expected, 2.5 * given)
 
@@ -71,7 +74,7 @@ def test_expert_choice_equals_the_twin(num_experts, k, scores, dtype):
     chosen = routing.token_indices
     given = seeded(k).standard_normal(chosen.shape).astype(routing.weights.dtype)
     rule = make_rule(config, False, scores, None, 2.5)
-    result = gradients.pull_back_choice(logits, rule, chosen, given, 1)
+    result = pull_back(logits, rule, 1, choice=Choice(chosen, given))
     of_scores = np.zeros(logits.shape)
     for expert in range(num_experts):
         of_scores[chosen[expert], expert] = given[expert] * 2.5
@@ -86,14 +89,49 @@ def test_means_equal_the_twin(num_experts, scores, dtype):
     logits = make_logits(num_experts, dtype)
     given = seeded(num_experts).standard_normal(num_experts) * len(logits)
     rule = rule_of(num_experts, 1, scores, True)
-    result = gradients.pull_back_probabilities(logits, rule, given, 1)
+    result = pull_back(logits, rule, 1, mean_gradient=given)
     each = np.tile(given / len(logits), (len(logits), 1))
     expected = reference.pull_back_scores(logits, each, scores, True)
     assert_close(result, expected, each)
-    result = gradients.pull_back_squares(logits, 3.0, 1)
+    result = pull_back(logits, rule, 1, square_gradient=3.0)
     nothing = np.zeros(logits.shape)
     expected = reference.pull_back_scores(logits, nothing, "softmax", True, 6 / len(logits))
     assert_close(result, expected, 6 / len(logits) * reference.log_sum_exp(logits)[:, np.newaxis])
+
+
+def keep_softmax(logits, rule):
+    dtype = "float64" if logits.itemsize == 8 else "float32"
+    softmax = Softmax(np.empty(logits.shape, dtype), np.empty(len(logits)))
+    sum_probabilities(logits, rule, 1, softmax)
+    return softmax
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("num_experts", "k"), SIZES)
+def test_what_the_losses_kept_serves_all_gradients(num_experts, k, normalised, dtype):
+    """With it or without, weights and losses in one pass: the sum of the gradients by each."""
+    logits = make_logits(num_experts, dtype)
+    rule = rule_of(num_experts, k, "softmax", normalised)
+    routing = route(logits, MoeConfig(num_experts, k))
+    given = seeded(k).standard_normal(routing.weights.shape).astype(routing.weights.dtype)
+    of_means = seeded(num_experts).standard_normal(num_experts) * len(logits)
+    weights = Choice(routing.expert_indices, given)
+    expected = reference.pull_back_weights(
+        logits, routing.expert_indices, given, "softmax", normalised, 2.5
+    )
+    each = np.tile(of_means / len(logits), (len(logits), 1))
+    of_square = 6 / len(logits)
+    expected = expected + reference.pull_back_scores(logits, each, "softmax", True, of_square)
+    largest = np.concatenate(
+        [2.5 * given, each, of_square * reference.log_sum_exp(logits)[:, np.newaxis]], axis=1
+    )
+    for kept in (None, keep_softmax(logits, rule)):
+        result = pull_back(
+            logits, rule, 1, choice=weights, mean_gradient=of_means, square_gradient=3.0,
+            softmax=kept,
+        )  # fmt: skip
+        assert_close(result, expected, largest)
 
 
 def differences(function, logits, step=1e-6):
@@ -141,15 +179,20 @@ def all_gradients(logits, threads=1, k=4):
     for scores in SCORES:
         for normalised in (True, False):
             rule = rule_of(num_experts, k, scores, normalised)
-            yield gradients.pull_back_weights(
-                logits, rule, routing.expert_indices, given, threads
-            ).tobytes()
-        yield gradients.pull_back_probabilities(logits, rule, of_means, threads).tobytes()
-        choice = route(logits, MoeConfig(num_experts, k, "expert_choice"), scores=scores)
-        yield gradients.pull_back_choice(
-            logits, rule, choice.token_indices, choice.weights, threads
-        ).tobytes()
-    yield gradients.pull_back_squares(logits, 1.0, threads).tobytes()
+            choice = Choice(routing.expert_indices, given)
+            for kept in (None, keep_softmax(logits, rule)):
+                yield pull_back(
+                    logits, rule, threads, choice=choice, mean_gradient=of_means,
+                    square_gradient=1.0, softmax=kept,
+                ).tobytes()  # fmt: skip
+            yield pull_back(logits, rule, threads, choice=choice).tobytes()
+        yield pull_back(logits, rule, threads, mean_gradient=of_means).tobytes()
+        config = MoeConfig(num_experts, k, "expert_choice")
+        by_expert = route(logits, config, scores=scores)
+        choice = Choice(by_expert.token_indices, by_expert.weights)
+        rule = make_rule(config, False, scores)
+        yield pull_back(logits, rule, threads, choice=choice).tobytes()
+    yield pull_back(logits, rule, threads, square_gradient=1.0).tobytes()
 
 
 @pytest.mark.parametrize("num_experts", [8, 64, 264])
@@ -175,21 +218,21 @@ def test_infinities_are_limits(num_experts):
     logits[2, 0] = 0.0
     rule = rule_of(num_experts, 1, "softmax", False)
     given = np.arange(num_experts) * 3.0
-    result = gradients.pull_back_probabilities(logits, rule, given, 1)
+    result = pull_back(logits, rule, 1, mean_gradient=given)
     expected = np.zeros_like(logits)
     expected[0] = (np.arange(num_experts) - (num_experts - 1) / 2) / num_experts
     expected[1, 1:3] = -0.25, 0.25
     np.testing.assert_allclose(result, expected, rtol=1e-6)
-    sigmoid = gradients.pull_back_choice(
+    everyone = np.tile(np.arange(3, dtype=np.int32), (num_experts, 1))
+    sigmoid = pull_back(
         logits,
         make_rule(MoeConfig(num_experts, 1, "expert_choice"), False, "sigmoid"),
-        np.tile(np.arange(3, dtype=np.int32), (num_experts, 1)),
-        np.ones((num_experts, 3), np.float32),
         1,
+        choice=Choice(everyone, np.ones((num_experts, 3), np.float32)),
     )
     assert sigmoid[2, 0] == 0.25
     assert np.count_nonzero(sigmoid) == 1
 
 
 def test_no_tokens():
-    assert [len(result) for result in all_gradients(np.empty((0, 8), np.float32))] == [0] * 9
+    assert [len(result) for result in all_gradients(np.empty((0, 8), np.float32))] == [0] * 17

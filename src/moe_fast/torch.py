@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig, RoutingMethod
 from moe_fast.errors import MoeConfigError
-from moe_fast.routing import gradients
 from moe_fast.routing.arrays import as_array
 from moe_fast.routing.choose import drop_overflow
+from moe_fast.routing.gradients import Choice, pull_back
 from moe_fast.routing.options import RoutingOptions, Rule
-from moe_fast.routing.result import Routing
+from moe_fast.routing.result import Routing, Softmax
 from moe_fast.routing.router import Router, make_router
-from moe_fast.routing.statistics import ProbabilitySums, divide, sum_probabilities
+from moe_fast.routing.statistics import divide, sum_probabilities
 from moe_fast.threads import as_threads
 
 try:
@@ -55,17 +54,18 @@ class RoutingTensors:
     weights: Tensor
 
     def __init__(self, logits: Tensor, router: Router, threads: int) -> None:
-        self._logits = logits
         self._rule = rule = router.rule
-        self._threads = threads
-        self._array = array = as_array(logits, "logits")
+        array = as_array(logits, "logits")
         is_expert_choice = rule.method is RoutingMethod.EXPERT_CHOICE
         if not is_expert_choice and rule.compute_capacity(len(array)) is not None:
             # What a capacity drops is taken out below: losses count it.
             router = router.replace(capacity_factor=math.inf)
         self.routing = router(array, threads=threads)
         self._indices = torch.from_numpy(self.routing.indices)
-        self._weights = Weights.apply(logits, array, self._indices, self.routing, rule, threads)
+        self._means = Means(array, rule, self.routing, threads)
+        self._weights, self._mean_probabilities, self._balance, self._mean_square = (
+            Differentiable.apply(logits, self._indices, self.routing.weights, self._means)
+        )
         self.weights = self._weights
         if not is_expert_choice:
             self._drop(rule.compute_capacity(len(array)))
@@ -117,15 +117,13 @@ class RoutingTensors:
 
         The convention of the Switch Transformer (Fedus et al. 2022, equation 4) and Megatron-LM.
         """
-        if self._rule.is_sigmoid:
-            balance = (torch.from_numpy(self._even_load) * self._mean_probabilities()).sum()
-        else:
-            balance = self._means.balance
-        return self._loss(alpha, balance)
+        self._means.fill()
+        return self._loss(alpha, self._balance)
 
     def z_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the mean squared log-sum-exp of the logits (Zoph et al. 2022)."""
-        return self._loss(alpha, self._mean_square())
+        self._means.fill()
+        return self._loss(alpha, self._mean_square)
 
     def importance_loss(self, alpha: float = 1.0) -> Tensor:
         """`alpha` times the squared coefficient of variation of the experts' summed weights.
@@ -141,37 +139,9 @@ class RoutingTensors:
             )
         return self._loss(alpha, importance.var(correction=0) / importance.mean() ** 2)
 
-    @cached_property
-    def _sums(self) -> ProbabilitySums:
-        return sum_probabilities(self._array, self._rule, self._threads)
-
-    @cached_property
-    def _means(self) -> MeansOfSoftmax:
-        """Of softmax, in one pass, whose probabilities are kept for the gradient."""
-        return MeansOfSoftmax(
-            *Means.apply(self._logits, self._array, self._even_load, self._rule, self._threads)
-        )
-
-    @property
-    def _even_load(self) -> npt.NDArray[np.float64]:
-        """`[E]`: the load of each expert, 1.0 where it is even."""
-        counts = self.routing.tokens_per_expert_before_drop
-        return divide(counts, int(counts.sum())) * len(counts)
-
-    def _mean_probabilities(self) -> Tensor:
-        if not self._rule.is_sigmoid:
-            return self._means.probabilities
-        return MeanProbabilities.apply(self._logits, self._sums, self._rule, self._threads)
-
-    def _mean_square(self) -> Tensor:
-        if not self._rule.is_sigmoid:
-            return self._means.square
-        return MeanSquare.apply(self._logits, self._sums, self._threads)
-
     def _loss(self, alpha: float, value: Tensor) -> Tensor:
-        # A copy: whoever adds to a loss in place must not change the mean that others are made of.
-        scaled = value if alpha == 1.0 else alpha * value
-        return scaled.to(self.weights.dtype, copy=True)
+        # New even where alpha is 1: whoever adds to a loss in place must not change the mean.
+        return (alpha * value).to(self.weights.dtype)
 
     def __repr__(self) -> str:
         return repr(self.routing).replace("Routing", "RoutingTensors", 1)
@@ -270,139 +240,104 @@ def huggingface_load_balancing_loss(
         )
     tokens = sum(routing.routing.num_tokens for routing in routings)
     counts = sum(routing.routing.tokens_per_expert_before_drop for routing in routings)
-    pooled = sum(r._mean_probabilities() * (r.routing.num_tokens / tokens) for r in routings)
+    for routing in routings:
+        routing._means.fill()
+    pooled = sum(r._mean_probabilities * (r.routing.num_tokens / tokens) for r in routings)
     return routings[0]._loss(alpha * sizes[0], (torch.from_numpy(counts / tokens) * pooled).sum())
 
 
-class Weights(torch.autograd.Function):
-    """The weights of all choices, before any is dropped."""
+class Means:
+    """What losses are made of, computed when the first of them is asked for.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        array: npt.NDArray[Any],
-        indices: Tensor,
-        routing: Routing,
-        rule: Rule,
-        threads: int,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, indices)
-        ctx.arguments = array, rule, threads
-        return torch.from_numpy(routing.weights)
+    It is filled into memory that tensors share, so that these can be results of `Differentiable`
+    before anything is computed.
 
-    @staticmethod
-    def backward(ctx: Any, weight_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, indices = ctx.saved_tensors
-        array, rule, threads = ctx.arguments
-        if rule.method is RoutingMethod.EXPERT_CHOICE:
-            pull_back = gradients.pull_back_choice
-        else:
-            pull_back = gradients.pull_back_weights
-        gradient = pull_back(
-            array,
-            rule,
-            indices.numpy(),
-            weight_gradient.contiguous().numpy(),
-            threads,
-        )
-        return as_gradient(gradient, logits.dtype), None, None, None, None, None
-
-
-class MeansOfSoftmax(NamedTuple):
-    """float64, `[E]`, `[]` and `[]`: the mean probability of each expert, the sum of these times
-    the experts' load, and the mean squared log-sum-exp.
+    Attributes
+    ----------
+    probabilities : float64 [E]
+        The mean probability of each expert.
+    balance : [], with the dtype of weights
+        The sum of these times the load of their experts, which is 1.0 where it is even.
+    square : [], with the dtype of weights
+        The mean squared log-sum-exp.
+    softmax : Softmax, optional
+        What the gradient needs of a softmax over all experts, kept once it is computed.
     """
 
-    probabilities: Tensor
-    balance: Tensor
-    square: Tensor
+    def __init__(self, array: npt.NDArray[Any], rule: Rule, routing: Routing, threads: int) -> None:
+        self.array, self.rule, self.threads = array, rule, threads
+        self.counts = routing.tokens_per_expert_before_drop
+        self.dtype = routing.weights.dtype
+        self.probabilities = np.empty(rule.num_experts)
+        self.balance = np.empty((), self.dtype)
+        self.square = np.empty((), self.dtype)
+        self.softmax: Softmax | None = None
+        self.is_filled = False
+
+    @property
+    def load(self) -> npt.NDArray[np.float64]:
+        """`[E]`: the load of each expert, 1.0 where it is even."""
+        return divide(self.counts, int(self.counts.sum())) * len(self.counts)
+
+    def fill(self) -> None:
+        """Compute it, if that has not been done."""
+        if self.is_filled:
+            return
+        if not self.rule.is_sigmoid:
+            probabilities = np.empty(self.array.shape, self.dtype)
+            self.softmax = Softmax(probabilities, np.empty(len(self.array)))
+        sums = sum_probabilities(self.array, self.rule, self.threads, self.softmax)
+        self.probabilities[:] = sums.mean_probabilities
+        self.balance[...] = (self.load * self.probabilities).sum()
+        self.square[...] = sums.mean_square
+        self.is_filled = True
 
 
-class Means(torch.autograd.Function):
-    """`MeansOfSoftmax`. What one pass keeps is all that their gradients need."""
+class Differentiable(torch.autograd.Function):
+    """The weights of all choices, before any is dropped, and the `Means`.
+
+    One function of the logits, so that one pass has the gradient by all of them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        array: npt.NDArray[Any],
-        load: npt.NDArray[np.float64],
-        rule: Rule,
-        threads: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities = np.empty(array.shape, np.float64 if array.itemsize == 8 else np.float32)
-        log_sums = np.empty(len(array))
-        sums = sum_probabilities(
-            array, rule, threads, probabilities=probabilities, log_sums=log_sums
-        )
-        # Not saved as tensors, which backward of one loss would free before that of the other.
-        ctx.kept = probabilities, log_sums, load
-        ctx.arguments = logits.dtype, threads
+        ctx: Any, logits: Tensor, indices: Tensor, weights: npt.NDArray[Any], means: Means
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(logits, indices)
+        ctx.means, ctx.dtype = means, logits.dtype
         ctx.set_materialize_grads(False)
-        means = sums.mean_probabilities
-        return (
-            torch.from_numpy(means),
-            torch.from_numpy(np.asarray((load * means).sum())),
-            torch.from_numpy(sums.mean_square),
-        )
+        results = weights, means.probabilities, means.balance, means.square
+        return tuple(map(torch.from_numpy, results))
 
     @staticmethod
     def backward(
         ctx: Any,
-        of_means: Tensor | None,
+        of_weights: Tensor | None,
+        of_probabilities: Tensor | None,
         of_balance: Tensor | None,
         of_square: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        probabilities, log_sums, load = ctx.kept
-        dtype, threads = ctx.arguments
-        mean_gradient = np.zeros(len(load)) if of_means is None else of_means.numpy()
+        means = ctx.means
+        mean_gradient = None if of_probabilities is None else of_probabilities.numpy()
         if of_balance is not None:
-            mean_gradient = mean_gradient + of_balance.item() * load
-        square_gradient = 0.0 if of_square is None else of_square.item()
-        gradient = gradients.pull_back_means(
-            probabilities, log_sums, mean_gradient, square_gradient, threads
+            of_load = of_balance.item() * means.load
+            mean_gradient = of_load if mean_gradient is None else mean_gradient + of_load
+        choice = None
+        if of_weights is not None or means.softmax is None:
+            # Says if the logits were changed meanwhile; what a softmax needs of them is kept.
+            _, indices = ctx.saved_tensors
+        if of_weights is not None:
+            choice = Choice(indices.numpy(), of_weights.contiguous().numpy())
+        gradient = pull_back(
+            means.array,
+            means.rule,
+            means.threads,
+            choice=choice,
+            mean_gradient=mean_gradient,
+            square_gradient=0.0 if of_square is None else of_square.item(),
+            softmax=means.softmax,
         )
-        return as_gradient(gradient, dtype), None, None, None, None
-
-
-class MeanProbabilities(torch.autograd.Function):
-    """float64 `[E]`: the mean probability of each expert."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, sums: ProbabilitySums, rule: Rule, threads: int
-    ) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.arguments = rule, threads
-        return torch.from_numpy(sums.mean_probabilities)
-
-    @staticmethod
-    def backward(ctx: Any, mean_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
-        rule, threads = ctx.arguments
-        gradient = gradients.pull_back_probabilities(
-            as_array(logits, "logits"), rule, mean_gradient.numpy(), threads
-        )
-        return as_gradient(gradient, logits.dtype), None, None, None
-
-
-class MeanSquare(torch.autograd.Function):
-    """float64: the mean squared log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, sums: ProbabilitySums, threads: int) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.threads = threads
-        return torch.from_numpy(sums.mean_square)
-
-    @staticmethod
-    def backward(ctx: Any, mean_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
-        gradient = gradients.pull_back_squares(
-            as_array(logits, "logits"), mean_gradient.item(), ctx.threads
-        )
-        return as_gradient(gradient, logits.dtype), None, None
+        return as_gradient(gradient, ctx.dtype), None, None, None
 
 
 def as_gradient(gradient: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:

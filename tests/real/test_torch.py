@@ -288,6 +288,18 @@ def test_logits_changed_before_the_gradient_are_noticed():
         weights.sum().backward()
 
 
+def test_losses_have_gradients_after_that_of_the_weights():
+    """What the gradient of a loss needs is not freed with what that of the weights needed."""
+    logits = make_logits()
+    found = route(logits, MoeConfig(8))
+    found.weights.square().sum().backward()
+    (found.load_balancing_loss() + found.z_loss()).backward()
+    again = route(logits, MoeConfig(8))
+    total = again.weights.square().sum() + again.load_balancing_loss() + again.z_loss()
+    (expected,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(logits.grad, expected)
+
+
 def test_a_few_steps_balance_a_router():
     """A router that sends all to two experts learns not to, by its balancing loss alone."""
     torch.manual_seed(0)

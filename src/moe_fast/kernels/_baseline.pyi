@@ -233,15 +233,8 @@ def add_weights(
 
 # routing/gradients.pxi
 @_fused
-def pull_back_scores(
-    logits: _Bytes,
-    encoding: int,
-    is_sigmoid: bool,
-    normalised: bool,
-    of_square: float,
-    gradient: _Real,
-    start: int,
-    stop: int,
+def pull_back_sigmoid(
+    logits: _Bytes, encoding: int, normalised: bool, gradient: _Real, start: int, stop: int
 ) -> None: ...
 @_fused
 def pull_back_weights(
@@ -252,6 +245,22 @@ def pull_back_weights(
     routed_scaling_factor: float,
     expert_indices: _Index32,
     of_weights: _Real,
+    add: bool,
+    gradient: _Real,
+    start: int,
+    stop: int,
+) -> None: ...
+@_fused
+def pull_back_softmax(
+    logits: _Bytes,
+    encoding: int,
+    probabilities: _Real | None,
+    log_sums: _Float64 | None,
+    of_mean: _Real | None,
+    of_square: float,
+    expert_indices: _Index32 | None,
+    of_weights: _Real | None,
+    routed_scaling_factor: float,
     gradient: _Real,
     start: int,
     stop: int,
@@ -266,13 +275,3 @@ def float16_to_float32(values: _Half, out: _Words) -> int: ...
 def scale_bfloat16(values: _Half, factor: float, out: _Half) -> int: ...
 def scale_float16(values: _Half, factor: float, out: _Half) -> int: ...
 def bfloat16_to_float32(values: _Half, out: _Words) -> int: ...
-@_fused
-def pull_back_means(
-    probabilities: _Real,
-    log_sums: _Float64,
-    of_mean: _Real,
-    of_square: float,
-    gradient: _Real,
-    start: int,
-    stop: int,
-) -> None: ...

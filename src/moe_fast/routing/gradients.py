@@ -1,122 +1,142 @@
-"""Vector-Jacobian products of routing, on arrays: what automatic differentiation asks for.
-
-Each function takes the gradient by a result of routing and returns that by the logits, `[T, E]`.
-"""
+"""Vector-Jacobian products of routing, on arrays: what automatic differentiation asks for."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_fast import kernels
-from moe_fast.routing.arrays import get_c_type, view_rows
+from moe_fast.config import RoutingMethod
+from moe_fast.routing.arrays import Rows, get_c_type, view_rows
 from moe_fast.routing.choose import get_tokens_per_thread
 from moe_fast.routing.options import Rule
-from moe_fast.routing.result import Floats, Indices
+from moe_fast.routing.result import Floats, Indices, Softmax
 from moe_fast.threads import share
 
 
-def pull_back_weights(
+class Choice(NamedTuple):
+    """Who was chosen, before any was dropped, and the gradient by the weights, 0 where dropped.
+
+    Both have the shape `[T, k]`, of experts, or for expert choice `[E, C]`, of tokens.
+    """
+
+    indices: Indices
+    weight_gradient: Floats
+
+
+def pull_back(
     logits: npt.NDArray[Any],
     rule: Rule,
-    indices: Indices,
-    weight_gradient: Floats,
-    threads: int,
-) -> Floats:
-    """From the gradient by the weights of top-k or Switch, `[T, k]`.
-
-    `indices` are the experts before any was dropped; what was dropped has the gradient 0.
-    """
-    rows = view_rows(logits, rule.num_experts)
-    gradient: Floats = np.empty(logits.shape, rows.dtype)
-    kernel = kernels.compiled.pull_back_weights[get_c_type(rows.dtype)]
-
-    def pull_back(start: int, stop: int) -> None:
-        kernel(
-            rows.bytes, rows.encoding,
-            rule.is_sigmoid, rule.norm_topk_prob, rule.routed_scaling_factor,
-            indices, weight_gradient, gradient, start, stop,
-        )  # fmt: skip
-
-    share(pull_back, len(logits), threads, grain=get_tokens_per_thread(rule.num_experts))
-    return gradient
-
-
-def pull_back_choice(
-    logits: npt.NDArray[Any],
-    rule: Rule,
-    indices: Indices,
-    weight_gradient: Floats,
-    threads: int,
-) -> Floats:
-    """From the gradient by the weights of expert choice, `[E, C]`; `indices` are the tokens."""
-    gradient = np.zeros(logits.shape, weight_gradient.dtype)
-    experts = np.arange(rule.num_experts)[:, np.newaxis]
-    gradient[indices, experts] = weight_gradient * rule.routed_scaling_factor
-    return pull_back_scores(logits, gradient, threads, is_sigmoid=rule.is_sigmoid)
-
-
-def pull_back_means(
-    probabilities: Floats,
-    log_sums: npt.NDArray[np.float64],
-    mean_gradient: npt.NDArray[Any],
-    square_gradient: float,
-    threads: int,
-) -> Floats:
-    """From the gradients by the mean probabilities, `[E]`, and by the mean squared log-sum-exp.
-
-    Of softmax; `probabilities`, `[T, E]`, and `log_sums` are those of each token.
-    """
-    num_tokens, num_experts = probabilities.shape
-    gradient = np.empty_like(probabilities)
-    of_mean = (mean_gradient / max(1, num_tokens)).astype(gradient.dtype)
-    of_square = 2 * square_gradient / max(1, num_tokens)
-    kernel = kernels.compiled.pull_back_means[get_c_type(gradient.dtype)]
-
-    def pull_back(start: int, stop: int) -> None:
-        kernel(probabilities, log_sums, of_mean, of_square, gradient, start, stop)
-
-    share(pull_back, num_tokens, threads, grain=get_tokens_per_thread(num_experts))
-    return gradient
-
-
-def pull_back_probabilities(
-    logits: npt.NDArray[Any], rule: Rule, mean_gradient: npt.NDArray[Any], threads: int
-) -> Floats:
-    """From the gradient by the mean probability of each expert, `[E]`."""
-    gradient = np.empty(logits.shape, view_rows(logits, rule.num_experts).dtype)
-    gradient[:] = (mean_gradient / max(1, len(logits))).astype(gradient.dtype)
-    return pull_back_scores(logits, gradient, threads, is_sigmoid=rule.is_sigmoid, normalised=True)
-
-
-def pull_back_squares(logits: npt.NDArray[Any], mean_gradient: float, threads: int) -> Floats:
-    """From the gradient by the mean of the squared log-sum-exp."""
-    gradient = np.zeros(logits.shape, view_rows(logits, logits.shape[1]).dtype)
-    square_gradient = 2 * mean_gradient / max(1, len(logits))
-    return pull_back_scores(logits, gradient, threads, square_gradient=square_gradient)
-
-
-def pull_back_scores(
-    logits: npt.NDArray[Any],
-    gradient: Floats,
     threads: int,
     *,
-    is_sigmoid: bool = False,
-    normalised: bool = False,
+    choice: Choice | None = None,
+    mean_gradient: npt.NDArray[np.float64] | None = None,
     square_gradient: float = 0.0,
+    softmax: Softmax | None = None,
 ) -> Floats:
-    """From the gradient by the scores, `[T, E]`, which is written over and returned."""
-    num_experts = logits.shape[1]
-    rows = view_rows(logits, num_experts)
-    kernel = kernels.compiled.pull_back_scores[get_c_type(rows.dtype)]
+    """From the gradients by weights, mean probabilities and so on to that by the logits, `[T, E]`.
 
-    def pull_back(start: int, stop: int) -> None:
-        kernel(
-            rows.bytes, rows.encoding, is_sigmoid, normalised, square_gradient,
-            gradient, start, stop,
+    `mean_gradient`, `[E]`, is that by the mean probability of each expert; `square_gradient` that
+    by the mean squared log-sum-exp. What is not given counts as 0, and `softmax` is computed.
+    """
+    rows = view_rows(logits, rule.num_experts)
+    num_tokens = max(1, len(logits))
+    of_square = 2 * square_gradient / num_tokens
+    of_mean = None
+    if mean_gradient is not None:
+        of_mean = (mean_gradient / num_tokens).astype(rows.dtype)
+    by_expert = rule.method is RoutingMethod.EXPERT_CHOICE
+    over_all = not (by_expert or rule.is_sigmoid or rule.norm_topk_prob)
+    parts = []
+    if of_mean is not None and rule.is_sigmoid:
+        each = np.tile(of_mean, (len(logits), 1))
+        parts.append(pull_back_sigmoid(rows, threads, each, normalised=True))
+        of_mean = None
+    # Weights over all experts are probabilities themselves: one pass has their gradient, too.
+    if of_mean is not None or of_square != 0 or (choice and over_all):
+        if of_mean is None:
+            of_mean = np.zeros(rule.num_experts, rows.dtype)
+        parts.append(
+            pull_back_softmax(
+                rows, threads, np.empty(logits.shape, rows.dtype), of_mean, of_square,
+                choice if over_all else None, rule.routed_scaling_factor, softmax,
+            )
         )  # fmt: skip
+    if choice and by_expert:
+        parts.append(pull_back_tokens(rows, rule, threads, choice))
+    gradient = reduce(np.add, parts) if parts else None
+    if choice and not (by_expert or over_all):
+        return pull_back_chosen(rows, rule, threads, choice, gradient)
+    return np.zeros(logits.shape, rows.dtype) if gradient is None else gradient
 
-    share(pull_back, len(logits), threads, grain=get_tokens_per_thread(num_experts))
+
+def pull_back_chosen(
+    rows: Rows, rule: Rule, threads: int, choice: Choice, gradient: Floats | None
+) -> Floats:
+    """Of weights that depend on the chosen logits alone: renormalised ones, and those of sigmoid.
+
+    Added to `gradient`, if that is given.
+    """
+    add = gradient is not None
+    if gradient is None:
+        gradient = np.empty((len(rows.bytes), rule.num_experts), rows.dtype)
+    arguments = (
+        rows.bytes, rows.encoding,
+        rule.is_sigmoid, rule.norm_topk_prob, rule.routed_scaling_factor, *choice, add, gradient,
+    )  # fmt: skip
+    run(kernels.compiled.pull_back_weights[get_c_type(rows.dtype)], arguments, gradient, threads)
     return gradient
+
+
+def pull_back_tokens(rows: Rows, rule: Rule, threads: int, choice: Choice) -> Floats:
+    """Of the weights of expert choice."""
+    gradient = np.zeros((len(rows.bytes), rule.num_experts), rows.dtype)
+    experts = np.arange(rule.num_experts)[:, np.newaxis]
+    gradient[choice.indices, experts] = choice.weight_gradient * rule.routed_scaling_factor
+    if rule.is_sigmoid:
+        return pull_back_sigmoid(rows, threads, gradient, normalised=False)
+    return pull_back_softmax(rows, threads, gradient)
+
+
+def pull_back_sigmoid(rows: Rows, threads: int, gradient: Floats, *, normalised: bool) -> Floats:
+    """From the gradient by sigmoid scores, `[T, E]`, which is written over and returned."""
+    arguments = rows.bytes, rows.encoding, normalised, gradient
+    run(kernels.compiled.pull_back_sigmoid[get_c_type(rows.dtype)], arguments, gradient, threads)
+    return gradient
+
+
+def pull_back_softmax(
+    rows: Rows,
+    threads: int,
+    gradient: Floats,
+    of_mean: Floats | None = None,
+    of_square: float = 0.0,
+    choice: Choice | None = None,
+    scale: float = 1.0,
+    softmax: Softmax | None = None,
+) -> Floats:
+    """From the gradient by softmax probabilities, `[T, E]`, which is written over and returned.
+
+    In its place, `of_mean`, `[E]`, may hold that of every token, to which the gradient by weights,
+    times `scale`, is added for those chosen. Adds `of_square` times half that of the squared
+    log-sum-exp.
+    """
+    arguments = (
+        rows.bytes, rows.encoding, *(softmax or (None, None)),
+        of_mean, of_square, *(choice or (None, None)), scale, gradient,
+    )  # fmt: skip
+    run(kernels.compiled.pull_back_softmax[get_c_type(rows.dtype)], arguments, gradient, threads)
+    return gradient
+
+
+def run(
+    kernel: Callable[..., None], arguments: tuple[object, ...], gradient: Floats, threads: int
+) -> None:
+    """Call a kernel for the tokens, shared among threads."""
+    num_tokens, num_experts = gradient.shape
+    grain = get_tokens_per_thread(num_experts)
+    share(partial(kernel, *arguments), num_tokens, threads, grain=grain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,13 @@ __all__ = ["Routing"]
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
+
+
+class Softmax(NamedTuple):
+    """The softmax of logits, `[T, E]`, and the log-sum-exp of each token, float64 `[T]`."""
+
+    probabilities: Floats
+    log_sums: npt.NDArray[np.float64]
 
 
 class Routing:

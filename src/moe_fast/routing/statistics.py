@@ -21,7 +21,7 @@ from moe_fast.reports import pandas_frame, without_version
 from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloat16
 from moe_fast.routing.choose import get_tokens_per_thread, raise_for_nan
 from moe_fast.routing.options import RoutingOptions, Rule
-from moe_fast.routing.result import Counts, Routing
+from moe_fast.routing.result import Counts, Routing, Softmax
 from moe_fast.routing.router import Router, make_router
 from moe_fast.threads import as_threads, share
 
@@ -90,21 +90,17 @@ def sum_probabilities(
     logits: npt.NDArray[Any],
     rule: Rule,
     threads: int,
+    softmax: Softmax | None = None,
+    *,
     start: int = 0,
     stop: int | None = None,
-    *,
-    probabilities: npt.NDArray[Any] | None = None,
-    log_sums: Float64 | None = None,
 ) -> ProbabilitySums:
-    """Add up the probabilities of the tokens from `start` to `stop`.
-
-    `probabilities`, `[T, E]`, and `log_sums`, the logarithms of the sums of exponentials, are
-    filled if they are given.
-    """
+    """Add up the probabilities of the tokens from `start` to `stop`. Fills `softmax`, if given."""
     stop = len(logits) if stop is None else stop
     num_experts = rule.num_experts
     rows = view_rows(logits[start:stop], num_experts)
     kernel = kernels.compiled.add_statistics[get_c_type(rows.dtype)]
+    probabilities, log_sums = softmax or (None, None)
     ends: list[tuple[int, Float64, Float64]] = []
 
     def add(first: int, start: int, stop: int) -> None:
@@ -275,7 +271,9 @@ class RoutingStats:
         self, logits: npt.NDArray[Any], start: int, stop: int, threads: int
     ) -> None:
         """Add one batch, which shares a capacity, routed by expert choice."""
-        self._add_probabilities(sum_probabilities(logits, self.router.rule, threads, start, stop))
+        self._add_probabilities(
+            sum_probabilities(logits, self.router.rule, threads, start=start, stop=stop)
+        )
         routing = self.router(logits[start:stop], threads=threads)
         self._add_choice(routing)
         self.num_unrouted[0] += routing.num_unrouted
@@ -293,7 +291,9 @@ class RoutingStats:
         out = None
         for first in range(start, stop, size):
             last = min(first + size, stop)
-            self._add_probabilities(sum_probabilities(logits, rule, threads, first, last))
+            self._add_probabilities(
+                sum_probabilities(logits, rule, threads, start=first, stop=last)
+            )
             if last - first < size:
                 out = None
             out = unlimited(logits[first:last], out=out, threads=threads)

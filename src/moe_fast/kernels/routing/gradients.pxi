@@ -9,14 +9,13 @@ cdef inline real sigmoid_derivative(real x) noexcept nogil:
 
 
 cdef void pull_back(
-    const real* x, Py_ssize_t n, bint is_row, bint is_sigmoid, bint normalised, real of_square,
+    const real* x, Py_ssize_t n, bint is_row, bint is_sigmoid, bint normalised,
     real* score, real* gradient
 ) noexcept nogil:
-    # In place: the gradient by scores becomes that by logits x. Either LANES tokens in columns, or
-    # one token as a row, padded with -inf and gradients of 0 up to a multiple of LANES. Softmax
-    # adds of_square times half the gradient of the squared log-sum-exp.
+    # In place: the gradient by scores becomes that by logits x, of LANES tokens in columns. For
+    # sigmoid also of one token as a row, padded with -inf and gradients of 0 up to a multiple of
+    # LANES.
     cdef Py_ssize_t size = round_up_to_lanes(n) if is_row else n * LANES
-    cdef Py_ssize_t lanes = 1 if is_row else LANES
     cdef Py_ssize_t i, j
     cdef real[LANES] top
     cdef real[LANES] total
@@ -35,10 +34,6 @@ cdef void pull_back(
             add_to(total, score + i)
     else:
         fold_max(x, size, LANES, top)
-        if is_row:
-            top[0] = max_of_row(x, size)
-            for j in range(1, LANES):
-                top[j] = top[0]
         sum_exponentials(x, size, top, score, total)
     for i from 0 <= i < size by LANES:
         add_product_to(shift, score + i, gradient + i)
@@ -48,21 +43,13 @@ cdef void pull_back(
     if is_row:
         total[0] = sum_lanes(total)
         shift[0] = sum_lanes(shift)
-    if is_sigmoid:
-        for j in range(LANES):
-            total[j] += <real>1e-20
-    else:
-        for j in range(LANES):
-            # Logits that are all -inf count as equal, and so did the padding of a row.
-            total[j] = total[j] if top[j] > -INFINITY else <real>n
-    divide_by(shift, total)
-    if of_square != 0:
-        for j in range(lanes):
-            shift[j] -= of_square * (top[j] + <real>logarithm(total[j]))
-    if is_row:
         for j in range(1, LANES):
             total[j] = total[0]
             shift[j] = shift[0]
+    if is_sigmoid:
+        for j in range(LANES):
+            total[j] += <real>1e-20
+    divide_by(shift, total)
     for i from 0 <= i < size by LANES:
         divide_by(score + i, total)
         times_difference(score + i, gradient + i, shift, gradient + i)
@@ -70,10 +57,10 @@ cdef void pull_back(
 
 cdef void pull_back_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
-    bint is_sigmoid, bint normalised, real of_square, real* work, real* gradient
+    bint normalised, real* work, real* gradient
 ) noexcept nogil:
-    # A block of up to LANES tokens; `gradient` has a row for each. `work` is three times LANES
-    # values for each expert.
+    # Of sigmoid; a block of up to LANES tokens. `gradient` has a row for each; `work` is three
+    # times LANES values for each expert.
     cdef real* x = work
     cdef real* score = x + LANES * n
     cdef real* g = score + LANES * n
@@ -81,7 +68,7 @@ cdef void pull_back_block(
     if fit_in_columns(n):
         load_columns(logits, stride, encoding, tokens, n, x, score)
         to_columns(<const uint8_t*>gradient, n * sizeof(real), tokens, n, g)
-        pull_back(x, n, False, is_sigmoid, normalised, of_square, score, g)
+        pull_back(x, n, False, True, normalised, score, g)
         to_rows(g, tokens, n, gradient)
         return
     for t in range(tokens):
@@ -89,7 +76,7 @@ cdef void pull_back_block(
         memcpy(g, gradient + t * n, n * sizeof(real))
         for e in range(n, round_up_to_lanes(n)):
             g[e] = 0
-        pull_back(x, n, True, is_sigmoid, normalised, of_square, score, g)
+        pull_back(x, n, True, True, normalised, score, g)
         memcpy(gradient + t * n, g, n * sizeof(real))
 
 
@@ -98,10 +85,10 @@ cdef void pull_back_chosen(
     const int32_t* expert, const real* of_weights, Py_ssize_t k, real scale,
     bint is_sigmoid, bint normalised, real* work, real* gradient, Py_ssize_t n
 ) noexcept nogil:
-    # The same for scores over the chosen experts alone, times `scale`. `gradient` holds 0.
+    # Of scores over the chosen experts alone, times `scale`; added to `gradient`.
     cdef real* x = work
-    cdef real* score = x + LANES * n
-    cdef real* g = score + LANES * n
+    cdef real* score = x + LANES * k
+    cdef real* g = score + LANES * k
     cdef const uint8_t* row
     cdef Py_ssize_t s, t, place
     to_columns(<const uint8_t*>of_weights, k * sizeof(real), tokens, k, g)
@@ -117,20 +104,17 @@ cdef void pull_back_chosen(
                 x[s * LANES + t] = widen_float16((<const uint16_t*>row)[place])
             else:
                 x[s * LANES + t] = (<const real*>row)[place]
-    pull_back(x, k, False, is_sigmoid, normalised, <real>0.0, score, g)
+    pull_back(x, k, False, is_sigmoid, normalised, score, g)
     for t in range(tokens):
         for s in range(k):
-            gradient[t * n + expert[t * k + s]] = g[s * LANES + t]
+            gradient[t * n + expert[t * k + s]] += g[s * LANES + t]
 
 
-def pull_back_scores(
-    const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint normalised,
-    double of_square, real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
+def pull_back_sigmoid(
+    const uint8_t[:, :] logits not None, int encoding, bint normalised,
+    real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
 ):
-    """Turn gradients by the scores of tokens from start to stop into those by their logits.
-
-    For softmax, adds `of_square` times half the gradient of the squared log-sum-exp.
-    """
+    """Turn gradients by the scores of tokens from start to stop into those by their logits."""
     cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t token
     cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
@@ -139,8 +123,7 @@ def pull_back_scores(
         for token from start <= token < stop by LANES:
             pull_back_block(
                 &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
-                tokens_in_block(token, stop), n, is_sigmoid, normalised, <real>of_square,
-                work, &gradient[token, 0]
+                tokens_in_block(token, stop), n, normalised, work, &gradient[token, 0]
             )
     release(work)
 
@@ -148,119 +131,198 @@ def pull_back_scores(
 def pull_back_weights(
     const uint8_t[:, :] logits not None, int encoding, bint is_sigmoid, bint norm_topk_prob,
     double routed_scaling_factor, const int32_t[:, ::1] expert_indices not None,
-    const real[:, ::1] of_weights not None, real[:, ::1] gradient not None,
+    const real[:, ::1] of_weights not None, bint add, real[:, ::1] gradient not None,
     Py_ssize_t start, Py_ssize_t stop
 ):
-    """Write the gradient by the logits of tokens from start to stop, given that by their weights.
+    """Write or add the gradient by the logits of tokens from start to stop, given that by weights.
+
+    Of weights that depend on the chosen logits alone: renormalised ones, and those of sigmoid.
     """
     cdef Py_ssize_t n = gradient.shape[1]
     cdef Py_ssize_t k = expert_indices.shape[1]
     cdef Py_ssize_t stride = logits.strides[0]
-    cdef Py_ssize_t token, tokens, t, s
-    cdef real scale = <real>routed_scaling_factor
-    cdef const uint8_t* row
-    cdef real* work = <real*>allocate(3 * LANES * n * sizeof(real), n)
+    cdef Py_ssize_t token, tokens
+    cdef real* work = <real*>allocate(3 * LANES * k * sizeof(real), k)
     with nogil:
-        memset(work, 0, 3 * LANES * n * sizeof(real))
+        memset(work, 0, 3 * LANES * k * sizeof(real))
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
-            row = &logits[0, 0] + token * stride
-            memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
-            if is_sigmoid or norm_topk_prob:
-                pull_back_chosen(
-                    row, stride, encoding, tokens,
-                    &expert_indices[token, 0], &of_weights[token, 0], k, scale,
-                    is_sigmoid, norm_topk_prob, work, &gradient[token, 0], n
-                )
-            else:
-                for t in range(token, token + tokens):
-                    for s in range(k):
-                        gradient[t, expert_indices[t, s]] = of_weights[t, s] * scale
-                pull_back_block(
-                    row, stride, encoding, tokens, n, is_sigmoid, norm_topk_prob, <real>0.0,
-                    work, &gradient[token, 0]
-                )
+            if not add:
+                memset(&gradient[token, 0], 0, tokens * n * sizeof(real))
+            pull_back_chosen(
+                &logits[0, 0] + token * stride, stride, encoding, tokens,
+                &expert_indices[token, 0], &of_weights[token, 0], k,
+                <real>routed_scaling_factor, is_sigmoid, norm_topk_prob, work,
+                &gradient[token, 0], n
+            )
     release(work)
 
 
-cdef void pull_back_mean_rows(
-    const real* p, const double* log_sum, Py_ssize_t tokens, Py_ssize_t n,
-    const real* of_mean, double of_square, real* gradient
+cdef void pull_back_rows(
+    const real* p, Py_ssize_t step, Py_ssize_t tokens, Py_ssize_t n,
+    const real* given, Py_ssize_t given_step, real* shift, real* gradient
 ) noexcept nogil:
-    # A block of up to LANES tokens in rows, which end where the next ones begin.
+    # p * (given - shift - the sum of p * given), for a block of up to LANES tokens. Row t of p
+    # begins at t * step, that of the gradient by p at t * given_step; it may be `gradient`, whose
+    # rows end where the next begin.
     cdef Py_ssize_t whole = n // LANES * LANES
     cdef real[LANES * LANES] sums
-    cdef real[LANES] shift
-    cdef real[LANES] less
+    cdef real[LANES] total
     cdef Py_ssize_t t, i, j
     cdef const real* row
+    cdef const real* g
     for t in range(tokens):
-        row = p + t * n
+        row = p + t * step
+        g = given + t * given_step
         for j in range(LANES):
             sums[t * LANES + j] = 0
         for i from 0 <= i < whole by LANES:
-            add_product_to(sums + t * LANES, row + i, of_mean + i)
+            add_product_to(sums + t * LANES, row + i, g + i)
         for i in range(whole, n):
-            sums[t * LANES + i - whole] += row[i] * of_mean[i]
-    sum_rows(sums, tokens, shift)
+            sums[t * LANES + i - whole] += row[i] * g[i]
+    sum_rows(sums, tokens, total)
+    add_to(shift, total)
     for t in range(tokens):
-        shift[t] -= <real>(of_square * log_sum[t])
+        row = p + t * step
+        g = given + t * given_step
         for j in range(LANES):
-            less[j] = shift[t]
+            total[j] = shift[t]
         for i from 0 <= i < whole by LANES:
-            times_difference(p + t * n + i, of_mean + i, less, gradient + t * n + i)
+            times_difference(row + i, g + i, total, gradient + t * n + i)
         for i in range(whole, n):
-            gradient[t * n + i] = p[t * n + i] * (of_mean[i] - shift[t])
+            gradient[t * n + i] = row[i] * (g[i] - shift[t])
 
 
-cdef void pull_back_mean_columns(
-    const real* p, const double* log_sum, Py_ssize_t tokens, Py_ssize_t n,
-    const real* of_mean, double of_square, real* work, real* gradient
+cdef void pull_back_columns(
+    real* p, Py_ssize_t n, const real* given, real* shift
 ) noexcept nogil:
-    # The same for few experts; `work` has room for a column for each.
-    cdef real[LANES] shift
-    cdef real[LANES] one_mean
-    cdef Py_ssize_t e, t
-    to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, work)
-    for t in range(LANES):
-        shift[t] = 0
-    for e in range(n):
-        for t in range(LANES):
-            one_mean[t] = of_mean[e]
-        add_product_to(shift, work + e * LANES, one_mean)
+    # The same for few experts, in place. `p` and `given` stand in columns.
+    cdef Py_ssize_t e
+    for e from 0 <= e < n * LANES by LANES:
+        add_product_to(shift, p + e, given + e)
+    for e from 0 <= e < n * LANES by LANES:
+        times_difference(p + e, given + e, shift, p + e)
+
+
+cdef const real* softmax_block(
+    const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
+    real* room, real* p, double* log_sum
+) noexcept nogil:
+    # Probabilities of a block, in columns if they fit, or else in rows that are padded, and the
+    # logarithm of the sum of exponentials of each token.
+    cdef const real* row[LANES]
+    cdef real[LANES * LANES] folded
+    cdef real[LANES] largest
+    cdef real[LANES] total
+    cdef Py_ssize_t t, ahead
+    if fit_in_columns(n):
+        load_columns(logits, stride, encoding, tokens, n, p, room)
+        score_columns(p, n, False, largest, total, p)
+    else:
+        load_rows(logits, stride, encoding, tokens, n, row, room, folded)
+        ahead = prefetch_distance(row[0], room, stride)
+        score_rows(row, folded, tokens, n, ahead, False, p, largest, total)
     for t in range(tokens):
-        shift[t] -= <real>(of_square * log_sum[t])
-    for e in range(n):
-        for t in range(LANES):
-            one_mean[t] = of_mean[e]
-        times_difference(work + e * LANES, one_mean, shift, work + e * LANES)
-    to_rows(work, tokens, n, gradient)
+        log_sum[t] = <double>largest[t] + logarithm(total[t])
+    return p
 
 
-def pull_back_means(
-    const real[:, ::1] probabilities not None, const double[::1] log_sums not None,
-    const real[::1] of_mean not None, double of_square, real[:, ::1] gradient not None,
-    Py_ssize_t start, Py_ssize_t stop
+cdef void weigh_chosen(
+    const real* p, Py_ssize_t to_token, Py_ssize_t to_expert, Py_ssize_t tokens,
+    const int32_t* expert, const real* of_weights, Py_ssize_t k, real scale,
+    real* product, real* shift
+) noexcept nogil:
+    # product[t * k + s] = the probability of token t's choice s times the gradient by its weight;
+    # their sums are added to `shift`.
+    cdef Py_ssize_t t, s
+    for t in range(tokens):
+        for s in range(k):
+            product[t * k + s] = (
+                p[t * to_token + expert[t * k + s] * to_expert] * (of_weights[t * k + s] * scale)
+            )
+            shift[t] += product[t * k + s]
+
+
+def pull_back_softmax(
+    const uint8_t[:, :] logits not None, int encoding,
+    const real[:, ::1] probabilities, const double[::1] log_sums,
+    const real[::1] of_mean, double of_square,
+    const int32_t[:, ::1] expert_indices, const real[:, ::1] of_weights,
+    double routed_scaling_factor,
+    real[:, ::1] gradient not None, Py_ssize_t start, Py_ssize_t stop
 ):
-    """Write the gradient by the logits, given that by their probabilities, the same for all tokens.
+    """Write the gradient by the logits of tokens from start to stop, given that by probabilities.
 
-    Adds `of_square` times half the gradient of the squared log-sum-exp. Of softmax alone.
+    The latter is `of_mean` for every token, or, if that is None, what `gradient` holds; with
+    `expert_indices`, `of_weights` is added for the experts chosen. Adds `of_square` times half the
+    gradient of the squared log-sum-exp. If `probabilities` and `log_sums` are None, they are
+    computed.
     """
     cdef Py_ssize_t n = gradient.shape[1]
-    cdef Py_ssize_t token, tokens
-    cdef real* work = <real*>allocate(LANES * n * sizeof(real), n)
+    cdef Py_ssize_t padded = round_up_to_lanes(n)
+    cdef Py_ssize_t k = 0 if expert_indices is None else expert_indices.shape[1]
+    cdef bint as_columns = fit_in_columns(n)
+    cdef Py_ssize_t to_token = 1 if as_columns else padded if probabilities is None else n
+    cdef Py_ssize_t to_expert = LANES if as_columns else 1
+    cdef Py_ssize_t token, tokens, e, t, s
+    cdef const int32_t* expert = NULL
+    cdef const real* p
+    cdef const real* given
+    cdef real* column
+    cdef real* room
+    cdef real* of_columns
+    cdef real* product
+    cdef real* to
+    cdef real[LANES] shift
+    cdef double[LANES] log_sum
+    column = <real*>allocate((3 * LANES * padded + LANES * k) * sizeof(real), n)
+    room = column + LANES * padded
+    of_columns = room + LANES * padded
+    product = of_columns + LANES * padded
     with nogil:
-        memset(work, 0, LANES * n * sizeof(real))
+        memset(column, 0, 3 * LANES * padded * sizeof(real))
+        if of_mean is not None and as_columns:
+            for e in range(n):
+                for t in range(LANES):
+                    of_columns[e * LANES + t] = of_mean[e]
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
-            if fit_in_columns(n):
-                pull_back_mean_columns(
-                    &probabilities[token, 0], &log_sums[token], tokens, n,
-                    &of_mean[0], of_square, work, &gradient[token, 0]
+            to = &gradient[token, 0]
+            if probabilities is None:
+                p = softmax_block(
+                    &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
+                    tokens, n, room, column, log_sum
                 )
             else:
-                pull_back_mean_rows(
-                    &probabilities[token, 0], &log_sums[token], tokens, n,
-                    &of_mean[0], of_square, &gradient[token, 0]
+                p = &probabilities[token, 0]
+                if as_columns:
+                    to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, column)
+                    p = column
+                memcpy(log_sum, &log_sums[token], tokens * sizeof(double))
+            for t in range(LANES):
+                shift[t] = 0
+            if of_square != 0:
+                for t in range(tokens):
+                    shift[t] = -<real>(of_square * log_sum[t])
+            if k:
+                expert = &expert_indices[token, 0]
+                weigh_chosen(
+                    p, to_token, to_expert, tokens, expert, &of_weights[token, 0], k,
+                    <real>routed_scaling_factor, product, shift
                 )
-    release(work)
+            if as_columns:
+                if of_mean is None:
+                    to_columns(<const uint8_t*>to, n * sizeof(real), tokens, n, of_columns)
+                pull_back_columns(column, n, of_columns, shift)
+                to_rows(column, tokens, n, to)
+            else:
+                given = to
+                if of_mean is not None:
+                    given = &of_mean[0]
+                pull_back_rows(
+                    p, to_token, tokens, n, given, n if of_mean is None else 0, shift, to
+                )
+            for t in range(tokens):
+                for s in range(k):
+                    to[t * n + expert[t * k + s]] += product[t * k + s]
+    release(column)
