@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from moe_fast import MoeConfig, MoeConfigError, RoutingMethod
-from moe_fast.checkpoint.build import BuildRequest
+from moe_fast.checkpoint.build_request import BuildRequest
 from moe_fast.plain import typed
 from moe_fast.request import ExpertSource, RouterStart
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_fast.calibration.rerouted import Floats, is_choice_bias, stream_moe_inputs
 from moe_fast.calibration.texts import TokenArrays, Tokens, TokenSequences
-from moe_fast.checkpoint.build import said_of_routers
+from moe_fast.checkpoint.build_request import said_of_routers
 from moe_fast.checkpoint.design import Facts, design_of
 from moe_fast.checkpoint.neurons import RepeatedRows
 from moe_fast.checkpoint.operation import (

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moe_fast.calibration.inspection import inspect_model
 from moe_fast.calibration.texts import TokenArrays
-from moe_fast.checkpoint.build import BuildRequest, request_values
+from moe_fast.checkpoint.build_request import BuildRequest, request_values
 from moe_fast.checkpoint.card import (
     changes,
     describe_backbone,

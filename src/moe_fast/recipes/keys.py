@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from moe_fast.checkpoint.build import Backbone, ReinitSets
+from moe_fast.checkpoint.build_request import Backbone, ReinitSets
 from moe_fast.checkpoint.construction import Split
 from moe_fast.config import Dtype, Layout
 from moe_fast.errors import MoeConfigError

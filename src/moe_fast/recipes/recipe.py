@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from moe_fast.checkpoint.build import Backbone, BuildReport, BuildRequest, build, located
+from moe_fast.checkpoint.build import BuildReport, build
+from moe_fast.checkpoint.build_request import Backbone, BuildRequest, located
 from moe_fast.checkpoint.output import Writing
 from moe_fast.checks import as_path, as_size
 from moe_fast.config import Dtype, MoeConfig, choose_config
