@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -16,7 +15,7 @@ from moe_fast.routing.choose import drop_overflow
 from moe_fast.routing.gradients import Choice, pull_back
 from moe_fast.routing.options import RoutingOptions, Rule
 from moe_fast.routing.result import Routing, Softmax
-from moe_fast.routing.router import Router, make_router
+from moe_fast.routing.router import Router, make_router, without_capacity
 from moe_fast.routing.statistics import divide, sum_probabilities
 from moe_fast.threads import as_threads
 
@@ -57,9 +56,9 @@ class RoutingTensors:
         self._rule = rule = router.rule
         array = as_array(logits, "logits")
         is_expert_choice = rule.method is RoutingMethod.EXPERT_CHOICE
-        if not is_expert_choice and rule.compute_capacity(len(array)) is not None:
+        if not is_expert_choice:
             # What a capacity drops is taken out below: losses count it.
-            router = router.replace(capacity_factor=math.inf)
+            router = without_capacity(router)
         self.routing = router(array, threads=threads)
         self._indices = torch.from_numpy(self.routing.indices)
         self._means = Means(array, rule, self.routing, threads)

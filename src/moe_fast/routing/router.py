@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Unpack
 
 import numpy as np
@@ -135,6 +136,13 @@ class Router:
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"Router({self.config!r}{options})"
+
+
+def without_capacity(router: Router) -> Router:
+    """A router that drops nothing; itself if it does not. Not for expert choice."""
+    if router.rule.capacity_factor == math.inf:
+        return router
+    return router.replace(capacity_factor=math.inf)
 
 
 def make_router(config: MoeConfig | Router, options: RoutingOptions) -> Router:

@@ -22,7 +22,7 @@ from moe_fast.routing.arrays import as_array, get_c_type, view_rows, widen_bfloa
 from moe_fast.routing.choose import get_tokens_per_thread, raise_for_nan
 from moe_fast.routing.options import RoutingOptions, Rule
 from moe_fast.routing.result import Counts, Routing, Softmax
-from moe_fast.routing.router import Router, make_router
+from moe_fast.routing.router import Router, make_router, without_capacity
 from moe_fast.threads import as_threads, share
 
 if TYPE_CHECKING:
@@ -255,12 +255,11 @@ class RoutingStats:
         size = num_tokens if tokens_per_batch is None else tokens_per_batch
         size = max(1, as_index(size, "tokens_per_batch", minimum=0 if num_tokens == 0 else 1))
         added = RoutingStats(self.router, capacity_factors=self.capacity_factors)
-        unlimited = self.router
-        if unlimited.rule.compute_capacity(num_tokens) is not None:
-            unlimited = unlimited.replace(capacity_factor=math.inf)
+        by_expert = self.router.rule.method is RoutingMethod.EXPERT_CHOICE
+        unlimited = self.router if by_expert else without_capacity(self.router)
         for start in range(0, num_tokens, size):
             stop = min(start + size, num_tokens)
-            if self.router.rule.method is RoutingMethod.EXPERT_CHOICE:
+            if by_expert:
                 added._add_expert_choice(array, start, stop, as_threads(threads))
             else:
                 added._add_batch(array, start, stop, as_threads(threads), unlimited)
