@@ -17,8 +17,6 @@ checkout=$PWD
 built=$checkout/build/emulated-arm
 rm -rf "$built"
 mkdir -p "$built"/{apt/lists/partial,apt/archives/partial,root,inc/aarch64-linux-gnu}
-flags=(-Wall -Wno-unused-function -Werror -DNDEBUG -O3 -ffp-contract=off
-    -fno-trapping-math -g0 -fPIC -shared)
 
 for tool in qemu-aarch64 aarch64-linux-gnu-gcc apt-get dpkg-deb; do
     if ! command -v "$tool" >/dev/null; then
@@ -48,19 +46,19 @@ done
 rm -- *.deb
 cd "$built"
 
-# The C files are the same on every processor, so Cython runs here, for the levels that Arm has.
 mkdir source
 cp -r "$checkout"/{setup.py,pyproject.toml,*.md,LICENSE,docs,examples,src,tests,benchmarks} source
 cd source
-kernels=src/moe_fast/kernels
 find src \( -name '*.c' -o -name '*.so' \) -delete
 _PYTHON_HOST_PLATFORM=linux-aarch64 "$python" setup.py --quiet egg_info
 ln -s "$built/root/usr/include/python$version" "$built/inc/python$version"
 ln -s "$built/root/usr/include/aarch64-linux-gnu/python$version" "$built/inc/aarch64-linux-gnu"
-for module in "$kernels"/*.c; do
-    "${CC:-aarch64-linux-gnu-gcc}" "${flags[@]}" -I "$built/inc/python$version" -I "$built/inc" \
-        -I $kernels "$module" -o "${module%.c}.cpython-${version/./}-aarch64-linux-gnu.so"
-done
+# As setup.py compiles on Arm; Cython and the compiler run here.
+compiler=${CC:-aarch64-linux-gnu-gcc}
+CC=$compiler LDSHARED="$compiler -shared" _PYTHON_HOST_PLATFORM=linux-aarch64 \
+    SETUPTOOLS_EXT_SUFFIX=.cpython-${version/./}-aarch64-linux-gnu.so \
+    CFLAGS="-I$built/inc/python$version -I$built/inc -Wall -Wno-unused-function -Werror" \
+    "$python" setup.py --quiet build_ext --inplace
 
 "$python" -m pip install --quiet --target "$built/site" --implementation cp \
     --python-version "$version" --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
