@@ -662,6 +662,7 @@ def reason_of(output):
         ({"residual_scale": 0.5}, {}, CHANGED),
         ({}, {"base": "second"}, ELSEWHERE),
         ({}, {"dtype": "bfloat16"}, "weights were rounded to bfloat16"),
+        ({"noise_scale": 0.1}, {"dtype": "bfloat16"}, CHANGED),
         ({}, {"target": "deepseek", "shared_experts": "second"}, "shared experts add their output"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",

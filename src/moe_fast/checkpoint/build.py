@@ -648,10 +648,8 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
     """Why an output need not compute what its base does.
 
     `None` where it must: experts that are all the same FFN add up to that FFN, whatever the router
-    says, because a token's weights add up to 1.
+    says, because a token's weights add up to 1. Rounding is a reason only where nothing else is.
     """
-    if (rounded := find_rounding(request.dtype, base.tensors)) is not None:
-        return rounded
     if base.block is not None:
         return "weights in FP8 were dequantised, and readers round otherwise"
     if request.backbone != "base" and len({source.origin for source in request.models}) > 1:
@@ -670,7 +668,7 @@ def find_reason_to_differ(request: BuildRequest, base: DenseModel) -> str | None
         return "neurons of the experts were drawn anew"
     if request.config.num_experts_per_tok % request.shards:
         return "tokens take some shards of a copy and not the others"
-    return None
+    return find_rounding(request.dtype, base.tensors)
 
 
 def warn_of_unused_models(models: Sequence[ExpertSource], report: MoeReport) -> list[str]:
