@@ -68,6 +68,12 @@ static inline void NAME(add_product_to)(REAL *to, const REAL *x, const REAL *y) 
     }
 }
 
+/* to[i] *= x[i] */
+static inline void NAME(multiply_by)(REAL *to, const REAL *x) {
+    for (int i = 0; i < LANES; i += WIDTH)
+        OP(storeu)(to + i, OP(mul)(OP(loadu)(to + i), OP(loadu)(x + i)));
+}
+
 /* to[i] /= x[i] */
 static inline void NAME(divide_by)(REAL *to, const REAL *x) {
     for (int i = 0; i < LANES; i += WIDTH)

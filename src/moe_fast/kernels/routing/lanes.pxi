@@ -13,6 +13,8 @@ cdef extern from "c/lanes.h":
     void add_to_double(double* to, const double* x) noexcept nogil
     void add_product_to_float(float* to, const float* x, const float* y) noexcept nogil
     void add_product_to_double(double* to, const double* x, const double* y) noexcept nogil
+    void multiply_by_float(float* to, const float* x) noexcept nogil
+    void multiply_by_double(double* to, const double* x) noexcept nogil
     void divide_by_float(float* to, const float* x) noexcept nogil
     void divide_by_double(double* to, const double* x) noexcept nogil
     void times_difference_float(
@@ -95,6 +97,13 @@ cdef inline void add_product_to(real* total, const real* x, const real* y) noexc
         add_product_to_float(total, x, y)
     else:
         add_product_to_double(total, x, y)
+
+
+cdef inline void multiply_by(real* to, const real* x) noexcept nogil:
+    if real is float:
+        multiply_by_float(to, x)
+    else:
+        multiply_by_double(to, x)
 
 
 cdef inline void divide_by(real* to, const real* x) noexcept nogil:

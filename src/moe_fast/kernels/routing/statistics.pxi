@@ -71,6 +71,13 @@ cdef void sum_scores(
         divisor[j] += <real>1e-20
 
 
+cdef inline void invert(real* divisor) noexcept nogil:
+    # One division a token, and not one a probability: it takes several times as long as a product.
+    cdef Py_ssize_t t
+    for t in range(LANES):
+        divisor[t] = <real>1.0 / divisor[t]
+
+
 cdef void add_columns(
     const real* x, Py_ssize_t tokens, Py_ssize_t n, bint is_sigmoid, real* score,
     uint64_t* sums, real* largest, real* total, real* weighted, double* entropy
@@ -81,10 +88,11 @@ cdef void add_columns(
     cdef Py_ssize_t e, t
     fold_max(x, n * LANES, LANES, largest)
     sum_scores(x, n * LANES, is_sigmoid, largest, score, total, weighted, divisor)
+    invert(divisor)
     for t in range(tokens, LANES):
-        divisor[t] = INFINITY
+        divisor[t] = 0
     for e in range(n):
-        divide_by(score + e * LANES, divisor)
+        multiply_by(score + e * LANES, divisor)
         add_units(sums + e * LANES, score + e * LANES, 0, 1)
     if is_sigmoid:
         for e in range(n):
@@ -125,11 +133,12 @@ cdef void add_rows(
         total[t] = total[t] if largest[t] > -INFINITY else <real>n
         if not is_sigmoid:
             divisor[t] = total[t]
+    invert(divisor)
     for t in range(tokens):
         for j in range(LANES):
             top[j] = divisor[t]
         for i from 0 <= i < padded by LANES:
-            divide_by(score + t * padded + i, top)
+            multiply_by(score + t * padded + i, top)
     for i from 0 <= i < padded by LANES:
         add_units(sums + i, score + i, padded, tokens)
     if not is_sigmoid:
@@ -283,15 +292,16 @@ def add_weights(
     cdef Py_ssize_t pairs = expert_indices.shape[0]
     cdef Py_ssize_t i, j
     cdef int32_t expert
+    cdef double inverse = 1.0 / scale
     cdef double[LANES] units
     with nogil:
         for i from 0 <= i < pairs by LANES:
             if i + LANES <= pairs:
                 for j in range(LANES):
-                    units[j] = round_to_32(<double>weights[i + j] / scale)
+                    units[j] = round_to_32(<double>weights[i + j] * inverse)
             else:
                 for j in range(pairs - i):
-                    units[j] = round_to_32(<double>weights[i + j] / scale)
+                    units[j] = round_to_32(<double>weights[i + j] * inverse)
             for j in range(tokens_in_block(i, pairs)):
                 expert = expert_indices[i + j]
                 if expert >= 0:
