@@ -259,7 +259,8 @@ def test_an_earlier_report_is_replaced_and_nothing_else_is(moe, tmp_path):
     other = tmp_path / "thesis.html"
     other.write_text("years of work")
     for there in (other, moe, moe / "config.json"):
-        with pytest.raises(CheckpointError, match="exists and is not a report; choose another"):
+        problem = "is a folder" if there == moe else "exists and is not a report; choose another"
+        with pytest.raises(CheckpointError, match=problem):
             write_report(moe, there)
     assert other.read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".moe-report")) == []

@@ -12,6 +12,7 @@ from moe_fast.checkpoint.check import CheckReport, check_moe
 from moe_fast.checkpoint.output import MARKS, Writing, find_obstacles
 from moe_fast.checks import as_path
 from moe_fast.errors import CheckpointError
+from moe_fast.single_file import whole_file
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.staging import is_vacant, staged
 from moe_fast.storage.tensors import FORMAT
@@ -86,7 +87,6 @@ def make_dense_model(
     39072
     """
     folder = as_path(folder, "folder")
-    folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.Generator(np.random.PCG64(seed))
 
     def normal(*shape: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def make_dense_model(
             f"{prefix}.mlp.down_proj.weight": normal(hidden_size, intermediate_size),
         }
     entries = [(name, "F32", array.shape, array.nbytes) for name, array in tensors.items()]
-    with (folder / "model.safetensors").open("wb") as stream:
+    with whole_file(folder / "model.safetensors") as stream:
         stream.write(header_bytes(entries, FORMAT))
         for array in tensors.values():
             stream.write(array.data)
@@ -139,7 +139,8 @@ def make_dense_model(
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }
     for name, value in files.items():
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        with whole_file(folder / name) as stream:
+            stream.write(f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def byte_tokenizer() -> dict[str, object]:

@@ -149,8 +149,9 @@ def test_what_is_cut_off_goes_on_after_the_last_whole_layer(tmp_path):
             raise KeyboardInterrupt("stopped")
 
     output = tmp_path / "s.json"
-    with pytest.raises(KeyboardInterrupt, match="stopped"):
+    with pytest.raises(KeyboardInterrupt, match="stopped") as told:
         score_experts(tmp_path / "moe", output, tokens=TOKENS, progress=stop)
+    assert "partial; do the same again to resume" in told.value.__notes__[0]
     state = json.loads((tmp_path / ".s.json.partial" / "state.json").read_text())
     assert state["done"] == 1
     seen = []
@@ -160,6 +161,17 @@ def test_what_is_cut_off_goes_on_after_the_last_whole_layer(tmp_path):
     assert len(seen) == 2 * (NUM_EXPERTS + 1)
     assert report.layers == whole.layers
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_what_is_cut_off_in_the_first_layer_leaves_nothing(tmp_path):
+    small(tmp_path / "moe")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt("stopped")
+
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        score_experts(tmp_path / "moe", tmp_path / "s.json", tokens=TOKENS, progress=stop)
+    assert [file.name for file in tmp_path.iterdir()] == ["moe"]
 
 
 def test_other_tokens_do_not_go_on(tmp_path):

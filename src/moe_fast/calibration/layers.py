@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.models.moe import LAYER, MoeLayer, MoeModel, is_mtp
 from moe_fast.models.quantisation import block_of, find_scales
 from moe_fast.records import dataclass
+from moe_fast.single_file import map_new_file, whole_file
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.fp8 import dequantised
 from moe_fast.storage.safetensors_header import Tensor
@@ -590,7 +592,10 @@ class LayerRun:
         shared.update(kept)
         yield
         if any(kept.get(kind) is not states for kind, states in shared.items()):
-            torch.save(dict(shared), file)
+            whole = io.BytesIO()  # torch's own errors do not say that the disk is full
+            torch.save(dict(shared), whole)
+            with whole_file(file) as stream:
+                stream.write(whole.getbuffer())
 
     def keep(self, output: Any, valid: torch.Tensor, batch: Sequence[int]) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -598,7 +603,7 @@ class LayerRun:
         if self.after is None:
             total = int(self.model.first_rows[-1])
             path = self.model.work / f"states.{self.number}"
-            self.after = np.memmap(path, np.float32, "w+", shape=(total, found.shape[1]))
+            self.after = map_new_file(path, np.float32, (total, found.shape[1]))
         self.after[self.rows(batch)] = found
 
     @contextmanager
@@ -677,7 +682,7 @@ class LayerRun:
         import torch
 
         kind = torch.empty(0, dtype=dtype).numpy().dtype
-        return torch.from_numpy(np.memmap(self.model.work / name, kind, "w+", shape=shape))
+        return torch.from_numpy(map_new_file(self.model.work / name, kind, shape))
 
 
 def inputs_of_all(states: torch.Tensor, top_k: int) -> ExpertInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from moe_fast.progress import Progress, ShowsProgress, as_progress
 from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.request import ModelPath
+from moe_fast.single_file import check_place, whole_file
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.staging import locked
 from moe_fast.storage.strict_json import json_text, read_json
@@ -212,7 +214,7 @@ def check_output(file: Path | None, *, overwrite: bool, matrices: bool) -> Path 
     Raises
     ------
     CheckpointError
-        A file that exists.
+        A file that exists, or a place that cannot be written.
     """
     if file is None:
         if matrices:
@@ -222,12 +224,7 @@ def check_output(file: Path | None, *, overwrite: bool, matrices: bool) -> Path 
         return None
     arrays = file.with_suffix(".safetensors") if matrices else None
     for path in filter(None, (file, arrays)):
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise CheckpointError(
-                "exists already; choose another file, or replace it: --overwrite, "
-                "in Python overwrite=True",
-                file=path,
-            )
+        check_place(path, overwrite=overwrite)
     return arrays
 
 
@@ -239,12 +236,17 @@ def work_folder(output: Path | None) -> Iterator[Path]:
             yield Path(folder)
         return
     work = output.absolute().with_name(f".{output.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
     with locked(work / "lock", output):
         try:
             yield work
         except CheckpointError:  # the input is wrong: nothing of it is worth keeping
             empty(work)
+            raise
+        except BaseException as error:
+            if (work / STATE).is_file():
+                error.add_note(f"what is finished is kept in {work}; do the same again to resume")
+            else:
+                empty(work)
             raise
         empty(work)
 
@@ -368,11 +370,17 @@ def save_matrices(work: Path, key: str, totals: Totals) -> None:
         if outputs is None:
             outputs = np.zeros((len(totals.frequency), 1))
         means = outputs / np.maximum(totals.frequency, 1)[:, None]
-        np.save(work / f"mean_outputs.{key}.npy", means.astype(np.float32))
+        save_array(work / f"mean_outputs.{key}.npy", means.astype(np.float32))
     if totals.logits is not None:
         norms = np.sqrt(np.maximum(np.diag(totals.logits), np.finfo(np.float64).tiny))
         cosines = np.clip(totals.logits / np.outer(norms, norms), -1, 1)
-        np.save(work / f"gate_similarity.{key}.npy", cosines.astype(np.float32))
+        save_array(work / f"gate_similarity.{key}.npy", cosines.astype(np.float32))
+
+
+def save_array(file: Path, array: npt.NDArray[np.float32]) -> None:
+    whole = io.BytesIO()  # NumPy's own errors do not say that the disk is full
+    np.save(whole, array)
+    write_whole(file, whole.getbuffer())
 
 
 def write_arrays(work: Path, keys: list[str], file: Path) -> None:
@@ -388,17 +396,10 @@ def write_arrays(work: Path, keys: list[str], file: Path) -> None:
     write_whole(file, header, *(array.tobytes() for array in arrays.values()))
 
 
-def write_whole(file: Path, *parts: bytes) -> None:
-    """Write a file that appears when it is complete."""
-    partial = file.with_name(f".{file.name}.new")
-    try:
-        with partial.open("wb") as stream:
-            for part in parts:
-                stream.write(part)
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def write_whole(file: Path, *parts: bytes | memoryview) -> None:
+    with whole_file(file) as stream:
+        for part in parts:
+            stream.write(part)
 
 
 def warn_of_idle_experts(layers: Mapping[str, Any], num_tokens: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from moe_fast.checkpoint.manifest import MANIFEST
 from moe_fast.errors import ArgumentTypeError, Problem
 from moe_fast.progress import Progress, ShowsProgress, as_progress
 from moe_fast.records import dataclass
+from moe_fast.single_file import existing_parent, find_obstacle_above
 from moe_fast.storage.block_order import BLOCK
 from moe_fast.storage.files import SourceFile
 from moe_fast.storage.pieces import FileRange
@@ -99,11 +100,8 @@ def find_obstacles(
         )
     elif (problem := why_not(output, overwrite=writing.overwrite, marks=MARKS)) is not None:
         yield Problem(problem, file=output)
-    parent = existing_parent(output)
-    if not parent.is_dir():
-        yield Problem(f"{parent} is not a folder", file=output)
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        yield Problem(f"the folder {parent} is not writable", file=output)
+    if (problem := find_obstacle_above(output)) is not None:
+        yield Problem(problem, file=output)
 
 
 def find_lack_of_space(output: Path, sizes: Iterable[int]) -> Iterator[str]:
@@ -138,10 +136,6 @@ def planned_records(
     sizes = {n: len(text) if text.isascii() else len(text.encode()) for n, text in texts.items()}
     sizes |= {name: file.stat().st_size for name, file in companions.items()}
     return records | {name: FileRecord(size, sha256=digest) for name, size in sizes.items()}
-
-
-def existing_parent(output: Path) -> Path:
-    return next(parent for parent in output.parents if os.path.lexists(parent))
 
 
 def write_output(

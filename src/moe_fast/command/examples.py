@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_fast.errors import CheckpointError
+from moe_fast.single_file import check_place, whole_file
 
 PLACES = (Path(__file__).parents[1] / "examples", Path(__file__).parents[3] / "examples")
 
@@ -17,14 +17,16 @@ def copy_examples(folder: Path) -> Iterator[Path]:
     Raises
     ------
     CheckpointError
-        For a file that is there already and differs.
+        For a file that is there already and differs, or a place that cannot be written.
     """
     place = next(filter(Path.is_dir, PLACES))
     files = sorted(file for file in place.iterdir() if file.suffix in (".py", ".yml"))
     for file in files:
         copy = folder / file.name
+        check_place(copy, overwrite=True)
         if copy.exists() and copy.read_bytes() != file.read_bytes():
             raise CheckpointError("differs from the example; choose another folder", file=copy)
-    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        yield Path(shutil.copyfile(file, folder / file.name))
+        with whole_file(folder / file.name) as stream:
+            stream.write(file.read_bytes())
+        yield folder / file.name

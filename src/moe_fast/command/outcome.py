@@ -13,6 +13,7 @@ from moe_fast.command.declaration import Call
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.errors import MoeFastError, list_problems
 from moe_fast.reports import Report, json_document
+from moe_fast.single_file import describe
 
 AnyReport = TypeVar("AnyReport", bound=Report)
 
@@ -44,7 +45,7 @@ def reported_errors(call: Call, in_recipe: Sequence[str] = (), **called: str) ->
         complain(f"error: {list_problems(problems)}")
         fail(error, 2 if any(is_about_option(each, options) for each in error.problems) else 1)
     except (ImportError, MemoryError, OSError) as error:
-        complain(f"error: {error}")
+        complain(f"error: {describe(error) if isinstance(error, OSError) else error}")
         fail(error, 1)
     except KeyboardInterrupt as error:
         complain("interrupted")

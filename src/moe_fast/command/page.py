@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -41,6 +40,7 @@ from moe_fast.models.inspection import ModelReport
 from moe_fast.models.moe import MoeModel, open_moe_model, part_of
 from moe_fast.models.readers import contents_of_model
 from moe_fast.plan import MoeConstructionPlan
+from moe_fast.single_file import check_place, whole_file
 from moe_fast.version import __version__
 from moe_fast.wording import format_numbers, format_quantity, format_range, format_runs, name_layer
 
@@ -133,22 +133,15 @@ def write_report(
     """
     folder = as_path(path, "path")
     file = choose_file(folder) if output is None else as_path(output, "output")
+    check_place(file, overwrite=True)
+    if file.exists() and not is_report(file):
+        raise CheckpointError("exists and is not a report; choose another file", file=file)
     found = inspect_model(
         folder, copies=False, texts=texts, tokens=tokens, tokens_used=tokens_used, device=device
     )
     page = make_page(folder, found, check).encode()
-    if os.path.lexists(file) and not is_report(file):
-        raise CheckpointError("exists and is not a report; choose another file", file=file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(page)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(file) as stream:
+        stream.write(page)
     return file
 
 
@@ -157,8 +150,6 @@ def choose_file(folder: Path) -> Path:
 
 
 def is_report(file: Path) -> bool:
-    if not file.is_file():
-        return False
     with file.open("rb") as stream:
         return stream.read(len(MARK)) == MARK
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moe_fast.checks import as_index, as_path
 from moe_fast.drawing.colours import MODEL_COLORS, SCALE, ExpertOrigins
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
+from moe_fast.single_file import check_place, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,12 +219,13 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
             f"must end in the format of the picture, such as .png or .svg, got '{path}'",
             argument="path",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(path, overwrite=True)
     figure = cast("Figure", plot_load(load).figure)
     from matplotlib import pyplot
 
     try:
-        figure.savefig(path)
+        with whole_file(path) as stream:
+            figure.savefig(stream, format=path.suffix[1:])
     except ValueError as error:
         raise MoeConfigError(f"'{path}' cannot be written: {error}", argument="path") from None
     finally:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from moe_fast.checks import as_path
 from moe_fast.dtypes import DTYPE_CODES
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import MoeConfigError
+from moe_fast.single_file import check_place, whole_file
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.tensors import FORMAT
 
@@ -29,7 +30,7 @@ def write_router_weights(
     MoeConfigError
         For a path of another ending, or bfloat16 in a `.npy` file, which NumPy could not read back.
     CheckpointError
-        For a file that exists.
+        For a file that exists, or a place that cannot be written.
 
     Examples
     --------
@@ -49,27 +50,17 @@ def write_router_weights(
         raise MoeConfigError(
             f"must end in .safetensors for bfloat16, got {str(path)!r}", argument="path"
         )
-    if path.exists() and not overwrite:
-        raise CheckpointError(
-            "exists already; choose another file, or replace it: --overwrite, "
-            "in Python overwrite=True",
-            file=path,
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            if path.suffix == ".npy":
-                np.save(stream, weights, allow_pickle=False)
-            else:
-                stream.write(make_header(weights))
-                weights.tofile(stream)
-            nbytes = stream.tell()
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return nbytes
+    check_place(path, overwrite=overwrite)
+    weights = np.ascontiguousarray(weights)
+    with whole_file(path) as stream:
+        if path.suffix == ".npy":
+            header = np.lib.format.header_data_from_array_1_0(weights)
+            np.lib.format.write_array_header_1_0(stream, header)
+        else:
+            stream.write(make_header(weights))
+        # Not tofile, whose errors do not say that the disk is full.
+        stream.write(weights.reshape(-1).view(np.uint8).data)
+        return stream.tell()
 
 
 def make_header(weights: npt.NDArray[Any]) -> bytes:
