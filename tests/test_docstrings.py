@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from dataclasses import fields, is_dataclass
 from inspect import isfunction
 
 import pytest
@@ -46,3 +48,12 @@ def test_every_public_function_has_an_example():
     assert len(functions) > 15
     for function in functions:
         assert ">>> " in function.__doc__, function
+
+
+def test_public_reports_say_what_each_of_their_values_is():
+    reports = [kind for name in moe_fast.__all__ if is_dataclass(kind := getattr(moe_fast, name))]
+    reports = [kind for kind in reports if kind is not moe_fast.Design]
+    assert len(reports) > 10
+    for kind in reports:
+        missing = [f.name for f in fields(kind) if not re.search(rf"\b{f.name}\b", kind.__doc__)]
+        assert not missing, (kind, missing)

@@ -175,3 +175,17 @@ def test_lines_of_a_recipe(tmp_path):
     assert [(p.file, p.line) for p in caught.value.problems] == [
         (tmp_path / "r.yml", 1), (tmp_path / "r.yml", 1), (tmp_path / "r.yml", 2)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 12}, "hidden_size must be a multiple of 8, got 12"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+    ],
+)
+def test_a_small_model_that_could_not_run_is_not_written(tmp_path, values, message):
+    with pytest.raises(MoeFastError, match=message):
+        make_dense_model(tmp_path / "dense", **{"seed": 0, **values})
+    assert not (tmp_path / "dense").exists()

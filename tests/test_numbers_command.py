@@ -90,6 +90,10 @@ def test_what_is_refused(tmp_path):
         write_router_weights(tmp_path / "g.pt", weights)
     with pytest.raises(MoeConfigError, match=r"^path must end in \.safetensors for bfloat16, got "):
         write_router_weights(tmp_path / "g.npy", weights)
+    with pytest.raises(TypeError, match=r"^weights must be an array of floats, got int64"):
+        write_router_weights(tmp_path / "g.npy", np.zeros((1, 2, 2), np.int64))
+    with pytest.raises(MoeConfigError, match=r"^weights must have the shape .*, got \(2, 2\)"):
+        write_router_weights(tmp_path / "g.npy", np.zeros((2, 2)))
     file = tmp_path / "g.safetensors"
     assert write_router_weights(file, weights) == file.stat().st_size
     with pytest.raises(CheckpointError, match="exists already"):

@@ -406,6 +406,16 @@ LOGITS = np.zeros((1, 4))
             "update_rate must be a number",
             lambda: update_selection_bias([0.0], [1], "fast"),
         ),
+        (
+            MoeConfigError,
+            "update_rate must be at least 0 and finite, got -1.0",
+            lambda: update_selection_bias([0.0], [1], -1),
+        ),
+        (
+            TypeError,
+            "selection_bias must be numbers, got the dtype <U1",
+            lambda: update_selection_bias(["a"], [1]),
+        ),
     ],
     ids=lambda value: None,
 )

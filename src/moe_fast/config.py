@@ -26,38 +26,47 @@ DtypeName = Literal[
 
 
 class RoutingMethod(StrEnum):
-    """How tokens find experts."""
+    """How tokens are assigned to experts.
+
+    `"top_k"`: each token takes its k best experts (Shazeer et al. 2017). `"switch_transformer"`:
+    each token takes one expert, up to the expert's capacity (Fedus et al. 2022).
+    `"expert_choice"`: each expert takes its best tokens (Zhou et al. 2022).
+    """
 
     TOP_K = "top_k"
-    """Each token takes its k best experts (Shazeer et al. 2017)."""
     SWITCH_TRANSFORMER = "switch_transformer"
-    """Each token takes one expert, up to the expert's capacity (Fedus et al. 2022)."""
     EXPERT_CHOICE = "expert_choice"
-    """Each expert takes its best tokens (Zhou et al. 2022)."""
 
 
 class RouterInit(StrEnum):
-    """How router weights start, before any training."""
+    """How router weights are initialised.
+
+    `"random"`: draws from `[-scale, 0]` with `scale = 1 / sqrt(hidden_dim)`. `"uniform"`:
+    `1 / num_experts` everywhere, so that all logits of a token are equal. `"balanced"`:
+    `1 / num_experts` plus draws from `[-p, 0]` with `p = 0.01 / sqrt(hidden_dim)`.
+    """
 
     RANDOM = "random"
-    """Draws in `[-scale, 0]` with `scale = 1 / sqrt(hidden_dim)`."""
     UNIFORM = "uniform"
-    """`1 / num_experts` everywhere: every logit of a token ties."""
     BALANCED = "balanced"
-    """`1 / num_experts` plus noise of at most `0.01 / sqrt(hidden_dim)`."""
 
 
 class Layout(StrEnum):
-    """How a checkpoint stores the experts of a layer."""
+    """How a checkpoint stores the experts of a layer.
+
+    `"per-expert"`: one tensor for each matrix of each expert. `"fused"`: one tensor for the gate
+    and up projections of all experts, and one for their down projections.
+    """
 
     PER_EXPERT = "per-expert"
-    """Every matrix of every expert in a tensor of its own."""
     FUSED = "fused"
-    """One tensor for gate and up of all experts, one for down."""
 
 
 class Dtype(StrEnum):
-    """What weights can be converted to on their way."""
+    """A dtype that weights can be converted to: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Other spellings are understood too: `Dtype("bf16")`, `Dtype("half")`, `Dtype("torch.float16")`.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -85,8 +94,8 @@ class MoeConfig:
     num_experts : int
         Experts per layer, at least 1.
     num_experts_per_tok : int, optional
-        Experts that each token is sent to, from 1 to `num_experts`. By default 2, or in builds with
-        a `granularity` the experts of one whole copy.
+        Experts per token, from 1 to `num_experts`. By default 2; in builds with a `granularity`,
+        as many experts as one whole copy has.
     routing_method : RoutingMethod or str
         `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     gate_hidden_dim : int, optional
@@ -95,9 +104,9 @@ class MoeConfig:
     Raises
     ------
     TypeError
-        On creation: an argument that is not an integer, or a method that is not a string.
+        On creation, if a number is not an integer or the method is not a string.
     MoeConfigError
-        On creation for an unknown method; in `validate` for numbers out of range.
+        On creation, if the method is unknown; in `validate`, if a number is out of range.
 
     Examples
     --------
@@ -144,18 +153,18 @@ class MoeConfig:
         put(self, "gate_hidden_dim", gate_hidden_dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration in plain values, as JSON has them."""
+        """Return the configuration as plain values that JSON can hold."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {**values, "routing_method": str(self.routing_method)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeConfig:
-        """The configuration that `to_dict` gave.
+        """Create a configuration from the result of `to_dict`.
 
         Raises
         ------
         MoeConfigError
-            A key that is unknown, or a value of another type: the message names it.
+            If a key is unknown or a value has the wrong type; the message names it.
 
         Examples
         --------
@@ -167,7 +176,10 @@ class MoeConfig:
         return config
 
     def with_granularity(self, granularity: int) -> MoeConfig:
-        """The same for experts split in so many: a token takes one whole copy, if nobody said."""
+        """Return the configuration with `num_experts_per_tok` set, for FFNs split into experts.
+
+        If it was not given, a token takes `granularity` experts, one whole copy.
+        """
         if self.says_experts_per_tok or granularity == 1:
             return self
         return replace(self, num_experts_per_tok=granularity)

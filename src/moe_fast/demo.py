@@ -10,8 +10,8 @@ import numpy as np
 from moe_fast.checkpoint.build import BuildReport, build_moe
 from moe_fast.checkpoint.check import CheckReport, check_moe
 from moe_fast.checkpoint.output import MARKS, Writing, find_obstacles
-from moe_fast.checks import as_path
-from moe_fast.errors import CheckpointError
+from moe_fast.checks import as_index, as_path
+from moe_fast.errors import CheckpointError, MoeConfigError
 from moe_fast.single_file import whole_file
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.staging import is_vacant, staged
@@ -26,18 +26,30 @@ MOE = "moe"
 def make_demo(
     folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> tuple[BuildReport, CheckReport]:
-    """Make two dense models in `folder`, `dense-a` and `dense-b`, and `moe` from them; check it.
+    """Make two dense models, `dense-a` and `dense-b`, build `moe` from them, and check it.
 
-    `overwrite` says whether models of these names that are there already may be replaced.
+    Parameters
+    ----------
+    folder : path
+        The folder in which the three are created.
+    overwrite : bool
+        Whether to replace models of these names.
+
+    Returns
+    -------
+    BuildReport, CheckReport
+        The reports of the build and of its check.
 
     Raises
     ------
     CheckpointError
-        If any of them is there, or cannot be written; nothing has been written then.
+        If a model exists or cannot be written. Nothing has been written then.
+    OSError
+        If the disk is full.
 
     Examples
     --------
-    >>> from moe_fast.demo import make_demo
+    >>> from moe_fast import make_demo
     >>> import tempfile
     >>> built, checked = make_demo(tempfile.mkdtemp())
     >>> built.num_experts, checked.passed
@@ -74,8 +86,23 @@ def make_dense_model(
 ) -> None:
     """Write a Llama model with seeded random float32 weights and a tokenizer of single bytes.
 
-    It has 4 attention heads over 2 key-value heads and tied embeddings over 256 bytes. Files of an
-    earlier one in `folder` are replaced.
+    It has 4 attention heads, 2 key-value heads, and tied embeddings of 256 tokens, one per byte.
+
+    Parameters
+    ----------
+    folder : path
+        The folder to write to. Files of an earlier model in it are replaced.
+    seed : int
+        The seed of the weights, at least 0.
+    hidden_size, intermediate_size, num_hidden_layers : int
+        The shape of the model; `hidden_size` must be a multiple of 8.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        If an argument has the wrong type or is out of range.
+    OSError
+        If a file cannot be written.
 
     Examples
     --------
@@ -87,6 +114,12 @@ def make_dense_model(
     39072
     """
     folder = as_path(folder, "folder")
+    seed = as_index(seed, "seed")
+    hidden_size = as_index(hidden_size, "hidden_size", minimum=8)
+    if hidden_size % 8:  # rotary embeddings turn pairs in each of 4 heads
+        raise MoeConfigError(f"must be a multiple of 8, got {hidden_size}", argument="hidden_size")
+    intermediate_size = as_index(intermediate_size, "intermediate_size", minimum=1)
+    num_hidden_layers = as_index(num_hidden_layers, "num_hidden_layers", minimum=1)
     generator = np.random.Generator(np.random.PCG64(seed))
 
     def normal(*shape: int) -> np.ndarray:

@@ -80,8 +80,10 @@ class Problem(str):
 class MoeFastError(Exception):
     """Base of every error that `moe_fast` defines.
 
-    `problems` holds every reason found, one `Problem` each; the message shows the first hundred.
-    If there is only one, then `argument`, or `file` and `tensor`, say what it is about.
+    Attributes
+    ----------
+    problems : tuple of Problem
+        Every reason that was found. The message shows the first hundred.
     """
 
     def __init__(
@@ -104,17 +106,17 @@ class MoeFastError(Exception):
 
     @property
     def argument(self) -> str | None:
-        """The argument that is wrong, if the error is about one."""
+        """The name of the wrong argument, if there is one problem and it is about an argument."""
         return self.problems[0].argument if len(self.problems) == 1 else None
 
     @property
     def file(self) -> Path | None:
-        """The file or folder that is wrong, if the error is about one."""
+        """The file or folder that is wrong, if there is one problem and it is about a file."""
         return self.problems[0].file if len(self.problems) == 1 else None
 
     @property
     def tensor(self) -> str | None:
-        """The tensor that is wrong, if the error is about one."""
+        """The tensor that is wrong, if there is one problem and it is about a tensor."""
         return self.problems[0].tensor if len(self.problems) == 1 else None
 
 
@@ -130,20 +132,20 @@ def list_problems(problems: Sequence[str]) -> str:
 
 
 class ArgumentTypeError(MoeFastError, TypeError):
-    """An argument of the wrong type; the message names it, its value and the right type."""
+    """An argument has the wrong type; the message names it, its value and the right type."""
 
 
 class MoeConfigError(MoeFastError, ValueError):
-    """An argument that is out of range or no known choice, or arguments that do not go together."""
+    """An argument is out of range or not a known choice, or arguments exclude each other."""
 
 
 class RoutingError(MoeFastError, ValueError):
-    """Logits that cannot be routed: of the wrong shape, or with a NaN; the message says where."""
+    """Logits cannot be routed: they have the wrong shape, or a NaN; the message says where."""
 
 
 class CheckpointError(MoeFastError, ValueError):
-    """A checkpoint on disk that cannot be read, combined or written."""
+    """A file or checkpoint cannot be read, combined or written."""
 
 
 class RecipeError(CheckpointError):
-    """A recipe file that cannot be followed; each problem names the file, the line and the key."""
+    """A recipe cannot be followed; each problem names the file, the line and the key."""

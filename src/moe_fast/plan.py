@@ -44,7 +44,17 @@ TABLES = 8
 
 
 class ExpertAssignment(NamedTuple):
-    """Where the weights of one expert come from."""
+    """The origin of the weights of one expert: a tuple of three numbers, counted from 0.
+
+    Attributes
+    ----------
+    expert_index : int
+        The expert in its layer.
+    source_model : int
+        The model that it comes from.
+    source_layer : int
+        The layer of that model.
+    """
 
     expert_index: int
     source_model: int
@@ -196,12 +206,20 @@ def shortened(items: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class MoeReport(Report):
-    """What a plan amounts to.
+    """Summary of a plan.
 
-    `load_balance` is the coefficient of variation of the source models' use (0.0: even);
-    `total_params_estimate` counts experts and routers, an exact integer of any size;
-    `unused_models` names the source models that no expert comes from, in order: a tuple, or a
-    `range` where they are more than a million.
+    Attributes
+    ----------
+    num_experts, num_layers : int
+        Experts per layer, and layers.
+    load_balance : float
+        How evenly the source models are used: the coefficient of variation of the number of
+        experts taken from each; 0.0 is even.
+    total_params_estimate : int
+        Parameters of all experts and routers, exact however large.
+    unused_models : sequence of int
+        The source models that no expert comes from, in order: a tuple, or a `range` if they are
+        more than a million.
     """
 
     num_experts: int
@@ -212,7 +230,7 @@ class MoeReport(Report):
 
 
 class MoeConstructionPlan:
-    """Which model and layer each expert of each layer is taken from.
+    """The source model and layer of each expert of each layer.
 
     Parameters
     ----------
@@ -221,18 +239,18 @@ class MoeConstructionPlan:
     num_models : int, optional
         Number of source models; by default the largest index used plus one.
     router_init : RouterInit or str
-        How the routers start.
+        How the routers are initialised.
 
     Attributes
     ----------
     assignments : Assignments
-        `assignments[layer][expert]` is an `ExpertAssignment`; the objects are made when asked for.
+        `assignments[layer][expert]` is an `ExpertAssignment`, created on access.
 
     Raises
     ------
     TypeError, MoeConfigError
-        Arrays that are not integers, not two-dimensional, of different shapes or negative; a
-        `num_models` that leaves out a model of `source_model`.
+        If the arrays are not integers, not two-dimensional, of different shapes or negative, or
+        `num_models` is too small for `source_model`.
 
     Examples
     --------
@@ -279,7 +297,7 @@ class MoeConstructionPlan:
 
     @property
     def router_init(self) -> RouterInit:
-        """How the routers start."""
+        """How the routers are initialised."""
         return self._router_init
 
     @property
@@ -323,8 +341,8 @@ class MoeConstructionPlan:
         Raises
         ------
         TypeError, MoeConfigError
-            An argument that is not an integer, or negative; an `intermediate_dim` that
-            `granularity` does not divide.
+            If an argument is not an integer or is negative, or `intermediate_dim` is not a
+            multiple of `granularity`.
 
         Examples
         --------
@@ -363,13 +381,13 @@ class MoeConstructionPlan:
         return (*gaps.tolist(), *tail)
 
     def plot(self, ax: Axes | None = None, *, labels: Sequence[str] | None = None) -> Axes:
-        """Draw which model gives each expert of each layer: `moe_fast.plot_plan`."""
+        """Draw the source model of each expert of each layer, as `moe_fast.plot_plan` does."""
         from moe_fast.drawing.plotting import plot_plan
 
         return plot_plan(self, ax, labels=labels)
 
     def to_frame(self) -> DataFrame:
-        """The assignments as a pandas data frame, one row an expert of a layer.
+        """Return the assignments as a pandas data frame, one row per expert of a layer.
 
         Raises
         ------
@@ -387,7 +405,7 @@ class MoeConstructionPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in plain values, as JSON has them: numbers, strings, lists.
+        """Return the plan as plain values that JSON can hold.
 
         Examples
         --------
@@ -407,12 +425,12 @@ class MoeConstructionPlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeConstructionPlan:
-        """The plan that `to_dict` gave.
+        """Create a plan from the result of `to_dict`.
 
         Raises
         ------
         TypeError, MoeConfigError
-            A key that is missing or unknown, or values that make no plan.
+            If a key is missing or unknown, or the values are not those of a plan.
         """
         required = ("source_model", "source_layer")
         check_keys(values, (*required, "num_models", "router_init"), required, cls.__name__)
@@ -540,7 +558,7 @@ def plan_moe_construction(
 ) -> MoeConstructionPlan:
     """Assign source models to experts, round robin.
 
-    Expert `e` of layer `l` comes from layer `l` of model `e % num_models`; every layer is alike.
+    Expert `e` of layer `l` comes from layer `l` of model `e % num_models`; all layers are alike.
 
     Parameters
     ----------
@@ -549,19 +567,18 @@ def plan_moe_construction(
     config : MoeConfig, optional
         By default `MoeConfig()`: 8 experts, 2 per token.
     granularity : int
-        In how many experts each feed-forward network is split. Experts `c * granularity` and the
-        following are the shards of copy `c`, which comes from model `c % num_models`.
+        The number of experts that each feed-forward network is split into. Expert `e` is a shard
+        of copy `e // granularity`, which comes from model `e // granularity % num_models`.
 
     Raises
     ------
     TypeError
-        A number that is not an integer, or a `config` that is not a `MoeConfig`.
+        If a number is not an integer, or `config` is not a `MoeConfig`.
     MoeConfigError
-        A number below 1, a configuration that does not validate, a number of experts that
-        `granularity` does not divide, or more layers, or more experts in a layer, than a table of
-        1 GiB holds.
+        If a number is below 1, `config` is invalid, its number of experts is not a multiple of
+        `granularity`, or the plan would need a table of more than 1 GiB.
     MemoryError
-        A table that memory does not hold.
+        If memory cannot hold the table.
 
     Examples
     --------
@@ -618,11 +635,11 @@ def compute_expert_load_balance(
     | Sequence[ExpertAssignment | int]
     | npt.NDArray[np.integer[Any]],
 ) -> float:
-    """How evenly the source models are used: standard deviation over mean of their counts.
+    """Compute how evenly the source models are used.
 
-    The coefficient of variation (population form) of the number of experts taken from each
-    model, over all layers, in float64, summed in the models' order. Models are counted up to the
-    largest index seen.
+    This is the coefficient of variation, the standard deviation (population form) divided by the
+    mean, of the number of experts taken from each model over all layers, in float64. Models are
+    counted up to the largest index in `assignments`.
 
     Parameters
     ----------
@@ -637,13 +654,14 @@ def compute_expert_load_balance(
     Raises
     ------
     TypeError, MoeConfigError
-        Anything else, negative indices, or one so large that a counter for each model would take
-        more than 1 GiB.
+        If `assignments` is anything else, or an index is negative or so large that one counter per
+        model would take more than 1 GiB.
     MemoryError
-        Counters that memory does not hold.
+        If memory cannot hold the counters.
 
     Examples
     --------
+    >>> import numpy as np
     >>> from moe_fast import ExpertAssignment, compute_expert_load_balance
     >>> compute_expert_load_balance([[ExpertAssignment(0, 0, 0), ExpertAssignment(1, 1, 0)]])
     0.0

@@ -23,7 +23,8 @@ class Report:
     """Base of the frozen dataclasses that say what was done or found.
 
     Reports compare by their values and can be pickled. In a notebook, a report shows itself as a
-    table; those that hold a table give it to pandas by `to_frame`.
+    table. Reports that hold a table have a method `to_frame`, which returns it as a pandas data
+    frame.
 
     Examples
     --------
@@ -35,25 +36,25 @@ class Report:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in plain values: dicts, lists, strings, numbers, `None`."""
+        """Return the report as plain values: dicts, lists, strings, numbers, `None`."""
         values = plain(self)
         assert isinstance(values, dict)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The report that `to_dict` gave, or that JSON has kept.
+        """Create a report from the result of `to_dict`, or from its JSON after `json.loads`.
 
         Raises
         ------
         MoeConfigError
-            A key that is missing or unknown, or a value of another type: the message names it.
+            If a key is missing or unknown, or a value has the wrong type; the message names it.
         """
         report: Self = typed(without_version(values), cls, cls.__name__)
         return report
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as the JSON that the command prints: `to_dict` behind the key `version`."""
+        """Return the JSON that the command prints: the key `version`, then those of `to_dict`."""
         return json_document(self.to_dict(), indent)
 
     def _repr_html_(self) -> str:

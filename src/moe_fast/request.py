@@ -58,14 +58,14 @@ class Request:
 
 @dataclass(frozen=True)
 class RouterStart:
-    """How the routers of a build start.
+    """How the routers of a build are initialised.
 
     Parameters
     ----------
     method : str
         `"auto"` means `"calibrated"` if there is text, otherwise `"normal"` with a `logit_std` of
-        3; the attribute then has that word. `"balanced"`, `"random"` and `"uniform"` are those of
-        `RouterInit`.
+        3, and the attribute then holds that name. `"balanced"`, `"random"` and `"uniform"` are
+        those of `RouterInit`.
         `"normal"` draws from the standard normal distribution, as mergekit-moe's `random` does.
         `"linear"` draws from `[-s, s]` with `s = 1 / sqrt(hidden_size)`, as `torch.nn.Linear`
         starts.
@@ -91,13 +91,13 @@ class RouterStart:
         How many tokens to use, spread evenly over the texts: by default 256 per expert, at least
         8192 and at most 32,768, but never fewer than 40 per expert.
     device : str
-        The device on which torch runs the model.
+        The device on which torch runs the model, such as `"cpu"` or `"cuda"`.
 
     Raises
     ------
     TypeError, MoeConfigError
-        A method that is not a string or is unknown; a `logit_std` that is no number above 0, or
-        stands beside `"uniform"`, whose rows are all alike; texts beside tokens.
+        If the method is not a string or is unknown, `logit_std` is not a number above 0 or is given
+        with `"uniform"`, whose rows are all equal, or both texts and tokens are given.
 
     Examples
     --------
@@ -216,27 +216,28 @@ class ExpertSource:
     Parameters
     ----------
     model : path or str
-        The folder of a dense model, or the name of a repository on the Hugging Face Hub. Where it
-        is that of a LoRA adapter, as PEFT saves them, the model is the adapter's base.
+        The folder of a dense model, or the name of a repository on the Hugging Face Hub. If it is
+        that of a LoRA adapter, as PEFT saves it, the model is the adapter's base.
     lora : path or str, optional
-        The folder of a LoRA adapter of this model, whose changes are folded in.
+        The folder of a LoRA adapter of this model, which is merged into the weights.
     noise_scale : float
-        Standard deviation of the normal noise that is added to each weight; every expert gets noise
-        of its own.
+        Standard deviation of the normal noise that is added to each weight, different for every
+        expert.
     residual_scale : float
-        What the expert's output is multiplied by: the factor of its `down_proj`.
+        The factor of the expert's output, by which its `down_proj` is multiplied.
     source_layers : sequence of int, optional
-        The model's layer that each layer of the output takes its expert from; by default the same.
+        For each layer of the output, the layer of the model that its expert comes from; by default
+        the same.
     positive_prompts, negative_prompts : sequence of str
-        What the experts are for, and not for, where routers are made from prompts.
+        Prompts that the experts should get, and should not get, if routers are made from prompts.
     texts : sequence of str
-        Files of text of the kind that the experts are for, or texts themselves, where routers tell
-        kinds apart.
+        Files with texts that the experts should get, or texts themselves, if routers distinguish
+        texts (`"ridge"` and `"means"`).
 
     Raises
     ------
     TypeError, MoeConfigError
-        A value of the wrong kind or out of range.
+        If a value has the wrong type or is out of range.
 
     Examples
     --------

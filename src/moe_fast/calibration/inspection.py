@@ -49,6 +49,10 @@ def inspect_model(
         Instead of hidden states, texts to run the model on, as in `build_moe`. transformers runs
         it, with one layer's attention and one expert in memory at a time.
 
+    Returns
+    -------
+    ModelReport
+
     Raises
     ------
     CheckpointError
@@ -61,8 +65,7 @@ def inspect_model(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, inspect_model
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, inspect_model, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

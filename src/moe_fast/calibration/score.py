@@ -49,7 +49,30 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class ScoreReport(Report):
-    """What each expert is worth. `layers` has for each layer one list of numbers a measure."""
+    """The scores of the experts of a model.
+
+    Attributes
+    ----------
+    model : Path
+        The folder of the model.
+    output : Path or None
+        The file of scores, if one was written.
+    num_tokens : int
+        Tokens that the model read.
+    num_experts : int
+        Experts per layer.
+    layers : mapping
+        `layers["0"]["reap"]` lists the scores of the experts of layer 0 by one measure; the
+        measures are `frequency`, `reap`, `ean_sum` and `ean_mean`, as in `score_experts`.
+    routers_sha256 : str
+        A digest of the first numbers of all routers, which tells this model from others.
+    arrays : Path or None
+        The file of mean outputs and similarities, if they were requested.
+    seconds : float
+        Time that the run took.
+    warnings : tuple of str
+        Layers in which experts got no token.
+    """
 
     model: Path
     output: Path | None
@@ -57,14 +80,12 @@ class ScoreReport(Report):
     num_experts: int
     layers: Mapping[str, Mapping[str, Sequence[float]]] = field(repr=False)
     routers_sha256: str
-    """Tells the model from others: of the first numbers of all routers."""
     arrays: Path | None
-    """The file of mean outputs and similarities, if they were asked for."""
     seconds: float
     warnings: tuple[str, ...] = ()
 
     def to_frame(self) -> DataFrame:
-        """The scores as a pandas data frame, one row an expert.
+        """Return the scores as a pandas data frame, one row per expert of a layer.
 
         Raises
         ------
@@ -100,7 +121,8 @@ def score_experts(
     :math:`g_j(x)` the weight by which the layer multiplies it:
 
     - `frequency`: :math:`|X_j|`
-    - `reap`: the mean over :math:`X_j` of :math:`g_j(x) \lVert f_j(x) \rVert_2` (2510.13999, eq. 9)
+    - `reap`: the mean over :math:`X_j` of :math:`g_j(x) \lVert f_j(x) \rVert_2` (REAP, arXiv
+      2510.13999, eq. 9)
     - `ean_sum`, `ean_mean`: the sum and the mean over :math:`X_j` of
       :math:`\lVert f_j(x) \rVert_2`
 
@@ -117,7 +139,7 @@ def score_experts(
         The JSON file to write, which `prune_moe`, `merge_experts`, `expand_moe` and `extract_dense`
         read.
     texts : path, str or sequence of them
-        Files: `.txt` and `.md` hold one text, `.jsonl` one a line, under the key `text`, or
+        Files: `.txt` and `.md` hold one text, `.jsonl` one per line, under the key `text`, or
         `messages` for the tokenizer's chat template. Other strings are texts themselves.
     tokens : array, sequence of arrays, or path
         Instead of texts: integers, `(sequences, length)`, sequences of several lengths, or a .npy
@@ -146,7 +168,10 @@ def score_experts(
     Raises
     ------
     CheckpointError
-        If the model has no experts, transformers cannot run it, or a file contains no token.
+        If the model has no experts, transformers cannot run it, a file contains no token, or
+        `output` exists or cannot be written.
+    OSError
+        If the disk is full. Finished layers are kept, and the same call resumes.
     TypeError, MoeConfigError
         If an argument has the wrong type or is out of range.
     ModuleNotFoundError
@@ -154,8 +179,7 @@ def score_experts(
 
     Examples
     --------
-    >>> from moe_fast import build_moe, score_experts
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import build_moe, make_dense_model, score_experts
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

@@ -124,9 +124,45 @@ def judge_on_text(construction: Construction) -> RouterHealth:
 
 @dataclass(frozen=True)
 class BuildReport(Report):
-    """What was built; `load_balance` and `unused_models` are those of the plan's report.
+    """What `build_moe` built.
 
-    Where the sources chose the target, `rejected_targets` says of each that does not fit them why.
+    Attributes
+    ----------
+    output : Path
+        The folder.
+    target : str
+        The family that was built, as `config.json` names it in `model_type`.
+    num_experts, num_experts_per_tok : int
+        Experts per layer, and experts per token.
+    num_layers, num_parameters : int
+        All layers and all parameters of the output.
+    load_balance : float
+        How evenly the models are used: the coefficient of variation of the number of experts taken
+        from each; 0 is even.
+    unused_models : sequence of int
+        Numbers of the models that no expert comes from.
+    num_bytes, num_files : int
+        Size of the weights in bytes, and number of files of weights.
+    seconds : float
+        Time that the build took.
+    experts : tuple of tuple of str
+        For each expert of a layer, the models that it comes from, over all layers.
+    files : mapping of str to int
+        Size in bytes of each file of weights.
+    routers : RouterHealth
+        The predicted load of the experts before training.
+    dry_run : bool
+        Whether nothing was written.
+    warnings : tuple of str
+        What to know before using the output.
+    dense_layers : tuple of int
+        Layers without experts.
+    layers_without_ffn : tuple of int
+        Those of `dense_layers` that have no feed-forward network at all.
+    granularity : int
+        The number of experts that each feed-forward network was split into.
+    rejected_targets : mapping of str to tuple of str
+        With `target="auto"`, the families that do not fit the models, and why.
     """
 
     output: Path
@@ -141,23 +177,17 @@ class BuildReport(Report):
     num_files: int
     seconds: float
     experts: tuple[tuple[str, ...], ...] = field(repr=False)
-    """The models that each expert of a layer comes from, over all layers."""
     files: Mapping[str, int] = field(repr=False)
-    """The bytes of each file of weights."""
     routers: RouterHealth = field(repr=False)
-    """How tokens will spread over the experts, as far as the routers tell before training."""
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     dense_layers: tuple[int, ...] = ()
-    """The layers without experts."""
     layers_without_ffn: tuple[int, ...] = ()
-    """Those of them that have no feed-forward network at all."""
     granularity: int = 1
-    """In how many experts each feed-forward network was split."""
     rejected_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def to_frame(self) -> DataFrame:
-        """The experts of a layer as a pandas data frame, one row an expert with its models' names.
+        """Return the experts and the models they come from as a pandas data frame.
 
         Raises
         ------
@@ -224,7 +254,7 @@ def build_moe(
     output : path
         The folder to create.
     config : MoeConfig, optional
-        By default 8 experts, 2 per token.
+        By default 8 experts, 2 per token; with a `granularity`, 8 copies of it, one per token.
     target : str
         The family to build: `"mixtral"`, `"qwen3_moe"`, `"granitemoe"` or another that
         `moe-fast families` lists, or `"auto"`, the first of them that can represent everything in
@@ -328,7 +358,7 @@ def build_moe(
     fsync : bool
         Whether to wait until the output would survive a power failure.
     dry_run : bool
-        Whether to only find every problem and report what would be written.
+        Whether to write nothing, and only find every problem and report what would be written.
     progress : bool or callable, optional
         `True` shows a bar; a function is called repeatedly with the number of bytes written so far
         and in total.
@@ -347,13 +377,12 @@ def build_moe(
         finished files stay in a hidden folder beside `output`; the same call resumes with them,
         another call removes them.
     TypeError, MoeConfigError
-        An argument of the wrong kind or out of range; `hidden_states` of another shape than the
-        routers read.
+        If an argument has the wrong type or is out of range, or `hidden_states` does not have the
+        shape of the routers' inputs.
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
@@ -410,8 +439,7 @@ def design_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, design_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, design_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

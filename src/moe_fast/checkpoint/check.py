@@ -47,17 +47,32 @@ __all__ = ["CheckReport", "Finding", "Status", "check_moe"]
 
 
 class Status(StrEnum):
-    """How one check ended."""
+    """How one check ended: `"passed"`, `"failed"` or `"not possible"`.
+
+    A check is not possible if there is nothing to check against; the finding's summary says what
+    would be needed.
+    """
 
     PASSED = "passed"
     FAILED = "failed"
     NOT_POSSIBLE = "not possible"
-    """There is nothing to check against; the summary says what would be needed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, or why it could not be, and every problem found."""
+    """The result of one check.
+
+    Attributes
+    ----------
+    check : str
+        The name of the check, such as `"experts"`.
+    status : Status
+        How it ended.
+    summary : str
+        What was checked, or why it could not be.
+    problems : tuple of str
+        Every problem found.
+    """
 
     check: str
     status: Status
@@ -82,7 +97,19 @@ def not_possible(check: str, reason: str) -> Finding:
 
 @dataclass(frozen=True)
 class CheckReport(Report):
-    """All that was checked. `passed` is false where any check failed."""
+    """What `check_moe` found. `report["experts"]` is the finding of the check of that name.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    passed : bool
+        Whether no check failed. Checks that were not possible do not count.
+    findings : tuple of Finding
+        One per check.
+    readers : tuple of Reader
+        The programs that load checkpoints, and whether they load this one.
+    """
 
     path: Path
     passed: bool
@@ -95,7 +122,7 @@ class CheckReport(Report):
         return tuple(problem for finding in self.findings for problem in finding.problems)
 
     def __getitem__(self, check: str) -> Finding:
-        """The finding of that name."""
+        """Return the finding of the check of that name; `KeyError` if there is none."""
         return {finding.check: finding for finding in self.findings}[check]
 
     def __repr__(self) -> str:
@@ -103,7 +130,7 @@ class CheckReport(Report):
         return f"<CheckReport of {self.path}: {statuses}>"
 
     def to_frame(self) -> DataFrame:
-        """The findings as a pandas data frame, one row a check.
+        """Return the findings as a pandas data frame, one row per check.
 
         Raises
         ------
@@ -167,12 +194,11 @@ def check_moe(
     CheckpointError
         If the folder does not contain an MoE.
     MoeConfigError
-        For `against` that does not fit the manifest.
+        If `against` does not fit the manifest.
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, check_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, check_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
@@ -266,7 +292,7 @@ def repeat_design(
     Raises
     ------
     MoeConfigError
-        For `against` that does not fit the manifest.
+        If `against` does not fit the manifest.
     """
     if manifest is None:
         return None

@@ -45,11 +45,20 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 @dataclass(frozen=True)
 class WeightDifference:
-    """Something in which two models differ.
+    """One difference between two models.
 
-    `layer` is the model's own number, or `mtp.0`; `expert` and `layer` are `None` where it belongs
-    to none. `greatest` is the greatest absolute difference of two numbers, `None` where there are
-    none to compare.
+    Attributes
+    ----------
+    layer : str or None
+        The layer: `"3"`, or `"mtp.0"` for multi-token prediction. `None` outside the layers.
+    expert : int or None
+        The expert; `None` for what belongs to no expert.
+    role : str
+        What differs in it, such as `"gate_proj"`, `"router"` or `"config.json"`.
+    difference : str
+        How it differs.
+    greatest : float or None
+        The greatest absolute difference of two numbers; `None` if there are none to compare.
     """
 
     layer: str | None
@@ -68,24 +77,43 @@ class WeightDifference:
 
 @dataclass(frozen=True)
 class CompareReport(Report):
-    """How two models differ; `equal` where they do not, or by no more than the tolerance."""
+    """How two models differ.
+
+    Attributes
+    ----------
+    first, second : Path
+        The folders.
+    equal : bool
+        Whether no weight differs by more than `tolerance`, and nothing else differs.
+    tolerance : float
+        The absolute difference of two numbers that was allowed.
+    num_weights : int
+        Matrices and vectors that are in one model or both.
+    num_bytes : int
+        Bytes of the first model that were compared.
+    greatest : float
+        The greatest absolute difference of two numbers, within the tolerance or not.
+    layouts : (str, str)
+        How each model stores its experts.
+    differences : tuple of WeightDifference
+        Every difference beyond the tolerance.
+    warnings : tuple of str
+        Folders that hold two sets of weights, and which of them was read.
+    """
 
     first: Path
     second: Path
     equal: bool
     tolerance: float
     num_weights: int
-    """Matrices and vectors of experts, routers and the rest, in one model or both."""
     num_bytes: int
-    """Of the first model, that were compared."""
     greatest: float
-    """The greatest difference of two numbers, whether within the tolerance or not."""
     layouts: tuple[str, str]
     differences: tuple[WeightDifference, ...] = field(repr=False)
     warnings: tuple[str, ...] = ()
 
     def to_frame(self) -> DataFrame:
-        """The differences as a pandas data frame, one row each.
+        """Return the differences as a pandas data frame, one row per difference.
 
         Raises
         ------
@@ -122,7 +150,7 @@ def compare_moe(
     first, second : path
         The model folders.
     tolerance : float
-        The difference of two numbers that is allowed.
+        The largest absolute difference of two numbers that counts as equal.
     progress : bool or callable, optional
         `True` shows a bar; a function is called repeatedly with the number of bytes of the first
         model compared so far and in total.
@@ -140,8 +168,7 @@ def compare_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, compare_moe, convert_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, compare_moe, convert_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

@@ -57,9 +57,31 @@ __all__ = ["ConvertReport", "convert_moe"]
 
 @dataclass(frozen=True)
 class ConvertReport(Report):
-    """What was converted, and which readers load the result.
+    """What `convert_moe` wrote.
 
-    The dtypes are those of the weights, as safetensors spells them.
+    Attributes
+    ----------
+    output : Path
+        The folder.
+    model_type : str
+        The family, as `config.json` names it.
+    layout_before, layout : str
+        `"per-expert"`, `"fused"` or `"mixed"`, of the model and of the output.
+    dtypes_before, dtypes : tuple of str
+        The dtypes of the weights as safetensors names them, such as `"BF16"`, of the model and of
+        the output.
+    num_tensors : int
+        Tensors in the output.
+    num_bytes, num_files : int
+        Size of the weights in bytes, and number of files of weights.
+    seconds : float
+        Time that the conversion took.
+    readers : tuple of Reader
+        The programs that load checkpoints, and whether they load the output.
+    dry_run : bool
+        Whether nothing was written.
+    warnings : tuple of str
+        What to know before using the output.
     """
 
     output: Path
@@ -77,7 +99,7 @@ class ConvertReport(Report):
     warnings: tuple[str, ...] = ()
 
     def to_frame(self) -> DataFrame:
-        """The readers as a pandas data frame, one row a program.
+        """Return the readers as a pandas data frame, one row per program.
 
         Raises
         ------
@@ -164,8 +186,7 @@ def convert_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, convert_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, convert_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

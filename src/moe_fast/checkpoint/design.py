@@ -48,12 +48,11 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Design:
-    """Every tensor and every file of an output, none written.
+    """A checkpoint that is not written: its tensors can be listed, read, and written to disk.
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, design_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, design_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)
@@ -96,15 +95,15 @@ class Design:
     """Other files that it is made from, which no output may replace."""
 
     def names(self) -> list[str]:
-        """The names of the tensors, in the order in which they will be stored."""
+        """Return the names of the tensors, in the order in which they will be stored."""
         return list(self.weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self.weight(name).shape
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor as NumPy and torch call it, such as `"bfloat16"`."""
+        """Return the dtype of a tensor as NumPy and torch name it, such as `"bfloat16"`."""
         dtype = self.weight(name).dtype
         return DTYPE_NAMES.get(dtype, dtype)
 
@@ -118,12 +117,17 @@ class Design:
         rows : slice, optional
             Along the first axis, with a step of 1.
 
+        Returns
+        -------
+        ndarray of `dtype(name)`, shape `shape(name)`
+            With `rows`, those rows of it.
+
         Raises
         ------
         MoeConfigError
             If there is no such tensor, or `rows` is not a slice of its first axis.
         CheckpointError
-            A source that has changed since.
+            If a source has changed since.
         ImportError
             If NumPy does not have the dtype (bfloat16, float8) and `ml_dtypes` is not installed;
             `read_bytes` returns the bytes of every dtype.
@@ -135,7 +139,10 @@ class Design:
         return np.frombuffer(data, dtype).reshape(self.shape_of_rows(weight, rows))
 
     def read_bytes(self, name: str, rows: slice | None = None) -> bytes:
-        """The bytes of a tensor, or of some of its rows, as they will be stored."""
+        """Return the bytes of a tensor, or of some of its rows, as they will be stored.
+
+        The arguments and errors are those of `read`, except that every dtype can be read.
+        """
         weight = self.weight(name)
         return b"".join(weight.read(*self.row_range(weight, rows)))
 
@@ -156,7 +163,7 @@ class Design:
         return (len(range(*rows.indices(weight.shape[0]))), *weight.shape[1:])
 
     def row_range(self, weight: Weight, rows: slice | None) -> tuple[int, int]:
-        """The first and the last byte of some rows."""
+        """Where the bytes of some rows begin in the tensor, and where they end."""
         nbytes = whole_bytes(weight.dtype, self.shape_of_rows(weight, rows))
         if rows is None:
             return 0, nbytes
@@ -171,13 +178,13 @@ class Design:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The small files that are made for the output, by name."""
+        """The text of each small file that is made for the output, by name."""
         card = {} if self.card is None else {CARD: self.card}
         return {"config.json": json_text(self.config), **index_json(self.shards), **card}
 
     @property
     def num_bytes(self) -> int:
-        """Of the files of weights."""
+        """The size of the files of weights in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
@@ -191,7 +198,8 @@ class Design:
     def write(self, output: ModelPath, writing: Writing | None = None) -> dict[str, FileRecord]:
         """Write all files to a new folder, the manifest last; it appears when it is complete.
 
-        Returns the record of each file. With `dry_run`, nothing is written, but problems are found.
+        Return the record of each file by its name. With `dry_run`, only look for problems, and
+        return no records.
 
         Raises
         ------

@@ -105,8 +105,9 @@ def expand_moe(
 
     If every expert gets the same number of copies, and the number of experts per token grows by the
     same factor, the output computes what the model computes: the logits of the copies of an expert
-    tie, so they are chosen together and share its weight. Expert Upcycling (2604.19835) begins like
-    this, with copies of the most useful experts and the same number of experts per token.
+    tie, so they are chosen together and share its weight. Expert Upcycling (arXiv 2604.19835)
+    begins like this, with copies of the most useful experts and the same number of experts per
+    token.
 
     Parameters
     ----------
@@ -147,8 +148,7 @@ def expand_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, expand_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, expand_moe, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

@@ -118,7 +118,7 @@ def extract_dense(
         Whether to use the mean of all experts, computed in float64 and rounded once.
     best : int, optional
         How many experts to put side by side in one wider FFN: those with the greatest `scores` in
-        each layer, the output of each divided by their number (2605.28207).
+        each layer, the output of each divided by their number (arXiv 2605.28207).
     copy : int, optional
         The copy of a fine-grained model whose shards to join. The result is byte for byte the FFN
         that `build_moe` split, if the granularity is a power of two and nothing was shuffled or
@@ -149,8 +149,7 @@ def extract_dense(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, extract_dense
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, extract_dense, make_dense_model
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

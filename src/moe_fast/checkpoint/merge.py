@@ -83,8 +83,8 @@ def merge_experts(
     """Merge each group of experts of an MoE checkpoint into their mean.
 
     A merged expert has the router row and the bias of its group's first expert, as in REAM
-    (2604.04356). Means are computed in float64, in the order of the group, and rounded once, so
-    that every machine writes the same bytes.
+    (arXiv 2604.04356). Means are computed in float64, in the order of the group, and rounded once,
+    so that every machine writes the same bytes.
 
     Parameters
     ----------
@@ -126,8 +126,7 @@ def merge_experts(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, merge_experts
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, make_dense_model, merge_experts
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

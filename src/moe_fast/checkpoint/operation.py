@@ -36,9 +36,35 @@ __all__ = ["OperationReport"]
 
 @dataclass(frozen=True)
 class OperationReport(Report):
-    """What an operation on an MoE made of it; experts are those of each layer.
+    """What `prune_moe`, `expand_moe`, `merge_experts`, `extract_dense` or `reroute_moe` wrote.
 
-    `num_experts` is 0, and `num_experts_per_tok` `None`, in a dense model.
+    Attributes
+    ----------
+    output : Path
+        The folder.
+    operation : str
+        `"prune"`, `"expand"`, `"merge"`, `"extract"` or `"reroute"`.
+    model_type : str
+        The family of the output, as `config.json` names it.
+    num_experts_before, num_experts : int
+        Experts per layer of the model and of the output; 0 in a dense model.
+    num_experts_per_tok_before, num_experts_per_tok : int or None
+        Experts per token of the model and of the output; `None` in a dense model, or if
+        `config.json` does not say.
+    num_parameters_before, num_parameters : int
+        Parameters of the model and of the output.
+    num_bytes, num_files : int
+        Size of the weights in bytes, and number of files of weights.
+    seconds : float
+        Time that the operation took.
+    readers : tuple of Reader
+        The programs that load checkpoints, and whether they load the output.
+    dry_run : bool
+        Whether nothing was written.
+    warnings : tuple of str
+        What to know before using the output.
+    routers : RouterHealth or None
+        For `reroute_moe` with text, the load of the experts on it; otherwise `None`.
     """
 
     output: Path
@@ -57,10 +83,9 @@ class OperationReport(Report):
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
     routers: RouterHealth | None = None
-    """How `reroute_moe` spread the tokens of a text; `None` without one, and elsewhere."""
 
     def to_frame(self) -> DataFrame:
-        """The readers as a pandas data frame, one row a program.
+        """Return the readers as a pandas data frame, one row per program.
 
         Raises
         ------

@@ -81,7 +81,7 @@ def prune_moe(
 
     Router rows, biases, scales, the experts of multi-token prediction layers and `config.json` are
     changed accordingly. Weights are not changed: the output computes what the model would compute
-    if its router never chose the removed experts, as in REAP (2510.13999).
+    if its router never chose the removed experts, as in REAP (arXiv 2510.13999).
 
     Parameters
     ----------
@@ -120,8 +120,7 @@ def prune_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, prune_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, make_dense_model, prune_moe
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

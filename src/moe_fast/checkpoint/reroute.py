@@ -165,8 +165,7 @@ def reroute_moe(
 
     Examples
     --------
-    >>> from moe_fast import MoeConfig, build_moe, reroute_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, build_moe, make_dense_model, reroute_moe
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

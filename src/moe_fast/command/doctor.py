@@ -60,7 +60,23 @@ class Extra:
 
 @dataclass(frozen=True)
 class Diagnosis(Report):
-    """The state of this installation; `problems` lists what will go wrong or be slow."""
+    """The state of this installation.
+
+    Attributes
+    ----------
+    moe_fast, python, numpy, platform : str
+        Versions of the package, of Python and of NumPy; the system and the processor.
+    level : str
+        The SIMD level in use.
+    levels_built, levels_available : tuple of str
+        The levels that this installation contains, and those that this processor can run.
+    threads : int
+        The default number of threads.
+    extras : tuple
+        The optional parts of the package, and whether their requirements are installed.
+    problems : tuple of str
+        What will go wrong or be slow.
+    """
 
     moe_fast: str
     python: str
@@ -75,7 +91,11 @@ class Diagnosis(Report):
 
 
 def diagnose() -> Diagnosis:
-    """Look at this installation.
+    """Look for what is missing or slow in this installation.
+
+    Returns
+    -------
+    Diagnosis
 
     Examples
     --------

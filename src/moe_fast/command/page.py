@@ -93,9 +93,9 @@ def write_report(
     tokens_used: int | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Write one HTML page about an MoE checkpoint, whoever made it.
+    """Write one HTML page about an MoE checkpoint, made by any tool.
 
-    Headers and routers are read, no expert is.
+    Headers and routers are read; experts only to run texts.
 
     Parameters
     ----------
@@ -105,10 +105,10 @@ def write_report(
         The file to write. By default in the working directory, named after the folder:
         `moe-report.html`. An earlier report is replaced, another file is not.
     check : CheckReport, optional
-        What `check_moe` found, to be part of the page.
+        The result of `check_moe`, to include in the page.
     texts, tokens, tokens_used, device
-        Text that the model reads, to count how evenly its routers spread it, as in
-        `inspect_model`; by default the load is predicted on random tokens.
+        Text to run the model on, to count the load of its experts, as in `inspect_model`; by
+        default the load is predicted on random tokens.
 
     Returns
     -------
@@ -118,12 +118,13 @@ def write_report(
     Raises
     ------
     CheckpointError
-        For a folder without a model, and for an `output` that is something else than a report.
+        If the folder contains no MoE, or `output` exists and is not a report or cannot be written.
+    OSError
+        If the disk is full. An earlier report is then unchanged.
 
     Examples
     --------
-    >>> from moe_fast import build_moe, write_report
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import build_moe, make_dense_model, write_report
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> make_dense_model(f"{folder}/dense", seed=0)

@@ -39,10 +39,10 @@ DASHES = ("-", "--", "-.", ":")
 def plot_plan(
     plan: ExpertOrigins, ax: Axes | None = None, *, labels: Sequence[str] | None = None
 ) -> Axes:
-    """Which source model gives each expert of each layer.
+    """Draw which source model each expert of each layer comes from.
 
-    One cell an expert, one colour and number a model. A cell whose weights come from another layer
-    than its own says which, as in `1:L3`.
+    Each expert is a cell, and each model has a colour and a number. A cell whose weights come from
+    another layer than its own names that layer, as in `1:L3`.
 
     Parameters
     ----------
@@ -51,19 +51,22 @@ def plot_plan(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
     labels : sequence of str, optional
-        The models' names for the legend, one each; by default their numbers.
+        One name per model for the legend; by default their numbers.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
 
     Raises
     ------
     ModuleNotFoundError
         Without matplotlib.
     MoeConfigError
-        As many labels as there are models are needed, where any are given.
+        If the number of labels is not that of the models.
 
     Examples
     --------
-    >>> from moe_fast import plan_moe_construction
-    >>> from moe_fast import plot_plan
+    >>> from moe_fast import plan_moe_construction, plot_plan
     >>> ax = plot_plan(plan_moe_construction(3, 12), labels=["chat", "code", "maths"])
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('expert', 'layer')
@@ -103,10 +106,10 @@ def plot_plan(
 
 
 def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
-    """A heat map of how the tokens of each layer spread over its experts.
+    """Draw a heat map of how the tokens of each layer spread over its experts.
 
-    Each layer's counts are divided by their mean: 1 is an even load, 0 an expert without tokens,
-    and at a capacity factor of 1.25 an expert above 1.25 drops tokens. A layer without any token
+    Each layer's counts are divided by their mean: 1 is an even load, 0 an expert without tokens.
+    With a capacity factor of 1.25, an expert above 1.25 drops tokens. A layer without any token
     stays blank.
 
     Parameters
@@ -116,12 +119,16 @@ def plot_load(load: npt.ArrayLike, ax: Axes | None = None) -> Axes:
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+
     Raises
     ------
     ModuleNotFoundError
         Without matplotlib.
     TypeError, MoeConfigError
-        A `load` that is not one- or two-dimensional numbers, finite and not negative.
+        If `load` is not a one- or two-dimensional array of finite numbers of at least 0.
 
     Examples
     --------
@@ -163,25 +170,29 @@ def plot_curves(
     xlabel: str = "tokens",
     ylabel: str = "held-out loss",
 ) -> Axes:
-    """Losses, or whatever else changes in training, a line for each run.
+    """Draw the losses of training runs, or other curves, one line per run.
 
-    Lines differ in colour, and in their dashes for grey print.
+    Lines differ in colour, and in their dashes for printing in grey.
 
     Parameters
     ----------
     curves : mapping of str to array_like, shape (2, num_points)
-        By the name that the legend has: where each point stands, and its value.
+        For each name in the legend, the x values and the y values of the points.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
     xlabel, ylabel : str
-        What the axes say.
+        The labels of the axes.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
 
     Raises
     ------
     ModuleNotFoundError
         Without matplotlib.
     TypeError, MoeConfigError
-        Curves that are not finite numbers of that shape.
+        If a curve is not an array of finite numbers of that shape.
 
     Examples
     --------
@@ -233,7 +244,7 @@ def save_load_picture(load: npt.ArrayLike, path: str | os.PathLike[str]) -> None
 
 
 def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Cosines between the experts' rows of a router, in float64.
+    """Compute the cosines between the experts' rows of a router, in float64.
 
     Experts whose rows point the same way get the same tokens. An expert whose row is zero has no
     direction: its cosines are 0, with itself too.
@@ -250,7 +261,7 @@ def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]
     Raises
     ------
     TypeError, MoeConfigError
-        Anything but finite numbers with at least two dimensions.
+        If `routers` is not an array of finite numbers with at least two dimensions.
 
     Examples
     --------
@@ -271,7 +282,7 @@ def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]
 def plot_router_similarity(
     routers: npt.ArrayLike, ax: Axes | None = None, *, layer: int | None = None
 ) -> Axes:
-    """A heat map of the cosines between the experts' rows of the routers.
+    """Draw a heat map of the cosines between the experts' rows of the routers.
 
     Parameters
     ----------
@@ -280,19 +291,22 @@ def plot_router_similarity(
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default new axes.
     layer : int, optional
-        Which layer to draw; by default the mean over the layers.
+        The layer to draw; by default the mean over the layers.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
 
     Raises
     ------
     ModuleNotFoundError
         Without matplotlib.
     TypeError, MoeConfigError
-        `routers` of another shape or not finite, or a `layer` that they do not have.
+        If `routers` has another shape or is not finite, or there is no such `layer`.
 
     Examples
     --------
-    >>> from moe_fast import compute_router_weights
-    >>> from moe_fast import plot_router_similarity
+    >>> from moe_fast import compute_router_weights, plot_router_similarity
     >>> routers = compute_router_weights(2, 64, 8, "random", transpose=True, full_range=True)
     >>> plot_router_similarity(routers, layer=1).get_title()
     'Router similarity of layer 1'

@@ -17,7 +17,17 @@ READERS = (TRANSFORMERS_4, TRANSFORMERS_5, VLLM, LLAMA_CPP)
 
 @dataclass(frozen=True)
 class Reader:
-    """A program, whether it loads the checkpoint, and if not, why."""
+    """A program that loads checkpoints, and whether it loads this one.
+
+    Attributes
+    ----------
+    name : str
+        The program, such as `"vLLM"`.
+    loads : bool
+        Whether it loads the checkpoint.
+    reasons : tuple of str
+        Why it does not.
+    """
 
     name: str
     loads: bool

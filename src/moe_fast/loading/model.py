@@ -57,8 +57,7 @@ def load_into(
     Examples
     --------
     >>> import moe_fast.torch, torch
-    >>> from moe_fast import MoeConfig, design_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, design_moe, make_dense_model
     >>> from transformers import AutoConfig, AutoModelForCausalLM
     >>> make_dense_model("dense", seed=0)
     >>> design = design_moe("dense", MoeConfig(num_experts=4))

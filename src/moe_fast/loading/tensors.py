@@ -39,8 +39,7 @@ def read(design: Design, name: str, rows: slice | None = None) -> Tensor:
     Examples
     --------
     >>> import moe_fast.torch
-    >>> from moe_fast import MoeConfig, design_moe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import MoeConfig, design_moe, make_dense_model
     >>> make_dense_model("dense", seed=0)
     >>> design = design_moe("dense", MoeConfig(num_experts=4), dtype="bfloat16")
     >>> name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"

@@ -48,18 +48,32 @@ MOST_EXPERTS = 2**12  # beyond, a load is not predicted: that takes the square o
 
 @dataclass(frozen=True)
 class RouterReport:
-    """The router of one layer; each row belongs to one expert.
+    """The router of one layer. Each of its rows belongs to one expert.
 
-    `most_alike` is the greatest cosine between two rows; at 1, their logits are proportional.
-    `tied_experts` counts the experts whose row equals another's. `row_repeats` is the number of
-    consecutive experts that share each row, as the shards of a copy do, which are chosen together.
-    It is 1 if every expert has its own row, and `None` if the number differs.
+    If the router is absent or contains a number that is not finite, all values are `None` or 0.
 
-    `coefficient_of_variation` is that of the experts' load, predicted on hidden states; 0 is even.
-    `mean_entropy` is that of a token's probabilities, in nats. If the router is absent or contains
-    a number that is not finite, all values are `None` or 0; the predictions also if `config.json`
-    does not give the number of experts per token. `mtp` is true for layers for multi-token
-    prediction, whose numbers follow those of the model's own layers.
+    Attributes
+    ----------
+    layer : int
+        The number of the layer. Layers for multi-token prediction follow the model's own.
+    finite : bool
+        Whether every number of the router is finite.
+    smallest_norm, greatest_norm : float or None
+        Of the rows.
+    most_alike : float or None
+        The greatest cosine between two rows; at 1, their logits are proportional.
+    tied_experts : int
+        The number of experts whose row equals another's.
+    row_repeats : int or None
+        The number of consecutive experts that share each row, as the shards of a copy do, which
+        are chosen together. 1 if every expert has its own row, and `None` if the number differs.
+    coefficient_of_variation : float or None
+        Of the experts' load, predicted on hidden states; 0 is even. `None` also if `config.json`
+        does not give the number of experts per token.
+    mean_entropy : float or None
+        Of a token's probabilities, in nats; `None` as above.
+    mtp : bool
+        Whether the layer is one for multi-token prediction.
     """
 
     layer: int
@@ -78,13 +92,45 @@ class RouterReport:
 class ModelReport(Report):
     """What `inspect_model` found.
 
-    `num_layers`, `num_moe_layers` and `active_parameters`, those that work on one token, count
-    the model's own layers; layers for multi-token prediction are counted apart. Parameters are
-    numbers as they are stored: quantised weights pack several in each, or have scales besides,
-    and `active_parameters` is `None` there. `copies` groups experts with equal bytes, each as
-    `(layer, expert)`; `None` where this was not looked for. `unknown_experts` says which tensors
-    seem to be experts, where their layout is not known. `problems` says where experts, routers and
-    `config.json` do not fit each other.
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    model_type, architecture : str
+        The family and the class that `config.json` names; the class may be `None`.
+    layout : str
+        `"per-expert"`, `"fused"`, `"mixed"`, `"unknown"` or `"dense"`.
+    quantization : str or None
+        The method that `config.json` names, `"unknown"` if it names none; `None` if the weights
+        are not quantised.
+    num_layers, num_moe_layers : int
+        The model's own layers, and those of them with experts.
+    num_mtp_layers : int
+        Layers for multi-token prediction, which the two do not count.
+    num_experts, num_experts_per_tok : int or None
+        Experts per layer, and experts per token.
+    num_parameters, num_mtp_parameters : int
+        All numbers as they are stored, and those of layers for multi-token prediction. A stored
+        number of a quantised model may pack several weights, or be a scale.
+    active_parameters : int or None
+        The parameters of the model's own layers that work on one token; `None` for packed weights.
+    parameters_per_expert : int or None
+        Of the largest expert.
+    num_bytes, num_files : int
+        Size of the weights in bytes, and number of files of weights.
+    bytes_by_dtype : dict of str to int
+        Bytes of the weights of each dtype.
+    hidden_states : str
+        What the load of the experts is predicted on.
+    routers : tuple of RouterReport
+        One per layer with experts.
+    copies : tuple or None
+        Groups of experts with equal bytes, each expert as `(layer, expert)`; `None` if they were
+        not looked for.
+    unknown_experts : str or None
+        The tensors that seem to be experts, if their layout is unknown.
+    problems : tuple of str
+        Where experts, routers and `config.json` do not fit each other.
     """
 
     path: Path
@@ -92,7 +138,6 @@ class ModelReport(Report):
     architecture: str | None
     layout: str
     quantization: str | None
-    """The method, as `config.json` calls it; `"unknown"` where it names none."""
     num_layers: int
     num_moe_layers: int
     num_mtp_layers: int
@@ -106,14 +151,13 @@ class ModelReport(Report):
     num_files: int
     bytes_by_dtype: dict[str, int]
     hidden_states: str
-    """What the routers' load is predicted on."""
     routers: tuple[RouterReport, ...] = field(repr=False)
     copies: tuple[tuple[Place, ...], ...] | None = field(repr=False)
     unknown_experts: str | None
     problems: tuple[str, ...]
 
     def to_frame(self) -> DataFrame:
-        """The routers as a pandas data frame, one row a layer that has experts.
+        """Return the routers as a pandas data frame, one row per layer with experts.
 
         Raises
         ------

@@ -57,7 +57,15 @@ OF_ROUTERS = ("logit_std", "texts", "tokens", "tokens_used", "device")
 
 @dataclass(frozen=True)
 class Recipe(Report):
-    """What a recipe asks for; `notes` say which of its keys have no effect."""
+    """What a recipe asks for.
+
+    Attributes
+    ----------
+    request : BuildRequest
+        The arguments of the build, as attributes.
+    notes : tuple of str
+        The keys of the recipe that have no effect, and why.
+    """
 
     request: BuildRequest
     notes: tuple[str, ...] = ()
@@ -79,15 +87,18 @@ def build_recipe(
 ) -> BuildReport:
     """Build the checkpoint that a recipe file asks for.
 
-    `recipe` is a YAML file, whatever its name ends in. The other arguments are those of
-    `build_moe`.
+    `recipe` is a YAML file of any name. The other arguments are those of `build_moe`.
+
+    Returns
+    -------
+    BuildReport
 
     Raises
     ------
     RecipeError
         With every problem of the recipe, each with its line; nothing has been written then.
     CheckpointError
-        Models that cannot be combined.
+        If the models cannot be combined.
     ModuleNotFoundError
         Without PyYAML: `pip install "moe-fast[recipes]"`.
 
@@ -95,8 +106,7 @@ def build_recipe(
     --------
     >>> import tempfile
     >>> from pathlib import Path
-    >>> from moe_fast import build_recipe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import build_recipe, make_dense_model
     >>> folder = Path(tempfile.mkdtemp())
     >>> make_dense_model(folder / "dense", seed=0)
     >>> text = f"models: [{folder.as_posix()}/dense]\\nnum_experts: 4\\n"
@@ -113,10 +123,14 @@ def build_recipe(
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe file, ours or mergekit-moe's. No weight is read.
+    """Read a recipe file of moe-fast or mergekit-moe. No weight is read.
 
-    Models that are named as on the Hugging Face Hub are fetched into its cache, once nothing else
+    Models that are named as on the Hugging Face Hub are downloaded into its cache, if nothing else
     in the recipe is wrong.
+
+    Returns
+    -------
+    Recipe
 
     Raises
     ------
@@ -129,8 +143,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     --------
     >>> import tempfile
     >>> from pathlib import Path
-    >>> from moe_fast import read_recipe
-    >>> from moe_fast.demo import make_dense_model
+    >>> from moe_fast import make_dense_model, read_recipe
     >>> folder = Path(tempfile.mkdtemp())
     >>> make_dense_model(folder / "dense", seed=0)
     >>> text = f"models: [{folder.as_posix()}/dense]\\nseed: 7\\n"

@@ -29,11 +29,22 @@ NUMBERS_AT_A_TIME = 2**22
 
 @dataclass(frozen=True)
 class RouterHealth(Report):
-    """What routers would do with some hidden states, layer by layer.
+    """The load of the experts that is predicted from the routers and some hidden states.
 
-    `hidden_states` says which they were. The coefficient of variation is that of the experts' load,
-    0 where it is even; the entropy is that of a token's probabilities, in nats. `warnings` names
-    the experts that would starve, and what to do.
+    Attributes
+    ----------
+    hidden_states : str
+        What the routers read.
+    num_tokens : int
+        The number of tokens they read.
+    coefficient_of_variation : tuple of float
+        Of the experts' load, one number per layer with experts; 0 is even.
+    mean_entropy : tuple of float
+        Of a token's probabilities, in nats, one number per layer with experts.
+    warnings : tuple of str
+        The experts that would get hardly any token, and what to do.
+    coefficient_of_variation_before : tuple of float
+        The same for the rows before their load was evened on text; empty for other routers.
     """
 
     hidden_states: str
@@ -42,10 +53,9 @@ class RouterHealth(Report):
     mean_entropy: tuple[float, ...]
     warnings: tuple[str, ...]
     coefficient_of_variation_before: tuple[float, ...] = ()
-    """What it would be without what was made from a text; empty if nothing was."""
 
     def to_frame(self) -> DataFrame:
-        """The prediction as a pandas data frame, one row a layer that has experts.
+        """Return the prediction as a pandas data frame, one row per layer with experts.
 
         Raises
         ------
@@ -62,7 +72,7 @@ def predict_load(
     *,
     num_experts_per_tok: int = 2,
 ) -> RoutingStats:
-    """Route hidden states by the routers of all layers, top-k, and add up the load of each expert.
+    """Predict the load of each expert: route hidden states by the routers of all layers, top-k.
 
     Parameters
     ----------
@@ -74,6 +84,11 @@ def predict_load(
         piece at a time. By default 1024 random tokens, standard normal, for each router its own.
     num_experts_per_tok : int
         Experts that each token is sent to.
+
+    Returns
+    -------
+    RoutingStats
+        The statistics of the L layers; `load` has each expert's share.
 
     Raises
     ------

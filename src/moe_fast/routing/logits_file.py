@@ -130,15 +130,16 @@ def statistics_of_file(
     threads: int | None = None,
     **options: Unpack[RoutingOptions],
 ) -> RoutingStats:
-    """Route all logits of a file and add up the statistics, a layer each.
+    """Route all logits of a file and return the statistics of each layer.
 
-    Of top-k and Switch, a few megabytes are in memory at a time, whatever the size of the file; of
-    expert choice a batch.
+    For top-k and Switch, a few megabytes are in memory at a time, whatever the size of the file;
+    for expert choice, one batch.
 
     Parameters
     ----------
     path : path
-        A file that `read_logits` takes.
+        A `.npy` file of shape (T, E) or (L, T, E), or a `.safetensors` file with one tensor of
+        shape (T, E) per layer.
     routing_method : RoutingMethod or str
         `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     num_experts_per_tok : int, optional
@@ -146,19 +147,23 @@ def statistics_of_file(
     capacity_factors, tokens_per_batch, threads, **options
         As for `RoutingStats` and its `update`.
 
+    Returns
+    -------
+    RoutingStats
+
     Raises
     ------
     TypeError, MoeConfigError
-        An argument of the wrong type, out of range, or without a meaning for the method.
+        If an argument has the wrong type, is out of range, or has no meaning for the method.
     CheckpointError
-        As for `read_logits`.
+        If the file cannot be read, or does not hold logits.
     RoutingError
-        A NaN: the message names file, tensor and token.
+        If there is a NaN; the message names the file, the tensor and the token.
 
     Examples
     --------
     >>> import numpy as np, tempfile
-    >>> from moe_fast.routing.logits_file import statistics_of_file
+    >>> from moe_fast import statistics_of_file
     >>> file = tempfile.mkdtemp() + "/logits.npy"
     >>> np.save(file, np.random.default_rng(0).standard_normal((3, 1000, 8)))
     >>> statistics_of_file(file).coefficient_of_variation.round(2)

@@ -34,7 +34,7 @@ class RoutingOptions(TypedDict, total=False):
     Attributes
     ----------
     scores : "softmax" or "sigmoid"
-        What a logit becomes.
+        The function that turns logits into scores.
     norm_topk_prob : bool, optional
         Divide the weights of a token by their sum.
     routed_scaling_factor : float
@@ -42,13 +42,14 @@ class RoutingOptions(TypedDict, total=False):
     selection_bias : array_like, shape (E,), optional
         Added to the scores for the choice alone.
     n_group, topk_group, experts_per_group_score : int, optional
-        Groups of experts, those that a token chooses among, and the experts that score a group.
+        The number of groups of experts, of groups that a token chooses from, and of experts whose
+        scores are added up to a group's score.
     capacity_factor : float, optional
         Limits the tokens of an expert to `ceil(T * k / E * capacity_factor)`.
     drop_policy : "position" or "probs", optional
         Which tokens a full expert keeps.
     sorted : bool
-        For expert choice: the tokens of an expert by falling weight.
+        For expert choice: return the tokens of an expert by descending weight.
 
     Examples
     --------

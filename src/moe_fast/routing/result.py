@@ -31,7 +31,7 @@ class Softmax(NamedTuple):
 
 
 class Routing:
-    """Where tokens go: T tokens, E experts, k experts a token, or C tokens an expert.
+    """Which experts T tokens go to: k of E experts per token, or C tokens per expert.
 
     Top-k and Switch hold the experts of each token, expert choice the tokens of each expert.
     `by_token` and `by_expert` give either form of any routing.
@@ -39,20 +39,20 @@ class Routing:
     Attributes
     ----------
     expert_indices : int32 [T, k]
-        Experts of each token, best first; -1 where the expert was full. Not for expert choice.
+        Experts of each token, best first; -1 if the expert was full. Not for expert choice.
     token_indices : int32 [E, C]
         Tokens of each expert, in token order, or best first if `sorted`. Only for expert choice.
     indices : int32 [T, k] or [E, C]
         `expert_indices` or `token_indices`, whichever the method gives.
     weights : float32 or float64, shape of the indices
-        What to multiply an expert's output by; 0.0 where the expert was full. float64 for float64
-        logits, float32 for all others.
+        Factors of the experts' outputs; 0.0 if the expert was full. float64 for float64 logits,
+        float32 for all others.
     tokens_per_expert : int64 [E]
         Tokens that each expert receives.
     tokens_per_expert_before_drop : int64 [E]
         Tokens that chose each expert, before its capacity dropped any: what losses count.
     capacity : int or None
-        Tokens an expert takes at most.
+        The most tokens that an expert takes; `None` means no limit.
     num_dropped : int
         Pairs of a token and an expert that did not fit into the expert's capacity.
     """
@@ -137,7 +137,7 @@ class Routing:
 
     @property
     def num_unrouted(self) -> int:
-        """Tokens that no expert takes: only the residual stream carries them on."""
+        """Number of tokens that no expert takes; only the residual stream carries them on."""
         if self.method is RoutingMethod.EXPERT_CHOICE:
             return self.num_tokens - len(np.unique(self.indices))
         return int((self.indices < 0).all(axis=1).sum()) if self.num_dropped else 0
@@ -184,10 +184,10 @@ class Routing:
         self._is_sorted = True
 
     def by_token(self) -> tuple[Indices, Floats]:
-        """`(expert_indices, weights)`, a row a token: experts ascending for expert choice.
+        """Return `(expert_indices, weights)` with one row per token.
 
-        Expert choice gives tokens different numbers of experts: rows are as wide as the longest,
-        and end with -1 and weight 0.0.
+        For expert choice, the experts of a row ascend. Tokens then have different numbers of
+        experts: rows are as wide as the longest, and end with -1 and weight 0.0.
         """
         if self.method is not RoutingMethod.EXPERT_CHOICE:
             return self.indices, self.weights
@@ -195,10 +195,10 @@ class Routing:
         return fill_rows(self.indices.reshape(-1), experts, self.weights, self.num_tokens)
 
     def by_expert(self, width: int | None = None) -> tuple[Indices, Floats]:
-        """`(token_indices, weights)`, a row an expert: tokens ascending for top-k and Switch.
+        """Return `(token_indices, weights)` with one row per expert.
 
-        Rows end with -1 and weight 0.0 up to `width`, by default the capacity, or without one the
-        largest of `tokens_per_expert`.
+        For top-k and Switch, the tokens of a row ascend. Rows are filled with -1 and weight 0.0 up
+        to `width`, by default the capacity, or without one the largest of `tokens_per_expert`.
         """
         if self.method is RoutingMethod.EXPERT_CHOICE:
             if width is not None:
@@ -222,7 +222,7 @@ class Routing:
         )
 
     def to_frame(self) -> DataFrame:
-        """The kept pairs as a pandas data frame: `token`, `expert`, `weight`, by token.
+        """Return the kept pairs as a pandas data frame: `token`, `expert`, `weight`, by token.
 
         Raises
         ------

@@ -37,7 +37,7 @@ class Router:
     Parameters
     ----------
     config : MoeConfig
-        The number of experts, the experts a token, and the method.
+        The number of experts, the experts per token, and the method.
     **options
         Those of `route`, which `RoutingOptions` lists. A `selection_bias` is copied.
 
@@ -186,8 +186,8 @@ def route(
         `num_experts` is E. `num_experts_per_tok` is k: the experts of a token, for expert choice
         on average. Switch takes 1.
     scores : "softmax" or "sigmoid"
-        What a logit becomes. Softmax is over the experts (Shazeer et al. 2017), sigmoid is each
-        expert's own (DeepSeek-V3).
+        The function that turns logits into scores: softmax over the experts (Shazeer et al. 2017)
+        or sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437).
     norm_topk_prob : bool, optional
         Divide the weights of a token by their sum, before anything is dropped. By default True
         for top-k; Switch never does, since one weight would always be 1 and its router learn
@@ -206,10 +206,10 @@ def route(
         limit for top-k, 1.25 for Switch; `math.inf` means no limit. Expert choice takes exactly
         that many, or T if that is less, by default with a factor of 1.
     drop_policy : "position" or "probs", optional
-        Who stays where an expert is full: the first tokens (the default for Switch), or those with
-        the largest weights (for top-k), ties to the lower token.
+        Which tokens a full expert keeps: the first ones (the default for Switch), or those with the
+        largest weights (the default for top-k); among equal weights, the first tokens.
     sorted : bool
-        For expert choice: the tokens of an expert by falling weight, not in token order.
+        For expert choice: return the tokens of an expert by descending weight, not in token order.
     out : Routing, optional
         A routing of the same shape, dtype and method, whose arrays are written over.
     threads : int, optional
@@ -234,11 +234,11 @@ def route(
 
     Notes
     -----
-    Among equals the lower expert wins, and between tokens the lower token. Softmax chooses by the
-    logits themselves unless there is a bias or a group score of several experts. Logits may be
+    Among equal scores the lower expert wins, and among tokens the lower token. Softmax chooses by
+    the logits themselves unless there is a bias or a group score of several experts. Logits may be
     infinite: infinity counts as the limit of one large number, so experts at +inf share the whole
     softmax, and where all are -inf they share it evenly. Softmax terms below the smallest normal
-    number are 0.0. The same logits give the same bits at every number of threads and SIMD level.
+    number are 0.0. The result does not depend on the number of threads or the SIMD level.
 
     Examples
     --------

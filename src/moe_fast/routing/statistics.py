@@ -126,16 +126,17 @@ def sum_probabilities(
 
 
 class RoutingStats:
-    """Statistics of routers of the same kind, one a layer, over any number of batches.
+    """Statistics of the routers of L layers over any number of batches.
 
-    All are sums over tokens kept as integers: the result does not depend on how tokens are split
-    into batches, files, threads or processes, nor on the order of merging. (What a capacity drops
-    does depend on the batches: the tokens of a batch share it.)
+    `update` adds tokens; `stats + other` and `stats += other` merge statistics of different tokens.
+    All sums are kept as integers, so the result does not depend on how tokens are split into
+    batches, files, threads or processes. Only what a capacity drops depends on the batches, because
+    the tokens of a batch share it.
 
     Parameters
     ----------
     config : MoeConfig or Router
-        How tokens are routed; E is its number of experts, k its number of experts a token.
+        How tokens are routed; E is its number of experts, k its number of experts per token.
     num_layers : int
         L, the number of layers, each with a router.
     capacity_factors : sequence of float
@@ -143,10 +144,15 @@ class RoutingStats:
     **options
         Those of `route`; not for a `Router`, which has its own.
 
+    Raises
+    ------
+    TypeError, MoeConfigError
+        If an argument has the wrong type or is out of range.
+
     Attributes
     ----------
     router : Router
-        It routes the tokens.
+        The router of every layer.
     num_tokens : int64 [L]
         Tokens added.
     counts : int64 [L, E]
@@ -416,13 +422,13 @@ class RoutingStats:
         return alpha * compute_squared_variation(self._importance * UNIT)
 
     def starving_experts(self, below: float = STARVING) -> list[list[int]]:
-        """For each layer, the experts with less than `below` times an even load."""
+        """Return for each layer the experts with less than `below` times an even load."""
         return [np.flatnonzero(row < below).tolist() for row in self.load * self.config.num_experts]
 
     def dominating_experts(self, above: float = DOMINATING) -> list[list[int]]:
-        """For each layer, the experts with more than `above` times an even load.
+        """Return for each layer the experts with more than `above` times an even load.
 
-        Or those that 90 % of the tokens choose, where tokens do not choose all experts.
+        Experts that 90 % of the tokens choose count too, unless tokens choose all experts.
         """
         relative = self.load * self.config.num_experts
         dominates = relative > above
@@ -431,7 +437,7 @@ class RoutingStats:
         return [np.flatnonzero(row).tolist() for row in dominates]
 
     def describe(self) -> str:
-        """Each layer in words: how even its load is, and which experts starve or dominate.
+        """Describe each layer in words: how even its load is, which experts starve or dominate.
 
         An expert starves with less than a quarter of an even load, and dominates with more than
         three times as much or if 90 % of the tokens choose it.
@@ -473,7 +479,7 @@ class RoutingStats:
             yield "; ".join(parts)
 
     def summary(self) -> list[dict[str, Any]]:
-        """The statistics in plain values, a dict a layer; `None` where there is no number.
+        """Return the statistics as plain values, one dict per layer; `None` for no number.
 
         Examples
         --------
@@ -509,7 +515,7 @@ class RoutingStats:
         ]
 
     def to_frame(self) -> DataFrame:
-        """The numbers of `summary` as a pandas data frame, one row a layer.
+        """Return the numbers of `summary` as a pandas data frame, one row per layer.
 
         Raises
         ------
@@ -525,7 +531,7 @@ class RoutingStats:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The statistics in plain values, as JSON has them: their sums are exact integers.
+        """Return the statistics as plain values that JSON can hold; sums are exact integers.
 
         Examples
         --------
@@ -549,12 +555,12 @@ class RoutingStats:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoutingStats:
-        """The statistics that `to_dict` gave, or that `moe-fast route --json` printed.
+        """Create statistics from the result of `to_dict`, or from what `route --json` printed.
 
         Raises
         ------
         TypeError, MoeConfigError
-            A key that is missing or unknown, or values that make no statistics.
+            If a key is missing or unknown, or the values are not those of statistics.
         """
         values = without_version(values)
         check_keys(values, (*KEYS, "layers"), KEYS, cls.__name__)
@@ -718,13 +724,14 @@ def plan_capacity(
     threads: int | None = None,
     **options: Unpack[RoutingOptions],
 ) -> Float64:
-    """The share of choices that each capacity factor would drop.
+    """Compute the share of choices that each capacity factor would drop.
 
     Parameters
     ----------
     source : array_like of shape (T, E), or RoutingStats
-        Logits, routed once for all factors. Or statistics: then every layer counts as one batch of
-        all its tokens, which is the least that can be dropped, since smaller batches vary more.
+        Logits, which are routed once for all factors, or statistics. With statistics, each layer
+        counts as one batch of all its tokens. Smaller batches mostly drop more, as their loads vary
+        more.
     capacity_factors : sequence of float
         F factors.
     config : MoeConfig or Router
@@ -740,6 +747,14 @@ def plan_capacity(
     -------
     ndarray of float64, shape (F,), or (L, F) for statistics
         The share of the T * k choices; for Switch that is the share of tokens.
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        If an argument has the wrong type or is out of range, or tokens are routed by expert choice,
+        which drops nothing.
+    RoutingError
+        As for `route`.
 
     Examples
     --------
@@ -783,16 +798,28 @@ def refuse_expert_choice(config: MoeConfig) -> None:
 def update_selection_bias(
     selection_bias: npt.ArrayLike, tokens_per_expert: npt.ArrayLike, update_rate: float = 1e-3
 ) -> Float64:
-    """The bias for the next step: `b + u * sign(mean(counts) - counts)` (DeepSeek-V3).
+    """Compute the selection bias of the next step from the load of this one.
+
+    The result is `b + u * sign(mean(counts) - counts)`, the loss-free balancing of Wang et al. 2024
+    (arXiv 2408.15664) and DeepSeek-V3 (arXiv 2412.19437).
 
     Parameters
     ----------
     selection_bias : array_like, shape (E,)
-        The bias that was routed with. Torch tensors on the CPU are taken too.
+        b, the bias of this step. Torch tensors on the CPU are accepted too.
     tokens_per_expert : array_like of int, shape (E,)
-        How many tokens chose each expert, before any was dropped.
+        The number of tokens that chose each expert, before any was dropped.
     update_rate : float
-        u.
+        u, at least 0.
+
+    Returns
+    -------
+    ndarray of float64, shape (E,)
+
+    Raises
+    ------
+    TypeError, MoeConfigError
+        If the arrays do not hold numbers or differ in shape, or `update_rate` is negative.
 
     Examples
     --------
@@ -800,12 +827,23 @@ def update_selection_bias(
     >>> update_selection_bias([0.0, 0.0, 0.0], [10, 20, 30])
     array([ 0.001,  0.   , -0.001])
     """
-    bias = widen_bfloat16(as_array(selection_bias, "selection_bias")).astype(np.float64)
-    counts = widen_bfloat16(as_array(tokens_per_expert, "tokens_per_expert"))
+    bias = as_real(selection_bias, "selection_bias").astype(np.float64)
+    counts = as_real(tokens_per_expert, "tokens_per_expert")
     if bias.ndim != 1 or bias.shape != counts.shape:
         raise MoeConfigError(
             "selection_bias and tokens_per_expert must both have the shape (num_experts,), "
             f"got {bias.shape} and {counts.shape}"
         )
+    rate = as_number(update_rate, "update_rate")
+    if not 0 <= rate < math.inf:
+        raise MoeConfigError(f"must be at least 0 and finite, got {rate}", argument="update_rate")
     too_few: Float64 = np.sign(counts.mean() - counts)
-    return bias + as_number(update_rate, "update_rate") * too_few
+    return bias + rate * too_few
+
+
+def as_real(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """The argument `name` as an array of integers or floats."""
+    array = widen_bfloat16(as_array(values, name))
+    if array.dtype.kind not in "iuf":
+        raise ArgumentTypeError(f"must be numbers, got the dtype {array.dtype}", argument=name)
+    return array

@@ -48,7 +48,9 @@ def compute_gate_weights(
     remove_base: bool = False,
     transpose: bool = False,
 ) -> npt.NDArray[Any]:
-    """Router weights of one layer, shape `(hidden_dim, num_experts)`.
+    """Compute the initial router weights of one layer, shape `(hidden_dim, num_experts)`.
+
+    They equal those of the reference library, bit for bit (`docs/router-weights.md`).
 
     Parameters
     ----------
@@ -62,28 +64,34 @@ def compute_gate_weights(
         float64, float32, float16 or bfloat16 (`ml_dtypes.bfloat16` or `"bfloat16"`): the float64
         value rounded once, to nearest, ties to even. By default that of `out`, or float64.
     layer : int
-        Layers take consecutive stretches of one stream of draws; layer 0 is the reference's.
+        The number of the layer, from 0. Layers take consecutive parts of one stream of draws; the
+        reference library has only layer 0.
     rows : (int, int), optional
-        `(start, stop)`: only `result[start:stop]`, without making the rest.
+        `(start, stop)`: compute only `result[start:stop]`.
     out : ndarray, optional
-        Written to and returned: C-contiguous, writable, of the result's shape and dtype.
+        The array to write to and return: C-contiguous, writable, of the result's shape and dtype.
     threads : int, optional
         By default `MOE_FAST_NUM_THREADS`, or 1. The result does not depend on it.
     full_range : bool
-        Draws fill `[-scale, scale]`, or `[-p, p]`, where the reference's fill the lower half.
+        Draw from `[-scale, scale]` or `[-p, p]`, of which the reference fills the lower half.
     remove_base : bool
-        Leave out the `1 / num_experts`, which no softmax over the experts sees.
+        Leave out the constant `1 / num_experts`, which does not change a softmax over the experts.
     transpose : bool
-        Shape `(num_experts, hidden_dim)`, as checkpoints store it.
+        Return the shape `(num_experts, hidden_dim)`, as checkpoints store it.
+
+    Returns
+    -------
+    ndarray of `dtype`, shape (hidden_dim, num_experts)
+        With `transpose`, (num_experts, hidden_dim); with `rows`, `stop - start` rows of it.
 
     Raises
     ------
     TypeError, MoeConfigError
-        An argument of the wrong type or out of range, or an `out` that does not fit.
+        If an argument has the wrong type or is out of range, or `out` does not fit.
     ImportError
-        `"bfloat16"` where `ml_dtypes` is not installed.
+        If the dtype is `"bfloat16"` and `ml_dtypes` is not installed.
     MemoryError
-        A result that does not fit into memory.
+        If the result does not fit into memory.
 
     Examples
     --------
@@ -116,10 +124,15 @@ def compute_router_weights(
     remove_base: bool = False,
     transpose: bool = False,
 ) -> npt.NDArray[Any]:
-    """Router weights of layers `layer` to `layer + num_layers`, stacked along a new first axis.
+    """Compute the initial router weights of several layers, stacked along a new first axis.
 
-    `result[i]` is `compute_gate_weights(..., layer=layer + i)`, whose arguments these are:
-    `hidden_size` is its `hidden_dim`.
+    `result[i]` is `compute_gate_weights(..., layer=layer + i)`, for `i` from 0 to `num_layers - 1`.
+    `hidden_size` is its `hidden_dim`; the other arguments and errors are the same.
+
+    Returns
+    -------
+    ndarray of `dtype`, shape (num_layers, hidden_size, num_experts)
+        With `transpose`, (num_layers, num_experts, hidden_size).
 
     Examples
     --------

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moe_fast.checks import as_path
 from moe_fast.dtypes import DTYPE_CODES
-from moe_fast.errors import MoeConfigError
+from moe_fast.errors import ArgumentTypeError, MoeConfigError
 from moe_fast.single_file import check_place, whole_file
 from moe_fast.storage.safetensors_header import header_bytes
 from moe_fast.storage.tensors import FORMAT
@@ -21,27 +21,52 @@ __all__ = ["write_router_weights"]
 def write_router_weights(
     path: str | os.PathLike[str], weights: npt.NDArray[Any], *, overwrite: bool = False
 ) -> int:
-    """Write router weights of shape `(num_layers, rows, columns)`; return the bytes of the file.
+    """Write router weights to a file.
 
-    A `.npy` file holds the array, a `.safetensors` file one tensor a layer, `layers.N.gate.weight`.
+    A `.npy` file holds the array, a `.safetensors` file one tensor per layer, named
+    `layers.0.gate.weight` and so on.
+
+    Parameters
+    ----------
+    path : path
+        The file to write, which ends in `.npy` or `.safetensors`.
+    weights : ndarray of float64, float32, float16 or bfloat16, shape (num_layers, rows, columns)
+        The weights, as `compute_router_weights` returns them.
+    overwrite : bool
+        Whether to replace an existing file.
+
+    Returns
+    -------
+    int
+        The size of the file in bytes.
 
     Raises
     ------
-    MoeConfigError
-        For a path of another ending, or bfloat16 in a `.npy` file, which NumPy could not read back.
+    TypeError, MoeConfigError
+        If `weights` is not such an array, `path` has another ending, or bfloat16 is to be written
+        to a `.npy` file, from which NumPy could not read it.
     CheckpointError
-        For a file that exists, or a place that cannot be written.
+        If the file exists, or cannot be written where it is.
+    OSError
+        If the disk is full. An existing file is then unchanged.
 
     Examples
     --------
-    >>> from moe_fast import compute_router_weights
-    >>> from moe_fast.routing.weights_file import write_router_weights
+    >>> from moe_fast import compute_router_weights, write_router_weights
     >>> import tempfile
     >>> weights = compute_router_weights(2, 64, 8, dtype="float32", transpose=True)
     >>> write_router_weights(tempfile.mkdtemp() + "/routers.npy", weights)
     4224
     """
     path = as_path(path, "path")
+    if not isinstance(weights, np.ndarray) or weights.dtype.name not in DTYPE_CODES:
+        kind = getattr(weights, "dtype", type(weights).__name__)
+        raise ArgumentTypeError(f"must be an array of floats, got {kind}", argument="weights")
+    if weights.ndim != 3:
+        raise MoeConfigError(
+            f"must have the shape (num_layers, rows, columns), got {weights.shape}",
+            argument="weights",
+        )
     if path.suffix not in (".npy", ".safetensors"):
         raise MoeConfigError(
             f"must end in .npy or .safetensors, got {str(path)!r}", argument="path"
