@@ -285,3 +285,9 @@ def test_curves_are_lines_that_the_legend_names():
 def test_a_curve_that_is_none_is_named(curve, message):
     with pytest.raises(MoeConfigError, match=message):
         plot_curves({"dense": curve})
+
+
+def test_no_curve_is_yellow_on_white():
+    ax = plot_curves({str(number): [[0, 1], [2, 3]] for number in range(7)})
+    assert len({line.get_color() for line in ax.lines}) == 7
+    assert "#f0e442" not in {line.get_color() for line in ax.lines}

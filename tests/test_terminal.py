@@ -169,3 +169,41 @@ def test_a_bar_appears_with_the_first_bytes(monkeypatch):
         assert written.getvalue() == ""
         progress(1, 2)
     assert "writing" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("gates", "--help"),
+        ("gates", "--nothing"),
+        ("nothing",),
+        ("check", "moe"),
+        ("build", "dense-0", "-o", "new", "--dry-run", "--routers", "uniform"),
+        ("build", "nowhere", "-o", "new"),
+    ],
+    ids=" ".join,
+)
+def test_colours_can_be_read_on_white(folder, arguments):
+    """Yellow, cyan and white cannot, as text in the colours that terminals name."""
+    environment = os.environ | {"COLUMNS": "100", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_fast", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
+    )
+    codes = re.findall(r"\x1b\[([0-9;]+)m", done.stdout + done.stderr)
+    assert codes
+    assert not {n for code in codes for n in code.split(";")} & {"33", "36", "37", "93", "96", "97"}
+
+
+def test_numbers_beside_a_bar_can_be_read_on_white():
+    from moe_fast.command.terminal import Output
+
+    console = Output("stderr").console
+    for name in ("download", "data.speed", "remaining"):
+        assert console.get_style(f"progress.{name}").color is None

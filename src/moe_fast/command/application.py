@@ -18,6 +18,21 @@ from moe_fast.command.declaration import (
     Parameter,
 )
 
+# typer's own colours are cyan and yellow, which cannot be read on a light background. Its versions
+# name them differently.
+STYLES_OF_HELP = {
+    "STYLE_COMMANDS_TABLE_FIRST_COLUMN": "bold",
+    "STYLE_METAVAR": "",
+    "STYLE_METAVAR_APPEND": "dim",
+    "STYLE_NEGATIVE_OPTION": "bold",
+    "STYLE_NEGATIVE_SWITCH": "bold",
+    "STYLE_OPTION": "bold",
+    "STYLE_OPTION_ENVVAR": "dim",
+    "STYLE_SWITCH": "bold",
+    "STYLE_TYPES": "",
+    "STYLE_USAGE": "",
+}
+
 
 class PlainFlags:
     """Shows flags without the `<bool>` that reads as if a value were needed."""
@@ -134,6 +149,14 @@ def version(
     ] = False,
 ) -> None:
     pass
+
+
+def use_readable_styles() -> None:
+    """Set the styles of help and of errors; this loads rich, which completion does without."""
+    from typer import rich_utils
+
+    for name, style in STYLES_OF_HELP.items():
+        setattr(rich_utils, name, style)
 
 
 def application_for(arguments: Sequence[str]) -> typer.Typer:

@@ -21,12 +21,17 @@ def run_command(arguments: Sequence[str]) -> None:
             defaults = {each.name: each.default for each in command.parameters}
             command(defaults | values, frozenset(values))
             return
-    from moe_fast.command.application import application_for
+    from moe_fast.command.application import application_for, use_readable_styles
 
+    if not completes():
+        use_readable_styles()
     application_for(arguments)()
 
 
 def asks_typer(arguments: Sequence[str]) -> bool:
     """Whether the shell asks for completion, or Windows left patterns for the program to expand."""
-    completes = any(name.endswith("_COMPLETE") for name in os.environ)
-    return completes or (os.name == "nt" and any(set("*?[~$%") & set(a) for a in arguments))
+    return completes() or (os.name == "nt" and any(set("*?[~$%") & set(a) for a in arguments))
+
+
+def completes() -> bool:
+    return any(name.endswith("_COMPLETE") for name in os.environ)

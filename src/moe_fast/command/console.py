@@ -40,7 +40,7 @@ MOST_PROBLEMS = 10
 MOST_LINES = 100
 MOST_FILES = 12
 LONGEST_NAME = 200  # of a family or a class that config.json names
-STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "yellow"}
+STATUS_STYLES = {"passed": "green", "failed": "red", "not possible": "magenta"}
 
 
 def say(text: str) -> None:
@@ -48,7 +48,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    error_output.print(f"warning: {text}", style="yellow")
+    error_output.print(f"warning: {text}", label=(len("warning:"), "magenta"))
 
 
 def complain(text: str) -> None:

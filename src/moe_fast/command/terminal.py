@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, TextIO
 
-STYLES = {"bold": "1", "red": "31", "green": "32", "yellow": "33"}
+# Of the colours that terminals name, yellow, cyan and white cannot be read on a light background,
+# and blue not on a dark one.
+STYLES = {"bold": "1", "red": "31", "green": "32", "magenta": "35"}
 NO_LIMIT = 10_000  # characters of a line: nothing is wrapped in a file or a pipe
 
 
@@ -51,8 +53,11 @@ class Output:
     def console(self) -> Any:
         """The same of rich."""
         from rich.console import Console
+        from rich.theme import Theme
 
-        return Console(stderr=self.name == "stderr", width=self.width)
+        numbers = ("download", "data.speed", "remaining")
+        theme = Theme({f"progress.{name}": "none" for name in numbers})
+        return Console(stderr=self.name == "stderr", width=self.width, theme=theme)
 
     def print(
         self,

@@ -31,6 +31,8 @@ __all__ = [
     "plot_router_similarity",
     "save_load_picture",
 ]
+# Without the yellow, which is hard to see as a line on white.
+LINE_COLORS = ("black", *(color for color in MODEL_COLORS if color != "#f0e442"))
 FONT_SIZE = 7.0
 POINTS_PER_INCH = 72.0
 DASHES = ("-", "--", "-.", ":")
@@ -209,7 +211,7 @@ def plot_curves(
             )
     ax = axes_for(ax, (10, 10))
     for number, (name, points) in enumerate(arrays.items()):
-        color = "black" if number == 0 else MODEL_COLORS[(number - 1) % len(MODEL_COLORS)]
+        color = LINE_COLORS[number % len(LINE_COLORS)]
         ax.plot(*points, DASHES[number % len(DASHES)], color=color, label=name, linewidth=1.4)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=FONT_SIZE)
