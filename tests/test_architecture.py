@@ -68,6 +68,21 @@ def test_every_file_stands_in_a_room():
         assert (SOURCE / room).exists(), room
 
 
+def test_every_file_is_named_in_its_room():
+    """Those of one maker's models apart, which the page counts as one."""
+    section = PAGE.read_text(encoding="utf-8").partition("Inside the rooms")[2]
+    rooms = re.findall(r"^- \*\*`(\w+)/`\*\*(.*(?:\n  .*)*)", section, re.MULTILINE)
+    named = {room: set(re.findall(r"`(\w+)\.py`", text)) for room, text in rooms}
+    for name, file in MODULES.items():
+        room, _, stem = name.partition(".")
+        makers = re.compile("^(DENSE|MOE|EXPERTS) ?[:=]", re.MULTILINE)
+        if room == "families" and makers.search(file.read_text(encoding="utf-8")):
+            continue
+        assert not stem or stem.startswith("_") or stem in named[room], f"{name} is not named"
+    absent = {f"{room}.{stem}" for room, stems in named.items() for stem in stems} - set(MODULES)
+    assert not absent
+
+
 def test_imports_go_down_the_floors():
     floor_of = {
         room.removesuffix(".py"): number
