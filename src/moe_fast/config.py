@@ -95,7 +95,7 @@ class MoeConfig:
         Experts per layer, at least 1.
     num_experts_per_tok : int, optional
         Experts per token, from 1 to `num_experts`. By default 2; in builds with a `granularity`,
-        as many experts as one whole copy has.
+        as many experts as one whole copy has. `"switch_transformer"` requires 1.
     routing_method : RoutingMethod or str
         `"top_k"`, `"switch_transformer"` or `"expert_choice"`.
     gate_hidden_dim : int, optional

@@ -570,6 +570,10 @@ def plan_moe_construction(
         The number of experts that each feed-forward network is split into. Expert `e` is a shard
         of copy `e // granularity`, which comes from model `e // granularity % num_models`.
 
+    Returns
+    -------
+    MoeConstructionPlan
+
     Raises
     ------
     TypeError

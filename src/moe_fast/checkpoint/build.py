@@ -432,6 +432,10 @@ def design_moe(
     routers are made from prompts or texts; each tensor's bytes are read or computed when they are
     requested.
 
+    Returns
+    -------
+    Design
+
     Raises
     ------
     CheckpointError, TypeError, MoeConfigError

@@ -58,7 +58,7 @@ class OperationReport(Report):
     seconds : float
         Time that the operation took.
     readers : tuple of Reader
-        The programs that load checkpoints, and whether they load the output.
+        The programs that load MoEs, and whether they load the output; empty for a dense model.
     dry_run : bool
         Whether nothing was written.
     warnings : tuple of str

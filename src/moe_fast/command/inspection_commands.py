@@ -168,7 +168,7 @@ def report(
     call: Call,
     *,
     model: Annotated[
-        Path, Argument(metavar="MODEL", help="A folder with an MoE, made by any tool.")
+        Path, Argument(metavar="MODEL", help="A folder with any model, MoE or dense.")
     ],
     output: Annotated[
         Path | None,

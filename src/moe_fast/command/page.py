@@ -93,7 +93,7 @@ def write_report(
     tokens_used: int | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Write one HTML page about an MoE checkpoint, made by any tool.
+    """Write one HTML page about a checkpoint, MoE or dense, made by any tool.
 
     Headers and routers are read; experts only to run texts.
 
@@ -118,7 +118,8 @@ def write_report(
     Raises
     ------
     CheckpointError
-        If the folder contains no MoE, or `output` exists and is not a report or cannot be written.
+        If the folder contains no model, or `output` exists and is not a report or cannot be
+        written.
     OSError
         If the disk is full. An earlier report is then unchanged.
 

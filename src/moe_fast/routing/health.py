@@ -93,9 +93,9 @@ def predict_load(
     Raises
     ------
     MoeConfigError
-        Shapes that do not fit each other, no token, or a number that is not finite.
+        If the shapes do not fit each other, there is no token, or a number is not finite.
     RoutingError
-        Numbers so large that their logits are beyond float32.
+        If numbers are so large that their logits are beyond float32.
 
     Examples
     --------

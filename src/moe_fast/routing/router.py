@@ -51,7 +51,7 @@ class Router:
     Raises
     ------
     TypeError, MoeConfigError
-        An argument of the wrong type, out of range, or without a meaning for the method.
+        If an argument has the wrong type, is out of range, or has no meaning for the method.
 
     Examples
     --------
@@ -184,7 +184,7 @@ def route(
         CPU are read where they are, whether they require gradients or not.
     config : MoeConfig
         `num_experts` is E. `num_experts_per_tok` is k: the experts of a token, for expert choice
-        on average. Switch takes 1.
+        on average. Switch requires 1.
     scores : "softmax" or "sigmoid"
         The function that turns logits into scores: softmax over the experts (Shazeer et al. 2017)
         or sigmoid of each logit (DeepSeek-V3, arXiv 2412.19437).
@@ -222,10 +222,10 @@ def route(
     Raises
     ------
     TypeError, MoeConfigError
-        An argument of the wrong type, out of range, or without a meaning for the method.
+        If an argument has the wrong type, is out of range, or has no meaning for the method.
     RoutingError
-        Logits of the wrong shape, on another device, or with a NaN: the message names the first
-        token that has one.
+        If logits have the wrong shape, are on another device, or contain a NaN; the message names
+        the first token that has one.
 
     See Also
     --------

@@ -237,7 +237,7 @@ class RoutingStats:
         Raises
         ------
         TypeError, MoeConfigError
-            An argument of the wrong type or out of range.
+            If an argument has the wrong type or is out of range.
         RoutingError
             As for `route`. Nothing has been added then.
         """
