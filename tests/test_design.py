@@ -163,6 +163,8 @@ def test_wrong_names_and_rows(tmp_path):
         design.shape("lm_hat.weight")
     with pytest.raises(MoeConfigError, match=r"rows must be a slice of the first axis, step 1"):
         design.read("model.norm.weight", slice(0, 4, 2))
+    with pytest.raises(TypeError, match=r"rows must be a slice, such as slice\(0, 2\), got 3"):
+        design.read("model.norm.weight", 3)
 
 
 def test_a_request_of_no_operation():

@@ -27,7 +27,7 @@ from moe_fast.checkpoint.output import (
 from moe_fast.checks import as_path
 from moe_fast.config import Dtype
 from moe_fast.dtypes import DTYPE_CODES, DTYPE_NAMES, as_stored_dtype
-from moe_fast.errors import CheckpointError, MoeConfigError
+from moe_fast.errors import ArgumentTypeError, CheckpointError, MoeConfigError
 from moe_fast.records import dataclass
 from moe_fast.request import DEFAULT_SHARD_SIZE, ModelPath, Request
 from moe_fast.storage.files import SourceFile
@@ -124,7 +124,7 @@ class Design:
 
         Raises
         ------
-        MoeConfigError
+        TypeError, MoeConfigError
             If there is no such tensor, or `rows` is not a slice of its first axis.
         CheckpointError
             If a source has changed since.
@@ -156,6 +156,10 @@ class Design:
     def shape_of_rows(self, weight: Weight, rows: slice | None) -> tuple[int, ...]:
         if rows is None:
             return weight.shape
+        if not isinstance(rows, slice):
+            raise ArgumentTypeError(
+                f"must be a slice, such as slice(0, 2), got {rows!r}", argument="rows"
+            )
         if not weight.shape or rows.step not in (None, 1):
             raise MoeConfigError(
                 f"must be a slice of the first axis, step 1, got {rows}", argument="rows"

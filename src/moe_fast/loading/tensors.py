@@ -31,10 +31,17 @@ def read(design: Design, name: str, rows: slice | None = None) -> Tensor:
     rows : slice, optional
         Rows along the first axis, with a step of 1.
 
+    Returns
+    -------
+    Tensor
+        On the CPU, in the dtype of the design.
+
     Raises
     ------
+    TypeError, MoeConfigError
+        If there is no such tensor, or `rows` is not a slice of its first axis.
     CheckpointError
-        If there is no such tensor, or a source has changed since the design was made.
+        If a source has changed since the design was made.
 
     Examples
     --------
