@@ -34,7 +34,7 @@ __all__ = ["RoutingTensors", "huggingface_load_balancing_loss", "load_into", "re
 
 
 class RoutingTensors:
-    """A routing as tensors, and the losses of its router. `route` makes it.
+    """The result of `route` as tensors, and the losses of its router.
 
     The tensors share the memory of the arrays in `routing`, which has everything that is not here.
     All losses are scalars with the dtype of `weights`. Like those of the reference implementations,
@@ -43,7 +43,7 @@ class RoutingTensors:
     Attributes
     ----------
     routing : Routing
-        The same without gradients.
+        What `moe_fast.route` returns for the same logits: arrays, without gradients.
     weights : Tensor, shape (T, k), for expert choice (E, C)
         Differentiable by the logits, once. float64 for float64 logits, float32 for all others. 0.0
         where the expert was full.
@@ -174,9 +174,9 @@ def route(
     Raises
     ------
     TypeError, MoeConfigError
-        An argument of the wrong type, out of range, or without a meaning for the method.
+        If an argument has the wrong type, is out of range, or means nothing for the method.
     RoutingError
-        Logits of the wrong shape, on another device, or a NaN among them.
+        If the logits have the wrong shape, are on another device, or hold a NaN.
 
     Notes
     -----
@@ -215,10 +215,22 @@ def huggingface_load_balancing_loss(
 
     All layers are pooled as one, and f is not divided by k: `alpha * k` where the load is even.
 
+    Parameters
+    ----------
+    routings : sequence of RoutingTensors
+        One for each layer, all to the same number of experts.
+    alpha : float
+        Multiplies the loss: `router_aux_loss_coef` in config.json.
+
+    Returns
+    -------
+    Tensor
+        A scalar, differentiable by the logits of all layers.
+
     Raises
     ------
     MoeConfigError
-        No routing, or routings to different numbers of experts.
+        If there is no routing, or if they are to different numbers of experts.
 
     Examples
     --------

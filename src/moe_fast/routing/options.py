@@ -143,7 +143,7 @@ def make_rule(
     Raises
     ------
     TypeError, MoeConfigError
-        An option of the wrong type, out of range, or without a meaning for the method.
+        If an option has the wrong type, is out of range, or means nothing for the method.
     """
     if not isinstance(config, MoeConfig):
         raise ArgumentTypeError(f"must be a MoeConfig, got {config!r}", argument="config")
