@@ -20,10 +20,11 @@ import moe_fast
 from command import run
 from moe_fast import CheckpointError, make_dense_model, score_experts, write_report
 from moe_fast.command.examples import copy_examples
+from moe_fast.command.outcome import describe_os_error
 from moe_fast.demo import make_demo
 from moe_fast.drawing.plotting import save_load_picture
 from moe_fast.routing.weights_file import write_router_weights
-from moe_fast.single_file import check_place, describe, map_new_file, whole_file
+from moe_fast.single_file import check_place, map_new_file, whole_file
 
 SOURCE = Path(moe_fast.__file__).parent
 LOAD = np.array([[1, 2], [2, 1]])
@@ -90,6 +91,8 @@ def test_what_stood_there_stays_until_the_new_file_is_whole(tmp_path):
     assert told.value.filename == str(link)
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         break_off(file, KeyboardInterrupt("stopped"))
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        break_off(tmp_path / "new" / "folder" / "file", KeyboardInterrupt("stopped"))
     assert file.read_text() == "mine"
     with whole_file(link) as stream:
         stream.write(b"new")
@@ -155,10 +158,10 @@ def test_models_and_examples_are_written_whole(tmp_path, monkeypatch):
 
 def test_errors_of_the_system_are_told_by_file():
     full = OSError(errno.ENOSPC, "No space", "a", None, "b")
-    assert describe(full) == "a -> b: No space; make room, or choose another disk"
-    assert describe(OSError(errno.EACCES, "Closed", "a")) == "a: Closed"
-    assert describe(OSError(errno.EACCES, "Closed")) == "Closed"
-    assert describe(OSError("of its own kind")) == "of its own kind"
+    assert describe_os_error(full) == "a -> b: No space; make room, or choose another disk"
+    assert describe_os_error(OSError(errno.EACCES, "Closed", "a")) == "a: Closed"
+    assert describe_os_error(OSError(errno.EACCES, "Closed")) == "Closed"
+    assert describe_os_error(OSError("of its own kind")) == "of its own kind"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the blocks of files")

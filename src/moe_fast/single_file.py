@@ -18,7 +18,6 @@ from moe_fast.errors import CheckpointError
 
 CHUNK = 1024 * 1024
 NO_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_place(file: Path, *, overwrite: bool) -> None:
@@ -60,9 +59,10 @@ def existing_parent(path: Path) -> Path:
 def whole_file(file: Path) -> Iterator[IO[bytes]]:
     """A stream of bytes that becomes `file` when all are written; its folder is made if need be.
 
-    On any error, what stood at `file` stays. An error of the system names `file`.
+    On any error, what stood at `file` stays, and nothing else. An error of the system names `file`.
     """
     place = Path(os.path.realpath(file))
+    there = existing_parent(place)
     growing = place.with_name(f".{place.name}.{os.urandom(8).hex()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,9 @@ def whole_file(file: Path) -> Iterator[IO[bytes]]:
         growing.replace(place)
     except BaseException as error:
         with suppress(OSError):
-            growing.unlink()
+            growing.unlink(missing_ok=True)
+            for folder in place.parents[: place.parents.index(there)]:
+                folder.rmdir()
         if isinstance(error, OSError) and error.filename in (None, os.fspath(growing)):
             error.filename, error.filename2 = os.fspath(file), None
         raise
@@ -108,12 +110,3 @@ def reserve(stream: FileIO, size: int) -> None:
     zeros = memoryview(bytes(min(size, CHUNK)))
     while size:
         size -= stream.write(zeros[:size])
-
-
-def describe(error: OSError) -> str:
-    """An error of the system as a message: the file, and what is wrong with it."""
-    if error.strerror is None:
-        return str(error)
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
-    advice = "; make room, or choose another disk" if error.errno in FULL else ""
-    return ": ".join([*([" -> ".join(names)] if names else []), f"{error.strerror}{advice}"])

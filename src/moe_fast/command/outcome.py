@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from moe_fast.command.console import (
-    complain,
-)
+from moe_fast.command.console import complain
 from moe_fast.command.declaration import Call
 from moe_fast.command.options import in_options, is_about_option, option_names
 from moe_fast.errors import MoeFastError, list_problems
 from moe_fast.reports import Report, json_document
-from moe_fast.single_file import describe
 
 AnyReport = TypeVar("AnyReport", bound=Report)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def show(report: AnyReport, as_table: Callable[[AnyReport], None], as_json: bool) -> None:
@@ -45,7 +45,7 @@ def reported_errors(call: Call, in_recipe: Sequence[str] = (), **called: str) ->
         complain(f"error: {list_problems(problems)}")
         fail(error, 2 if any(is_about_option(each, options) for each in error.problems) else 1)
     except (ImportError, MemoryError, OSError) as error:
-        complain(f"error: {describe(error) if isinstance(error, OSError) else error}")
+        complain(f"error: {describe_os_error(error) if isinstance(error, OSError) else error}")
         fail(error, 1)
     except KeyboardInterrupt as error:
         complain("interrupted")
@@ -56,3 +56,12 @@ def fail(error: BaseException, code: int) -> NoReturn:
     for note in getattr(error, "__notes__", ()):
         complain(note)
     raise SystemExit(code) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the system as a message: the file, and what is wrong with it."""
+    if error.strerror is None:
+        return str(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    advice = "; make room, or choose another disk" if error.errno in FULL else ""
+    return ": ".join([*([" -> ".join(names)] if names else []), f"{error.strerror}{advice}"])
