@@ -1,8 +1,9 @@
-"""What one of several processes does: load shards from a design, compare them with a build.
+"""What one of several processes does: load shards from designs, compare them with builds.
 
-    torchrun --standalone --nproc-per-node 2 sharded.py WAY DENSE EXPERTS [BUILT]
+    torchrun --standalone --nproc-per-node 2 sharded.py JOBS.json
 
-Prints, as JSON, the bytes that the process has read while loading and those that it holds.
+`JOBS.json` lists `[way, dense, number of experts, built or null]`. Prints for each, as JSON, the
+bytes that the process has read while loading and those that it holds.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ def compare(model: PreTrainedModel, built: str) -> None:
         torch.testing.assert_close(logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def main(way: str, dense: str, num_experts: str, built: str | None = None) -> None:
-    dist.init_process_group("gloo")
-    design = design_moe(dense, MoeConfig(int(num_experts)))
+def load(job: int, way: str, dense: str, num_experts: int, built: str | None) -> None:
+    design = design_moe(dense, MoeConfig(num_experts))
     config = AutoConfig.for_model(**design.config)
     # transformers shards before it ties; FSDP2 alone wants what is tied to be so before.
     with torch.device("meta"):
@@ -87,9 +87,12 @@ def main(way: str, dense: str, num_experts: str, built: str | None = None) -> No
     held = sum(part.numel() * part.dtype.itemsize for part in parts)
     if built is not None:
         compare(model, built)
-    print(json.dumps({"rank": dist.get_rank(), "read": read, "held": held}), flush=True)
-    dist.destroy_process_group()
+    printed = {"job": job, "rank": dist.get_rank(), "read": read, "held": held}
+    print(json.dumps(printed), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    dist.init_process_group("gloo")
+    for job, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        load(job, *arguments)
+    dist.destroy_process_group()

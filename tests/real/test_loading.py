@@ -299,12 +299,40 @@ def test_buffers_that_have_memory_stay(tmp_path):
     assert torch.equal(model.angles, torch.full((3,), 7.0))
 
 
-def run_sharded(way, dense, num_experts, *built, processes=2):
+# Three experts and 97 words on two processes: uneven shards.
+SHARDED = [
+    ("rows", 3, 97, False),
+    ("rows", 4, 96, True),
+    ("columns", 4, 96, False),
+    ("experts", 4, 96, False),
+    ("experts", 4, 96, True),
+    ("tensors", 4, 96, True),
+]
+SHARDED_SMOLLM2 = ["rows", "columns"]
+
+
+@pytest.fixture(scope="module")
+def ranks(smollm2, tmp_path_factory):
+    """What two processes held and read of each model, and the bytes of its file or `None`.
+
+    The same two load them all, because starting them takes longer than that.
+    """
+    scratch = tmp_path_factory.mktemp("sharded")
+    jobs, sizes = [], []
+    for i, (way, num_experts, words, tied) in enumerate(SHARDED):
+        dense, built = scratch / f"dense{i}", scratch / f"built{i}"
+        make_model(dense, "qwen3", vocab_size=words, tie_word_embeddings=tied, eos_token_id=1)
+        design_moe(dense, MoeConfig(num_experts)).write(built)
+        jobs.append([way, str(dense), num_experts, str(built)])
+        sizes.append((built / "model.safetensors").stat().st_size)
+    jobs += [[way, str(smollm2), CONFIG.num_experts, None] for way in SHARDED_SMOLLM2]
+    sizes += [None for _ in SHARDED_SMOLLM2]
+    (scratch / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={processes}", Path(__file__).with_name("sharded.py")),
-            *map(str, (way, dense, num_experts, *built)),
+            *("--nproc-per-node=2", Path(__file__).with_name("sharded.py")),
+            scratch / "jobs.json",
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -312,40 +340,28 @@ def run_sharded(way, dense, num_experts, *built, processes=2):
     )
     assert done.returncode == 0, done.stderr
     # What two processes print may stand in one line.
-    ranks = [json.loads(printed) for printed in re.findall(r"\{.*?\}", done.stdout)]
-    assert sorted(rank["rank"] for rank in ranks) == list(range(processes))
-    return ranks
-
-
-# Three experts and 97 words on two processes: uneven shards.
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("way", "num_experts", "words", "tied"),
-    [
-        ("rows", 3, 97, False),
-        ("rows", 4, 96, True),
-        ("columns", 4, 96, False),
-        ("experts", 4, 96, False),
-        ("experts", 4, 96, True),
-        ("tensors", 4, 96, True),
-    ],
-)
-def test_shards_of_two_processes_make_the_whole(way, num_experts, words, tied, tmp_path):
-    dense = make_model(
-        tmp_path / "dense", "qwen3", vocab_size=words, tie_word_embeddings=tied, eos_token_id=1
-    )
-    design_moe(dense, MoeConfig(num_experts)).write(tmp_path / "built")
-    first, second = run_sharded(way, dense, num_experts, tmp_path / "built")
-    assert (
-        first["held"] + second["held"] < 1.3 * (tmp_path / "built/model.safetensors").stat().st_size
-    )
+    printed = [json.loads(each) for each in re.findall(r"\{.*?\}", done.stdout)]
+    found = []
+    for job, size in enumerate(sizes):
+        two = [rank for rank in printed if rank["job"] == job]
+        assert sorted(rank["rank"] for rank in two) == [0, 1]
+        found.append((two, size))
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("way", ["rows", "columns"])
-def test_two_processes_read_what_they_hold(way, smollm2):
-    ranks = run_sharded(way, smollm2, CONFIG.num_experts)
-    held = sum(rank["held"] for rank in ranks)
+@pytest.mark.parametrize("case", range(len(SHARDED)), ids=map(str, SHARDED))
+def test_shards_of_two_processes_make_the_whole(case, ranks):
+    """Every shard is what the file has there, and so are the logits."""
+    (first, second), size = ranks[case]
+    assert first["held"] + second["held"] < 1.3 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", SHARDED_SMOLLM2)
+def test_two_processes_read_what_they_hold(way, smollm2, ranks):
+    two, _ = ranks[len(SHARDED) + SHARDED_SMOLLM2.index(way)]
+    held = sum(rank["held"] for rank in two)
     assert held >= design_moe(smollm2, CONFIG).num_bytes * 0.99
-    assert max(rank["held"] for rank in ranks) < 0.52 * held
-    assert sum(rank["read"] for rank in ranks) <= 1.05 * held
+    assert max(rank["held"] for rank in two) < 0.52 * held
+    assert sum(rank["read"] for rank in two) <= 1.05 * held
