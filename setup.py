@@ -100,7 +100,10 @@ class BuildKernels(build_ext):
                 extension.extra_compile_args += filter(self.accepts, WHERE_ACCEPTED)
                 self.refuse_other_platforms(extension.extra_compile_args)
                 if SANITIZE:
+                    # With more optimisation, accesses are gone before they are watched, and
+                    # compiling takes minutes.
                     sanitizers = [
+                        "-O1",
                         "-fsanitize=address,undefined",
                         "-fno-sanitize-recover=undefined",
                         "-fno-omit-frame-pointer",
