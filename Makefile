@@ -82,10 +82,10 @@ readers: build
 sanitize: $(VENV)/ready
 	bash tests/sanitize.sh $(RUN)
 
-emulate: $(VENV)/ready
+emulate: build
 	bash tests/emulated/run.sh $(RUN)
 
-emulate-arm: $(VENV)/ready
+emulate-arm: build
 	bash tests/emulated/arm.sh $(RUN) all
 
 count-arm: build

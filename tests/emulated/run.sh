@@ -12,9 +12,9 @@ shift
 built=$PWD/build/emulated
 rm -rf "$built"
 mkdir -p "$built"
-cp -r setup.py pyproject.toml README.md LICENSE docs src tests "$built"
+cp -r --preserve=timestamps setup.py pyproject.toml README.md LICENSE docs src tests "$built"
 cd "$built"
-find src \( -name '*.c' -o -name '*.so' \) -delete
+find src -name '*.so' -delete
 "$python" setup.py --quiet build_ext --inplace
 "$python" setup.py --quiet egg_info
 
