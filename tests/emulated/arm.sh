@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The package on 64-bit Arm, emulated: kernels cross-compiled, Debian's arm64 Python, QEMU's user mode.
 #
-#     bash tests/emulated/arm.sh PYTHON            what .ci/run runs, minutes
+#     bash tests/emulated/arm.sh PYTHON            what .ci/run runs: some files, of each test's parameters
+#                                                  a fourth
 #     bash tests/emulated/arm.sh PYTHON all        every test, an hour (make emulate-arm)
 #     bash tests/emulated/arm.sh PYTHON count      instructions of each kernel (make count-arm)
 #
@@ -100,7 +101,7 @@ quick)
     PYTHONPATH=$checkout/src "$python" tests/emulated/digests.py | diff - "$built/digests"
     cat "$built/digests"
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
-        -n auto tests/test_golden.py tests/test_counting.py tests/test_generator.py \
+        -n auto --sample 4 tests/test_golden.py tests/test_counting.py tests/test_generator.py \
         tests/test_normal.py tests/test_gates.py tests/test_routing.py tests/test_dtypes.py \
         tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_build.py "${@:3}"
     ;;
