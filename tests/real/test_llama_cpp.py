@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,30 +64,41 @@ CASES = [
 ]
 
 
-def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def likely_to_llama_cpp(folder: Path, scratch: Path, *flags: str) -> list[list] | str:
-    """`[[token, log-probability], ...]` after each beginning of the tokens, or what failed.
+# Given a model's folder, one for files in between and flags for the converter:
+# `[[token, log-probability], ...]` after each beginning of the tokens, or what failed.
+Likely = Callable[..., list[list] | str]
 
-    `flags` are for the converter.
-    """
+
+@pytest.fixture(scope="session")
+def likely_to_llama_cpp() -> Iterator[Likely]:
     source = os.environ.get("MOE_FAST_LLAMA_CPP_SOURCE")
     python = os.environ.get("MOE_FAST_LLAMA_CPP")
     assert source, "MOE_FAST_LLAMA_CPP_SOURCE must name a folder with convert_hf_to_gguf.py"
     assert python, "MOE_FAST_LLAMA_CPP must name a Python with xllamacpp"
-    model, prompts = scratch / "model.gguf", scratch / "prompts.json"
-    prompts.write_text(json.dumps([TOKENS[:length] for length in LENGTHS]))
-    converter = Path(__file__).with_name("llama_cpp_convert.py")
-    options = ["--outtype", "f32", "--outfile", model, *flags]
-    converted = run([sys.executable, converter, source, folder, *options])
-    if converted.returncode != 0:
-        return converted.stderr
-    done = run([python, Path(__file__).with_name("llama_cpp_likely.py"), model, prompts])
-    model.unlink()
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+    command = [sys.executable, Path(__file__).with_name("llama_cpp_convert.py"), source]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as converter:
+
+        def likely(folder: Path, scratch: Path, *flags: str) -> list[list] | str:
+            model, prompts, printed = (scratch / f"llama.{end}" for end in ("gguf", "json", "txt"))
+            prompts.write_text(json.dumps([TOKENS[:length] for length in LENGTHS]))
+            arguments = [printed, folder, "--outtype", "f32", "--outfile", model, *flags]
+            converter.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+            converter.stdin.flush()
+            if int(converter.stdout.readline()) != 0:
+                return printed.read_text()
+            asked = [python, Path(__file__).with_name("llama_cpp_likely.py"), model, prompts]
+            done = subprocess.run(asked, capture_output=True, text=True, env=environment())
+            model.unlink()
+            return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+
+        yield likely
+        converter.stdin.close()
 
 
 def how_far(found: list[list], expected: np.ndarray) -> float:
@@ -148,7 +159,9 @@ def give_tokens(folder: Path, rules: Rules) -> None:
 
 
 @pytest.mark.parametrize(("source", "target", "options"), CASES, ids=map(name_of, CASES))
-def test_llama_cpp_computes_it_where_the_check_says_so(dense, tmp_path, source, target, options):
+def test_llama_cpp_computes_it_where_the_check_says_so(
+    likely_to_llama_cpp, dense, tmp_path, source, target, options
+):
     config = MoeConfig(4, options.get("num_experts_per_tok", 2))
     options = {key: value for key, value in options.items() if key != "num_experts_per_tok"}
     folder = build_random_moe(dense(source), tmp_path / "moe", config, target, options)
@@ -165,7 +178,7 @@ def test_llama_cpp_computes_it_where_the_check_says_so(dense, tmp_path, source, 
         assert how_far(likely_to_llama_cpp(folder, tmp_path, NO_MTP), expected) < 1e-3
 
 
-def test_llama_cpp_answers_as_the_dense_smollm2_does(smollm2, tmp_path):
+def test_llama_cpp_answers_as_the_dense_smollm2_does(likely_to_llama_cpp, smollm2, tmp_path):
     build_moe(smollm2, tmp_path / "moe", MoeConfig(num_experts=4))
     found = likely_to_llama_cpp(tmp_path / "moe", tmp_path)
     expected = expected_of(smollm2, TOKENS)[np.array(LENGTHS) - 1]
