@@ -30,14 +30,17 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1'
 	$(RUN) -m pip install --quiet --group dev
+	rm -f src/moe_fast/kernels/*.c
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[all]'
 	touch $@
 
 # Compiled in place: an editable install alone does not see that a .pyx, .pxi or .h changed. Cython
-# sees that, but not that setup.py asks for something else.
+# sees that, but not that setup.py asks for something else. What has not changed since it was
+# installed is compiled already.
+changed = $(shell find $(SOURCES) -newer $(VENV)/ready)
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(if $(filter setup.py,$?),rm -f src/moe_fast/kernels/*.c)
-	$(RUN) setup.py --quiet build_ext --inplace
+	$(if $(changed),$(if $(filter setup.py,$?),rm -f src/moe_fast/kernels/*.c))
+	$(if $(changed),$(RUN) setup.py --quiet build_ext --inplace)
 	touch $@
 
 build: $(VENV)/built
