@@ -267,8 +267,10 @@ class Means:
     ----------
     probabilities : float64 [E]
         The mean probability of each expert.
+    load : float64 [E]
+        The load of each expert, 1.0 where it is even.
     balance : [], with the dtype of weights
-        The sum of these times the load of their experts, which is 1.0 where it is even.
+        The sum of their products.
     square : [], with the dtype of weights
         The mean squared log-sum-exp.
     softmax : Softmax, optional
@@ -282,26 +284,22 @@ class Means:
         self.probabilities = np.empty(rule.num_experts)
         self.balance = np.empty((), self.dtype)
         self.square = np.empty((), self.dtype)
+        self.load: npt.NDArray[np.float64] | None = None
         self.softmax: Softmax | None = None
-        self.is_filled = False
-
-    @property
-    def load(self) -> npt.NDArray[np.float64]:
-        """`[E]`: the load of each expert, 1.0 where it is even."""
-        return divide(self.counts, int(self.counts.sum())) * len(self.counts)
 
     def fill(self) -> None:
         """Compute it, if that has not been done."""
-        if self.is_filled:
+        if self.load is not None:
             return
         if not self.rule.is_sigmoid:
             probabilities = np.empty(self.array.shape, self.dtype)
             self.softmax = Softmax(probabilities, np.empty(len(self.array)))
         sums = sum_probabilities(self.array, self.rule, self.threads, self.softmax)
         self.probabilities[:] = sums.mean_probabilities
-        self.balance[...] = (self.load * self.probabilities).sum()
+        load = divide(self.counts, int(self.counts.sum())) * len(self.counts)
+        self.balance[...] = (load * self.probabilities).sum()
         self.square[...] = sums.mean_square
-        self.is_filled = True
+        self.load = load
 
 
 class Differentiable(torch.autograd.Function):
