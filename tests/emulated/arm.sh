@@ -66,7 +66,7 @@ CC=$compiler LDSHARED="$compiler -shared" _PYTHON_HOST_PLATFORM=linux-aarch64 \
 "$python" -m pip install --quiet --target "$built/site" --implementation cp \
     --python-version "$version" --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
     --platform manylinux2014_aarch64 --only-binary :all: --group pyproject.toml:test \
-    numpy ml_dtypes tokenizers pyyaml typer rich
+    numpy ml_dtypes tokenizers pyyaml typer rich matplotlib
 
 # Tests start Python by the name it gives itself. By that of a script, no handler for programs of
 # another processor is needed.
@@ -106,7 +106,12 @@ quick)
         tests/test_header.py tests/test_writer.py tests/test_convert.py tests/test_build.py "${@:3}"
     ;;
 all)
+    # The emulator's own memory is counted with the process's and its limits do not hold, a child of a
+    # process with threads hangs, and PYTHONPATH is the script's.
     "$built/python" -m pytest -p no:cacheprovider -p few_examples --hypothesis-profile few \
-        -n auto "${@:3}"
+        -n auto --deselect tests/test_large.py::test_operating_on_a_terabyte \
+        --deselect tests/test_plan.py::test_too_little_memory_names_the_argument \
+        --deselect tests/test_threads.py::test_a_forked_child_makes_its_own_pool \
+        --deselect tests/test_first_errors.py::test_kernels_that_were_never_compiled "${@:3}"
     ;;
 esac

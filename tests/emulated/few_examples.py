@@ -1,5 +1,7 @@
 """A plugin of pytest: `--hypothesis-profile few`, for processors that are emulated."""
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("few", deadline=None, max_examples=5)
+settings.register_profile(
+    "few", deadline=None, max_examples=5, suppress_health_check=[HealthCheck.too_slow]
+)

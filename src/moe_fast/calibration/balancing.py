@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.config import MoeConfig
+from moe_fast.matmul import matmul
 from moe_fast.routing.router import Router
 from moe_fast.routing.sharpness import measure_logit_std
 
@@ -38,7 +39,7 @@ def remove_direction(rows: Floats, direction: Doubles) -> Floats:
         return rows
     unit = direction / length
     wide = rows.astype(np.float64)
-    return (wide - np.outer(wide @ unit, unit)).astype(np.float32)
+    return (wide - np.outer(matmul(wide, unit), unit)).astype(np.float32)
 
 
 def topic_directions(inputs: Floats) -> Doubles:
@@ -63,7 +64,8 @@ def topic_directions(inputs: Floats) -> Doubles:
 def remove_span(rows: Floats, directions: Doubles) -> Floats:
     """The rows without their parts along orthonormal `directions`, `(n, H)`."""
     wide = rows.astype(np.float64)
-    return (wide - wide @ directions.T @ directions).astype(np.float32)
+    kept: Floats = (wide - matmul(matmul(wide, directions.T), directions)).astype(np.float32)
+    return kept
 
 
 def balance(
@@ -77,12 +79,12 @@ def balance(
     """
     spread = measure_logit_std(rows, inputs)
     mean = mean_input(inputs)
-    square = float(mean @ mean)
+    square = float(matmul(mean, mean))
     if not (spread > 0 and square > 0):
         return rows
     scaled = rows / np.float32(spread)
     along = (mean / square).astype(np.float32)
-    offsets = find_offsets(inputs @ scaled.T, inputs @ along, top_k, groups)
+    offsets = find_offsets(matmul(inputs, scaled.T), matmul(inputs, along), top_k, groups)
     return (scaled + np.outer(offsets, along)).astype(np.float32)
 
 

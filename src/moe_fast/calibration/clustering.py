@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.calibration.balancing import find_offsets
+from moe_fast.matmul import matmul
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -52,14 +53,14 @@ def spherical_k_means(
     centroids = k_means_plus_plus(vectors, num_clusters, seed)
     labels: Labels = np.full(len(vectors), -1)
     for _ in range(MOST_ROUNDS):
-        cosines = vectors @ centroids.T
+        cosines = matmul(vectors, centroids.T)
         found = assign(cosines, balanced=balanced)
         changed = float((found != labels).mean())
         labels = found
         if changed <= (SETTLED if balanced else 0):
             break
         members = labels == np.arange(num_clusters)[:, np.newaxis]
-        sums = members.astype(np.float32) @ vectors
+        sums = matmul(members.astype(np.float32), vectors)
         empty = np.flatnonzero(np.bincount(labels, minlength=num_clusters) == 0)
         if len(empty):  # each takes a vector that is far from its centroid
             own = cosines[np.arange(len(vectors)), labels]
@@ -107,6 +108,6 @@ def k_means_plus_plus(vectors: Floats, num_clusters: int, seed: int) -> Floats:
 
 def squared_distances(vectors: Floats, numbers: Sequence[int] | Labels) -> Doubles:
     """Of every vector from some of them, `(T, len(numbers))`."""
-    cosines = (vectors @ vectors[numbers].T).astype(np.float64)
+    cosines = matmul(vectors, vectors[numbers].T).astype(np.float64)
     found: Doubles = np.maximum(2 - 2 * cosines, 0)
     return found

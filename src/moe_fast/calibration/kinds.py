@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.calibration.clustering import unit_rows
+from moe_fast.matmul import matmul
 
 Floats = npt.NDArray[np.float32]
 PENALTY = 1e-2
@@ -27,7 +28,7 @@ def ridge_rows(inputs: Sequence[Floats], penalty: float = PENALTY) -> Floats:
     sums = np.empty((len(inputs), width))
     for number, read in enumerate(inputs):
         wide = read.astype(np.float64)
-        gram += wide.T @ wide
+        gram += matmul(wide.T, wide)
         sums[number] = wide.sum(axis=0)
     return unit_rows(np.linalg.solve(gram, sums.T).T)
 

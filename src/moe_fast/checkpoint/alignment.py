@@ -20,6 +20,7 @@ from moe_fast.checkpoint.arrangement import Group
 from moe_fast.dtypes import WEIGHT_DTYPES
 from moe_fast.errors import CheckpointError
 from moe_fast.families.dense import FFN
+from moe_fast.matmul import matmul
 from moe_fast.models.moe import Expert, MoeLayer, MoeModel
 from moe_fast.storage.files import OpenFiles
 from moe_fast.storage.floats import decode
@@ -84,7 +85,7 @@ def products(first: Expert, second: Expert, files: OpenFiles) -> npt.NDArray[np.
     total: Any = 0
     for role in first:
         left, right = (read_matrix(expert[role], files) for expert in (first, second))
-        total = total + (left.T @ right if role == "down_proj" else left @ right.T)
+        total = total + (matmul(left.T, right) if role == "down_proj" else matmul(left, right.T))
     matrix: npt.NDArray[np.float32] = total
     return np.nan_to_num(matrix, copy=False)
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.checkpoint.arrangement import Group
+from moe_fast.matmul import matmul
 
 Doubles = npt.NDArray[np.float64]
 MOST_MEMBERS = 16  # that a centroid takes before the others have taken theirs
@@ -31,7 +32,7 @@ def distances(mean_outputs: Doubles, gate_similarity: Doubles) -> Doubles:
     """
     norms = np.linalg.norm(mean_outputs, axis=1)
     unit = mean_outputs / np.where(norms > 0, norms, 1)[:, np.newaxis]
-    similarity = ((1 + unit @ unit.T) / 2 + (1 + gate_similarity) / 2) / 2
+    similarity = ((1 + matmul(unit, unit.T)) / 2 + (1 + gate_similarity) / 2) / 2
     return np.asarray(1 - similarity, np.float64)
 
 

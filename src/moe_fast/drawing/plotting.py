@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moe_fast.checks import as_index, as_path
 from moe_fast.drawing.colours import MODEL_COLORS, SCALE, ExpertOrigins
 from moe_fast.errors import ArgumentTypeError, MoeConfigError
+from moe_fast.matmul import matmul
 from moe_fast.single_file import check_place, whole_file
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def compute_router_similarity(routers: npt.ArrayLike) -> npt.NDArray[np.float64]
     rows = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
     rows = np.divide(rows, lengths, out=rows, where=lengths > 0)
-    cosines: npt.NDArray[np.float64] = rows @ rows.swapaxes(-1, -2)
+    cosines: npt.NDArray[np.float64] = matmul(rows, rows.swapaxes(-1, -2))
     return np.clip(cosines, -1.0, 1.0, out=cosines)
 
 
@@ -409,7 +410,7 @@ def write_cells(image: Any, text: Callable[[int, int], str], *, characters: int)
         or box.width * points / columns < 0.6 * FONT_SIZE * characters
     ):
         return
-    lightness = image.cmap(image.norm(values))[..., :3] @ (0.299, 0.587, 0.114)
+    lightness = matmul(image.cmap(image.norm(values))[..., :3], np.array([0.299, 0.587, 0.114]))
     for row in range(rows):
         for column in range(columns):
             color = "black" if lightness[row, column] > 0.5 else "white"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.errors import CheckpointError, RoutingError
+from moe_fast.matmul import matmul
 from moe_fast.models.folder import find_second_weights
 from moe_fast.models.moe import MoeModel, is_mtp, open_moe_model
 from moe_fast.models.unknown_experts import layer_of
@@ -317,7 +318,8 @@ def router_report(
     _, counts = np.unique(weights, axis=0, return_counts=True)
     most_alike = None
     if len(weights) > 1 and norms.min() > 0:
-        cosines = (weights / norms[:, np.newaxis]) @ (weights / norms[:, np.newaxis]).T
+        unit = weights / norms[:, np.newaxis]
+        cosines = matmul(unit, unit.T)
         most_alike = float(cosines[~np.eye(len(weights), dtype=bool)].max())
     report = RouterReport(
         layer,

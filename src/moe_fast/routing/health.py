@@ -11,6 +11,7 @@ import numpy.typing as npt
 from moe_fast import kernels
 from moe_fast.config import MoeConfig
 from moe_fast.errors import MoeConfigError, RoutingError
+from moe_fast.matmul import matmul
 from moe_fast.records import dataclass
 from moe_fast.reports import Report, pandas_frame
 from moe_fast.routing.arrays import BFLOAT16_BITS, as_array, widen_bfloat16
@@ -135,8 +136,7 @@ def predict_load(
                     f"{start + len(piece) - 1} read in layer {layer} is not",
                     argument="hidden_states",
                 )
-            with np.errstate(over="ignore", invalid="ignore"):
-                logits = (piece @ router.T)[:, columns]
+            logits = matmul(piece, router.T)[:, columns]
             check_finite(logits, layer)
             stats.update(logits, layer)
     return stats
@@ -274,10 +274,10 @@ def draw_random_logits(router: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     numbers = np.empty(RANDOM_TOKENS * num_experts, np.float32)
     kernels.compiled.fill_normal(numbers, 0, numbers.size, 0, 0, 1.0)
     weights = router.astype(np.float64)
-    covariance = weights @ weights.T
+    covariance = matmul(weights, weights.T)
     # It has a factor then even if rows depend on each other. In float32 so little is lost.
     np.fill_diagonal(covariance, covariance.diagonal() + 1e-12 * np.trace(covariance) + 1e-300)
     with np.errstate(over="ignore", invalid="ignore"):
         factor = np.linalg.cholesky(covariance).astype(np.float32)
-        logits: npt.NDArray[np.float32] = numbers.reshape(RANDOM_TOKENS, num_experts) @ factor.T
+        logits = matmul(numbers.reshape(RANDOM_TOKENS, num_experts), factor.T)
     return logits[:, find_first_equal_rows(router)]  # Experts with the same weights tie.

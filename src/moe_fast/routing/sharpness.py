@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_fast.errors import MoeConfigError
+from moe_fast.matmul import matmul
 
 __all__ = ["measure_logit_std", "sharpen"]
 Rows = npt.NDArray[np.float32] | npt.NDArray[np.float64]
@@ -33,7 +34,7 @@ def measure_logit_std(rows: Rows, inputs: npt.NDArray[np.float32] | None = None)
     """
     centred = centre(rows)
     if inputs is not None:
-        logits = inputs @ centred.astype(np.float32).T
+        logits = matmul(inputs, centred.astype(np.float32).T)
         return math.sqrt(float(np.square(logits, dtype=np.float64).mean()))
     squares = np.square(centred).sum(axis=0)
     return math.sqrt(math.fsum(squares.tolist()) / len(centred))
