@@ -14,6 +14,6 @@ def matmul(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> npt.NDArray[Any]:
     On Apple silicon, NumPy warns of divisions by zero and of overflow in the product of any finite
     matrices (numpy/numpy issue 28687). The numbers are right.
     """
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         product: npt.NDArray[Any] = left @ right
     return product
