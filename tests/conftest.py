@@ -30,10 +30,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {min(each, key=place).nodeid for each in tests.values()}
-    left_out = [item for item in items if place(item) % one_in and item.nodeid not in kept]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    chosen = [item for item in items if place(item) % one_in == 0 or item.nodeid in kept]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+        items[:] = chosen
 
 
 def place(item):

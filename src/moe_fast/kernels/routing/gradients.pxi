@@ -204,17 +204,15 @@ cdef void pull_back_columns(
         times_difference(p + e, given + e, shift, p + e)
 
 
-cdef const real* softmax_block(
+cdef void softmax_block(
     const uint8_t* logits, Py_ssize_t stride, int encoding, Py_ssize_t tokens, Py_ssize_t n,
-    real* room, real* p, double* log_sum
+    real* room, real* p, real* largest, real* total
 ) noexcept nogil:
-    # Probabilities of a block, in columns if they fit, or else in rows that are padded, and the
-    # logarithm of the sum of exponentials of each token.
+    # Probabilities of a block, in columns if they fit, or else in rows that are padded; and of each
+    # token the largest logit and the sum of exponentials.
     cdef const real* row[LANES]
     cdef real[LANES * LANES] folded
-    cdef real[LANES] largest
-    cdef real[LANES] total
-    cdef Py_ssize_t t, ahead
+    cdef Py_ssize_t ahead
     if fit_in_columns(n):
         load_columns(logits, stride, encoding, tokens, n, p, room)
         score_columns(p, n, False, largest, total, p)
@@ -222,9 +220,6 @@ cdef const real* softmax_block(
         load_rows(logits, stride, encoding, tokens, n, row, room, folded)
         ahead = prefetch_distance(row[0], room, stride)
         score_rows(row, folded, tokens, n, ahead, False, p, largest, total)
-    for t in range(tokens):
-        log_sum[t] = <double>largest[t] + logarithm(total[t])
-    return p
 
 
 cdef void weigh_chosen(
@@ -274,7 +269,9 @@ def pull_back_softmax(
     cdef real* product
     cdef real* to
     cdef real[LANES] shift
-    cdef double[LANES] log_sum
+    cdef real[LANES] largest
+    cdef real[LANES] total
+    cdef double log_sum
     column = <real*>allocate((3 * LANES * padded + LANES * k) * sizeof(real), n)
     room = column + LANES * padded
     of_columns = room + LANES * padded
@@ -288,22 +285,27 @@ def pull_back_softmax(
         for token from start <= token < stop by LANES:
             tokens = tokens_in_block(token, stop)
             to = &gradient[token, 0]
+            p = column
             if probabilities is None:
-                p = softmax_block(
+                softmax_block(
                     &logits[0, 0] + token * logits.strides[0], logits.strides[0], encoding,
-                    tokens, n, room, column, log_sum
+                    tokens, n, room, column, largest, total
+                )
+            elif as_columns:
+                to_columns(
+                    <const uint8_t*>&probabilities[token, 0], n * sizeof(real), tokens, n, column
                 )
             else:
                 p = &probabilities[token, 0]
-                if as_columns:
-                    to_columns(<const uint8_t*>p, n * sizeof(real), tokens, n, column)
-                    p = column
-                memcpy(log_sum, &log_sums[token], tokens * sizeof(double))
             for t in range(LANES):
                 shift[t] = 0
             if of_square != 0:
                 for t in range(tokens):
-                    shift[t] = -<real>(of_square * log_sum[t])
+                    if log_sums is None:
+                        log_sum = <double>largest[t] + logarithm(total[t])
+                    else:
+                        log_sum = log_sums[token + t]
+                    shift[t] = -<real>(of_square * log_sum)
             if k:
                 expert = &expert_indices[token, 0]
                 weigh_chosen(
